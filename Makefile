@@ -1,0 +1,54 @@
+# make train     one command from a fresh clone to mnist.h5:   make train ARGS="--epochs 2"
+# make test      the tests, within five minutes;  make test-full: those that take longer
+# make lint      ruff: rules and format
+# make bench     measurements
+# PYTHON=... names the Python to use, EXTRA=cpu|gpu|tpu the TensorFlow to install.
+
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+EXTRA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+
+.PHONY: train test test-full lint format bench clean
+
+train: $(VENV)/.installed-$(EXTRA)
+	$(RUN) -m trainer.task $(ARGS)
+
+test: $(VENV)/.installed-$(EXTRA)-test
+	$(RUN) -m pytest -m "not full" $(ARGS)
+
+test-full: $(VENV)/.installed-$(EXTRA)-test
+	$(RUN) -m pytest -m full $(ARGS)
+
+lint: $(VENV)/.installed-$(EXTRA)-test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.installed-$(EXTRA)-test
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/.installed-$(EXTRA)
+	$(RUN) bench/pipeline.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/.installed-%-test: setup.py trainer/__init__.py $(VENV)/bin/python
+	@echo "Installing TensorFlow ($*) and the tests' packages into $(VENV): a minute or two"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*,test]"
+	@touch $@
+
+$(VENV)/.installed-%: setup.py trainer/__init__.py $(VENV)/bin/python
+	@echo "Installing TensorFlow ($*) into $(VENV): a minute or two"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+# The first Python that TensorFlow has wheels for, under any of its usual names.
+$(VENV)/bin/python:
+	@for python in $${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do \
+	    $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || continue; \
+	    $$python -m venv $(VENV) && exit 0; \
+	    rm -rf $(VENV); \
+	    echo "Expected $$python to make a virtual environment. Received: the error above. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	done; \
+	echo "Expected Python 3.11, 3.12 or 3.13, which TensorFlow has wheels for. Received: $$($${PYTHON:-python3} --version 2>&1 | head -1). Install one, or name it: make train PYTHON=/path/to/python3.13" >&2; exit 1

@@ -1,0 +1,58 @@
+"""Distribution digits-trainer, package trainer. TensorFlow comes with an extra: cpu, gpu or tpu."""
+
+import runpy
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+# Linux and Windows on x86 have a smaller build without CUDA; elsewhere the ordinary one is that.
+CPU_BUILD = "(sys_platform == 'linux' or sys_platform == 'win32') and platform_machine in 'x86_64 AMD64'"
+
+TENSORFLOW_DATASETS = [
+    # 4.9.10 is the one that was tested with NumPy 2 and Keras 3.15.
+    "tensorflow-datasets>=4.9.10",
+    # tensorflow-datasets imports it on Python 3.11 and later without declaring it.
+    "importlib-resources>=6",
+]
+
+setup(
+    name="digits-trainer",
+    version=runpy.run_path(str(ROOT / "trainer" / "__init__.py"))["__version__"],
+    description="Trains a CNN on handwritten digits, from a laptop to a Kubernetes cluster",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0 AND CC-BY-SA-3.0",
+    license_files=["LICENSE", "trainer/assets/LICENSE.mnist"],
+    packages=["trainer"],
+    package_data={"trainer": ["assets/mnist.npz", "assets/LICENSE.mnist"]},
+    # Keras 3.15 needs 3.11; TensorFlow 2.21 has no wheels for 3.14.
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        # 3.15.1 fixes security defects in the loading of model files.
+        "keras>=3.15.1,<4",
+        # Keras 3.15 and TensorFlow 2.20 both run on NumPy 2.
+        "numpy>=2",
+        # transient progress bars on every terminal; 14 is the first tested.
+        "rich>=14",
+        # 1.0 prints what it refuses in the frame that trainer.cli reads.
+        "tyro>=1.0,<2",
+    ],
+    extras_require={
+        # 2.20 is the last of tensorflow-tpu, 2.21 the newest that was tested.
+        "cpu": [
+            f"tensorflow-cpu>=2.20,<2.22; {CPU_BUILD}",
+            f"tensorflow>=2.20,<2.22; not ({CPU_BUILD})",
+        ],
+        "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
+        "tpu": ["tensorflow-tpu>=2.20,<2.21"],
+        "tfds": TENSORFLOW_DATASETS,
+        "test": [*TENSORFLOW_DATASETS, "pytest>=9", "ruff==0.17.6"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+)

@@ -1,0 +1,68 @@
+import dataclasses
+
+import pytest
+
+from trainer import cli
+from trainer.config import TrainConfig
+from trainer.errors import DataError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--epoch", "3"], "Unrecognized options: --epoch, 3. Perhaps you meant --epochs."),
+        (["surplus"], "Unrecognized options: surplus."),
+        (["--optimizer", "adagrat"], "invalid choice 'adagrat' for argument '--optimizer'."),
+        (["--epochs"], "Missing value for argument '--epochs'."),
+        (["--epochs", "many"], "many"),
+        (["--epochs", "0"], "epochs must be a whole number of at least 1."),
+        (["--learning-rate", "nan"], "learning_rate must be a finite number above 0."),
+        (["--learning-rate", "-inf"], "learning_rate must be a finite number above 0."),
+        (["--seed", "-1"], "seed must be a whole number from 0 to 4294967295."),
+    ],
+)
+def test_a_wrong_flag_is_one_line(argv, message):
+    with pytest.raises(UsageError) as raised:
+        cli.parse("prog", TrainConfig, argv)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not set("╭│─") & set(str(raised.value))
+
+
+def test_every_field_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit) as exited:
+        cli.parse("prog", TrainConfig, ["--help"])
+    assert exited.value.code == 0
+    printed = capsys.readouterr().out
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')} " in printed
+    assert "bit for bit" in printed  # the fields' docstrings are in it
+
+
+def test_flags_make_the_configuration():
+    config = cli.parse("prog", TrainConfig, ["--epochs", "3", "--tensorflow-logs", "--seed", "7"])
+    assert config == TrainConfig(epochs=3, tensorflow_logs=True, seed=7)
+
+
+def test_an_error_ends_in_its_line_and_code(capsys):
+    def fail(config):
+        raise DataError("Expected this.\nReceived: that.")
+
+    assert cli.run("prog", TrainConfig, fail, []) == 65
+    assert capsys.readouterr().err == "prog: error: Expected this. Received: that.\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    def fail(config):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run("prog", TrainConfig, fail, [])
+
+
+def test_an_interrupt_says_what_it_left(capsys):
+    def fail(config):
+        raise KeyboardInterrupt("Nothing was written.")
+
+    assert cli.run("prog", TrainConfig, fail, []) == 130
+    assert capsys.readouterr().err == "prog: interrupted. Nothing was written.\n"

@@ -1,0 +1,89 @@
+import dataclasses
+import json
+import math
+
+import pytest
+
+from trainer.config import LEARNING_RATES, TrainConfig, available_cpus
+from trainer.errors import UsageError
+
+
+def test_the_default_is_the_recipe():
+    config = TrainConfig()
+    assert (config.batch_size, config.epochs) == (128, 10)
+    assert (config.optimizer, config.learning_rate) == ("adadelta", 1.0)
+    assert config.data == "bundled"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", -3),
+        ("epochs", 2.5),
+        ("epochs", True),
+        ("batch_size", 0),
+        ("batch_size", "128"),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("threads", 0),
+        ("steps_per_execution", 0),
+        ("train_limit", 0),
+        ("test_limit", -1),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("learning_rate", 0.0),
+        ("learning_rate", -1.0),
+        ("learning_rate", "1"),
+        ("optimizer", "adadelt"),
+        ("log_format", "xml"),
+        ("data", ""),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_expected(field, value):
+    with pytest.raises(UsageError, match=rf"{field} must .*Received: {field}=") as raised:
+        TrainConfig(**{field: value})
+    assert "\n" not in str(raised.value)
+
+
+def test_an_optimizer_without_a_rate_gets_its_own():
+    for name, rate in LEARNING_RATES.items():
+        assert TrainConfig(optimizer=name).learning_rate == rate
+    assert TrainConfig(optimizer="adam", learning_rate=0.5).learning_rate == 0.5
+
+
+def test_the_rates_are_those_of_keras_except_for_adadelta():
+    from trainer.runtime import keras
+
+    for name, rate in LEARNING_RATES.items():
+        default = float(keras.optimizers.get(name).learning_rate)
+        assert (default == pytest.approx(rate)) is (name != "adadelta")
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().epochs = 3
+
+
+def test_a_configuration_becomes_json_with_the_rate_it_used():
+    assert json.loads(json.dumps(TrainConfig().as_dict()))["learning_rate"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "100001 100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu.max": "nonsense\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_quota_limits_the_threads(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_cpus(tmp_path) == (expected or 8)

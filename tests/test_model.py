@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from trainer import model
+from trainer.export import weights_sha256
+
+
+def build(seed=0, optimizer="adadelta", learning_rate=1.0):
+    return model.build(optimizer=optimizer, learning_rate=learning_rate, seed=seed)
+
+
+def test_it_is_the_notebooks_network():
+    cnn = build()
+    assert cnn.count_params() == 2_380_938
+    facts = [
+        (type(layer).__name__, {key: layer.get_config()[key] for key in keys})
+        for layer, keys in zip(
+            cnn.layers,
+            [
+                ("filters", "kernel_size", "strides", "padding", "activation"),
+                ("filters", "kernel_size", "strides", "padding", "activation"),
+                ("pool_size", "strides", "padding"),
+                ("rate",),
+                (),
+                ("units", "activation"),
+                ("rate",),
+                ("units", "activation"),
+            ],
+            strict=True,
+        )
+    ]
+    convolution = {"kernel_size": (3, 3), "strides": (1, 1), "padding": "valid"}
+    assert facts == [
+        ("Conv2D", {"filters": 32, **convolution, "activation": "relu"}),
+        ("Conv2D", {"filters": 64, **convolution, "activation": "relu"}),
+        ("MaxPooling2D", {"pool_size": (2, 2), "strides": (2, 2), "padding": "valid"}),
+        ("Dropout", {"rate": 0.25}),
+        ("Flatten", {}),
+        ("Dense", {"units": 256, "activation": "relu"}),
+        ("Dropout", {"rate": 0.5}),
+        ("Dense", {"units": 10, "activation": "softmax"}),
+    ]
+    assert cnn.input_shape == (None, 28, 28, 1)
+    assert cnn.output_shape == (None, 10)
+
+
+def test_it_is_compiled_as_the_notebooks_file_is():
+    cnn = build(learning_rate=0.5)
+    assert cnn.loss == "categorical_crossentropy"
+    assert type(cnn.optimizer).__name__ == "Adadelta"
+    assert float(cnn.optimizer.learning_rate) == 0.5
+    assert type(build(optimizer="sgd").optimizer).__name__ == "SGD"
+
+
+def test_the_seed_alone_decides_the_weights():
+    assert weights_sha256(build(seed=3)) == weights_sha256(build(seed=3))
+    assert weights_sha256(build(seed=3)) != weights_sha256(build(seed=4))
+
+
+def test_layers_of_one_shape_would_not_share_weights():
+    seeds = [
+        layer.get_config()["kernel_initializer"]["config"]["seed"]
+        for layer in build().layers
+        if hasattr(layer, "kernel")
+    ]
+    dropouts = [layer.seed for layer in build().layers if hasattr(layer, "seed")]
+    assert len({*seeds, *dropouts}) == 6
+
+
+def test_the_global_random_state_is_left_alone():
+    np.random.seed(0)
+    before = np.random.get_state()[1].tolist()
+    build()
+    assert np.random.get_state()[1].tolist() == before
+
+
+def test_preprocess_makes_what_the_saved_model_takes():
+    images = np.array([[[0, 255], [51, 102]]], np.uint8)
+    inputs, targets = model.preprocess(images, np.array([7], np.uint8))
+    np.testing.assert_array_equal(
+        inputs.numpy()[0, ..., 0], np.float32([[0, 1], [0.2, 0.4]])
+    )
+    assert inputs.dtype == targets.dtype == np.float32
+    assert targets.numpy().tolist() == [[0, 0, 0, 0, 0, 0, 0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["loss", "accuracy"])
+def test_losses_and_metrics_give_one_value_an_example(name):
+    function = {"loss": model.LOSS, **model.METRICS}[name]
+    assert function(np.eye(10, dtype=np.float32), np.full((10, 10), 0.1, np.float32)).shape == 10

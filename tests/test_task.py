@@ -1,0 +1,301 @@
+"""The command as a user runs it: each exit code by running it, and what it leaves behind."""
+
+import json
+import os
+import pty
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import save_npz
+
+from trainer import export
+
+# As small as a run can be: a few seconds, most of them TensorFlow's start.
+SMALL = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)
+
+
+def assert_one_line(done, code, *parts):
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("python -m trainer.task: error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+def manifest(folder):
+    return json.loads((folder / "mnist.json").read_text())
+
+
+def wait_for(condition, *, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.002)
+
+
+def test_a_run_ends_with_the_files_and_says_so(command, tmp_path):
+    done = command.run(*SMALL)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} == set(export.FILES)
+    made = manifest(tmp_path)
+    assert f"SHA-256 {made['model']['sha256']}" in done.stdout
+    assert f"test accuracy {made['metrics']['val_accuracy']:.2%}" in done.stdout
+    assert made["config"]["train_limit"] == 256
+    assert made["data"]["train_examples"] == 256
+    assert set(made["versions"]) == {"digits-trainer", "python", "tensorflow", "keras", "numpy"}
+
+
+def test_the_seed_alone_decides_the_weights(command, tmp_path):
+    runs = [
+        command.start(*SMALL, "--seed", seed, "--threads", 1, "--output-dir", name)
+        for name, seed in (("a", 7), ("b", 7), ("c", 8))
+    ]
+    for run in runs:
+        assert run.wait(300) == 0, run.stderr.read()
+        run.stdout.close()
+        run.stderr.close()
+    a, b, c = (manifest(tmp_path / name)["model"]["weights_sha256"] for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_json_lines_tell_the_whole_run(command, tmp_path):
+    done = command.run(*SMALL, "--log-format", "json", "--output-dir", "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    start, *steps, epoch, end = map(json.loads, done.stdout.splitlines())
+    assert start["event"] == "start"
+    assert start["config"]["train_limit"] == 256
+    assert all(step["event"] == "step" for step in steps)
+    assert (epoch["event"], epoch["epoch"], epoch["epochs"]) == ("epoch", 1, 1)
+    assert end["event"] == "done"
+    assert end["model"] == manifest(tmp_path / "out")["model"]
+    assert end["metrics"]["val_loss"] == epoch["val_loss"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--epoch", "1"], "Perhaps you meant --epochs"),
+        (["--optimizer", "adadelt"], "Expected one of ('adadelta', "),
+        (["--batch-size", "0"], "Received: batch_size=0. Use 128"),
+        (["--batch-size", "many"], "many"),
+        (["--epochs", "-1"], "Received: epochs=-1"),
+        (["--learning-rate", "nan"], "Received: learning_rate=nan"),
+        (["--train-limit", "60001"], "at most the 60000 examples"),
+        (["--train-limit", "100", "--batch-size", "101"], "Use --batch-size 100 or less"),
+    ],
+)
+def test_usage_is_2(command, flags, part):
+    assert_one_line(command.run(*flags), 2, part)
+
+
+def test_damaged_data_is_65(command, tmp_path):
+    path = save_npz(tmp_path / "digits.npz")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_one_line(command.run("--data", path), 65, str(path), "Fetch or make it again")
+    save_npz(path, y_test=np.full(20, 10))
+    assert_one_line(command.run("--data", path), 65, "Received: labels from 10 to 10")
+
+
+def test_a_missing_input_is_66(command):
+    assert_one_line(command.run("--data", "nowhere.npz"), 66, "nowhere.npz", "Use --data bundled")
+
+
+def test_an_unreachable_network_is_66(command):
+    command.env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    done = command.run("--data", "keras")
+    assert done.returncode == 66
+    assert "keras.datasets.mnist" in done.stderr.splitlines()[-1]
+    assert done.stderr.endswith("Use --data bundled, which needs no network.\n")
+
+
+@pytest.mark.full
+def test_an_unreachable_tensorflow_dataset_is_66(command, tmp_path):
+    command.env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    command.env["TFDS_DATA_DIR"] = str(tmp_path / "tfds")
+    done = command.run("--data", "tfds:mnist", timeout=900)
+    assert_one_line(done, 66, "'mnist'", "Use --data bundled, which needs no network.")
+
+
+def test_a_loss_that_becomes_nan_is_70_and_keeps_the_files(command, tmp_path):
+    for name in export.FILES:
+        (tmp_path / name).write_text("of an earlier run")
+    done = command.run(*SMALL, "--optimizer", "sgd", "--learning-rate", 1e30)
+    assert done.returncode == 70
+    assert done.stderr.count("\n") == 1
+    assert "in epoch 1, step" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == set(export.FILES)
+    assert all((tmp_path / name).read_text() == "of an earlier run" for name in export.FILES)
+
+
+def test_an_output_that_cannot_be_written_is_73(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_line(command.run("--output-dir", "file"), 73, "Received: File exists")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    if os.geteuid() == 0:  # Root may write anywhere, until that right is taken away.
+        command.prefix = ["setpriv", "--bounding-set", "-dac_override"]
+    assert_one_line(command.run("--output-dir", "locked"), 73, "Received: Permission denied")
+    assert_one_line(command.run("--output-dir", "locked/new"), 73, "Permission denied")
+
+
+def test_a_folder_in_use_is_73(command, tmp_path):
+    with export.claim(tmp_path):
+        assert_one_line(command.run(), 73, "no other run is using", "Wait for that run")
+
+
+def test_a_python_without_tensorflow_is_78(command, tmp_path):
+    for name in ("tensorflow", "keras"):  # an import that fails, as where nothing is installed
+        (tmp_path / "empty" / name).mkdir(parents=True)
+        (tmp_path / "empty" / name / "__init__.py").write_text(
+            f"raise ModuleNotFoundError('No module named {name!r}', name={name!r})"
+        )
+    command.env["PYTHONPATH"] += os.pathsep + str(tmp_path / "empty")
+    assert_one_line(command.run(), 78, "pip install 'digits-trainer[cpu]'")
+
+
+def test_another_backend_of_keras_is_78(command):
+    command.env["KERAS_BACKEND"] = "numpy"
+    assert_one_line(command.run(), 78, "Received: KERAS_BACKEND=numpy")
+
+
+def test_a_keras_json_of_another_project_changes_nothing(command, tmp_path):
+    (tmp_path / "keras").mkdir()
+    (tmp_path / "keras" / "keras.json").write_text(
+        json.dumps({"backend": "numpy", "image_data_format": "channels_first"})
+    )
+    done = command.run(*SMALL, "--output-dir", "out")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_is_130_and_one_line(command, tmp_path):
+    run = command.start("--log-format", "json", "--steps-per-execution", 1)
+    assert json.loads(run.stdout.readline())["event"] == "start"
+    time.sleep(random.uniform(0, 8))  # anywhere in building, tracing and the first steps
+    run.send_signal(signal.SIGINT)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert stderr == (
+        "python -m trainer.task: interrupted. Nothing was written to ., and what was there is as "
+        "it was.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_loads_neither_tensorflow_nor_numpy(command):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "trainer.task", "--help"],
+        env=command.env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "trainer.config" in loaded
+    assert not loaded & {"tensorflow", "keras", "numpy", "h5py", "rich", "trainer.data"}
+    assert done.stdout.startswith("usage: python -m trainer.task")
+
+
+def test_a_terminal_sees_a_bar(command):
+    main, side = pty.openpty()
+    command.env |= {"TERM": "xterm", "COLUMNS": "100"}
+    run = command.start(*SMALL, "--steps-per-execution", 1, stdout=side)
+    os.close(side)
+    seen = b""
+    while True:
+        try:
+            if select.select([main], [], [], 120)[0]:
+                seen += os.read(main, 65536)
+        except OSError:  # The other side is closed: the run is over.
+            break
+    _, stderr = run.communicate(timeout=60)
+    os.close(main)
+    assert (run.returncode, stderr) == (0, "")
+    text = seen.decode()
+    assert "images/s" in text
+    assert "2/2" in text
+    assert "test accuracy" in text
+
+
+def test_tensorflow_speaks_when_it_is_asked_to(command):
+    done = command.run(*SMALL, "--tensorflow-logs", "--output-dir", "out")
+    assert done.returncode == 0
+    assert "TensorFlow binary is optimized" in done.stderr
+
+
+def kill_in_save(command, folder, seed):
+    """Kills a run with -9 while it saves: as soon as a file of it is seen, or a moment later."""
+    run = command.start(*SMALL, "--seed", seed, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    start = (folder / "mnist.h5").stat().st_mtime_ns
+    wait_for(
+        lambda: any((folder / f".{name}.tmp").exists() for name in export.FILES)
+        or (folder / "mnist.h5").stat().st_mtime_ns != start
+        or run.poll() is not None
+    )
+    time.sleep(random.choice([0, 0, 0.002, 0.005, 0.01, 0.02]))
+    run.kill()
+    return run.wait()
+
+
+def kill_anywhere(command, folder, seed, seconds):
+    run = command.start(*SMALL, "--seed", seed, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    time.sleep(random.uniform(0, seconds))
+    run.kill()
+    return run.wait()
+
+
+def assert_loads(folder):
+    from trainer.runtime import keras
+
+    loaded = keras.models.load_model(folder / "mnist.h5")
+    assert loaded.count_params() == 2_380_938
+    json.loads((folder / "history.json").read_text())
+    json.loads((folder / "mnist.json").read_text())
+
+
+def test_killed_at_any_moment_the_old_model_or_the_new_one_loads(command, tmp_path):
+    assert command.run(*SMALL).returncode == 0
+    for seed in (1, 2):
+        assert kill_in_save(command, tmp_path, seed) in (-signal.SIGKILL, 0)
+        assert_loads(tmp_path)
+    assert command.run(*SMALL).returncode == 0  # and what is left is in nobody's way
+    assert {path.name for path in tmp_path.iterdir()} == set(export.FILES)
+
+
+@pytest.mark.full
+def test_killed_twenty_times_the_model_always_loads(command, tmp_path):
+    start = time.monotonic()
+    assert command.run(*SMALL).returncode == 0
+    seconds = time.monotonic() - start
+    killed = 0
+    for seed in range(10):
+        killed += kill_in_save(command, tmp_path, seed) == -signal.SIGKILL
+        assert_loads(tmp_path)
+        killed += kill_anywhere(command, tmp_path, seed, seconds) == -signal.SIGKILL
+        assert_loads(tmp_path)
+    assert killed >= 15  # some end by themselves just before
+
+
+@pytest.mark.full
+def test_the_notebook_as_published_reaches_58_percent(command, tmp_path):
+    # Adadelta(learning_rate=0.001), Keras 3's default: 58.6% after two epochs with Keras' fit.
+    done = command.run("--epochs", 2, "--learning-rate", 0.001, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert manifest(tmp_path)["metrics"]["val_accuracy"] == pytest.approx(0.586, abs=0.03)
+
+
+@pytest.mark.full
+def test_an_epoch_at_full_size_is_repeated_bit_for_bit(command, tmp_path):
+    weights = set()
+    for name in ("a", "b"):
+        done = command.run("--epochs", 1, "--seed", 7, "--output-dir", name, timeout=1200)
+        assert done.returncode == 0, done.stderr
+        weights.add(manifest(tmp_path / name)["model"]["weights_sha256"])
+        assert manifest(tmp_path / name)["metrics"]["val_accuracy"] > 0.97
+    assert len(weights) == 1

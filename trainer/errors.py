@@ -1,0 +1,55 @@
+"""The errors a user can cause or meet, each with the exit code of its command.
+
+The codes are those of BSD's ``sysexits.h``, so that a scheduler can tell a wrong command (never
+retry) from a lost machine (retry). A message says what was expected, what was received and what to
+do about it, in one line.
+"""
+
+
+class TrainerError(Exception):
+    """Base of every error that ends a command in one line instead of a traceback.
+
+    Attributes:
+        exit_code: The exit status of a command that ends with this error.
+    """
+
+    exit_code = 1
+
+
+class UsageError(TrainerError):
+    """A flag that does not exist, or a value outside its range."""
+
+    exit_code = 2
+
+
+class DataError(TrainerError):
+    """A data set that is there, but is not what it should be: digest, shape, dtype, labels."""
+
+    exit_code = 65
+
+
+class InputError(TrainerError):
+    """An input that is missing, cannot be read, or cannot be reached over the network."""
+
+    exit_code = 66
+
+
+class NotFiniteError(TrainerError):
+    """The loss became NaN or infinite."""
+
+    exit_code = 70
+
+
+class OutputError(TrainerError):
+    """The output cannot be written: no permission, not a folder, no space left."""
+
+    exit_code = 73
+
+
+class ConfigurationError(TrainerError, ImportError):
+    """This machine or environment cannot run what was asked for.
+
+    It is an ``ImportError`` too, because the commonest case is a Python without TensorFlow.
+    """
+
+    exit_code = 78

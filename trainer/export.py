@@ -1,0 +1,206 @@
+"""The files a run leaves behind, each written whole or not at all.
+
+    with claim(folder):                          # before training: can it be written at all?
+        save(folder, model, history, facts)      # mnist.h5, history.json, mnist.json
+
+A file is written under a temporary name beside its target, flushed to disk and renamed, so that at
+every moment the old file or the new one is there, complete.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+if TYPE_CHECKING:  # Checking the folder must not wait for TensorFlow.
+    import keras
+
+MODEL_FILE = "mnist.h5"
+HISTORY_FILE = "history.json"
+MANIFEST_FILE = "mnist.json"
+FILES = (MODEL_FILE, HISTORY_FILE, MANIFEST_FILE)
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Creates the folder where it does not exist, checks that it can be written, removes what a
+    run that was killed while it saved has left there, and keeps other runs out until it ends.
+
+    Raises:
+        OutputError: It is a file, cannot be created or written, or another run is using it.
+    """
+    with _output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        with _output_errors(folder):
+            for name in FILES:
+                if (folder / name).is_dir():
+                    raise OutputError(
+                        f"Expected a file or nothing at {folder / name}. Received: a folder. "
+                        "Move it away, or name another folder with --output-dir."
+                    )
+                temporary = _temporary(folder / name)
+                temporary.write_bytes(b"\0")
+                temporary.unlink()
+        yield
+
+
+def save(
+    folder: Path, model: "keras.Model", history: dict[str, list[float]], facts: dict
+) -> dict:
+    """Writes the model in Keras' HDF5 format, the history, and the manifest that describes both.
+
+    Args:
+        folder: A folder under ``claim``.
+        model: A compiled model of stock layers.
+        history: What ``loop.fit`` returned.
+        facts: What else the manifest says: metrics, configuration, versions, data.
+
+    Returns:
+        The manifest: ``facts``, and under ``model`` the file's name, size in bytes, SHA-256, number
+        of parameters, and ``weights_sha256`` (see that function).
+
+    Raises:
+        OutputError: A file cannot be written. Those that were there before are still there.
+    """
+    content = _hdf5(model)
+    manifest = {
+        "model": {
+            "file": MODEL_FILE,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "parameters": model.count_params(),
+            "weights_sha256": weights_sha256(model),
+        },
+        **facts,
+    }
+    # The manifest last: whoever finds a new one finds the model whose SHA-256 it names.
+    files = {MODEL_FILE: content, HISTORY_FILE: _json(history), MANIFEST_FILE: _json(manifest)}
+    with _output_errors(folder):
+        try:
+            for name, content in files.items():
+                _write(_temporary(folder / name), content)
+            for name in files:  # Renamed when all are on disk.
+                os.replace(_temporary(folder / name), folder / name)
+            _flush(folder)
+        finally:
+            for name in files:
+                _temporary(folder / name).unlink(missing_ok=True)
+    return manifest
+
+
+def weights_sha256(model: "keras.Model") -> str:
+    """Returns the SHA-256 over the bytes of the trainable weights, in their order: equal for two
+    runs exactly if they ended with the same bits."""
+    digest = hashlib.sha256()
+    for weight in model.trainable_weights:
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _HDF5(io.BytesIO):
+    """A file in memory that ``model.save`` and h5py take for one on disk.
+
+    HDF5 cannot write to a full disk without crashing the process (a segmentation fault, where the
+    file cannot be closed): so it never writes to one here.
+    """
+
+    def __fspath__(self) -> str:
+        return MODEL_FILE  # Keras chooses the format by the suffix ...
+
+    __str__ = __fspath__  # ... of this
+
+
+def _hdf5(model: "keras.Model") -> bytes:
+    """Returns the content of a model's HDF5 file: what ``model.save`` writes, without the
+    optimizer's variables.
+
+    With them, Keras 3.15 loads a model that ``fit`` refuses: it builds the optimizer for no
+    variables (``model._trainable_variables`` in ``load_model_from_hdf5``, which has none of the
+    layers'). Without, ``fit`` goes on with the same optimizer and learning rate, its accumulators
+    at their start.
+    """
+    import h5py
+    from absl import logging  # Keras logs through it.
+
+    verbosity = logging.get_verbosity()
+    # Keras warns in four lines that the format which was asked for is an old one.
+    logging.set_verbosity(logging.ERROR)
+    try:
+        model.save(saved := _HDF5())
+    finally:
+        logging.set_verbosity(verbosity)
+    with h5py.File(saved, "r") as source, h5py.File(kept := _HDF5(), "w") as target:
+        target.attrs.update(source.attrs)
+        source.copy("model_weights", target)
+    return kept.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    _flush(path)
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder.
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(target: Path) -> Path:
+    # One name for all runs: what a killed one left is overwritten, and never piles up.
+    return target.with_name(f".{target.name}.tmp")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock on the folder, which the system releases even when the process is killed."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"Expected a folder that no other run is using at {folder}. Received: one in use. "
+                "Wait for that run, or name another folder with --output-dir."
+            ) from None
+        except OSError:
+            pass  # A file system without locks (NFS has none for folders).
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _output_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise OutputError(
+            f"Expected a folder that can be written at {folder}. Received: {reason}. "
+            "Make room or permission there, or name another folder with --output-dir."
+        ) from error

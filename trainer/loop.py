@@ -1,0 +1,221 @@
+"""Trains and evaluates any Keras model on any batches under any tf.distribute strategy.
+
+    history = fit(model, lambda epoch: train_batches(epoch), test_batches, strategy=strategy,
+                  loss=keras.losses.categorical_crossentropy, metrics={}, epochs=10)
+
+It stands where ``model.fit`` would, because Keras 3's own does not run on several workers
+(https://github.com/keras-team/keras/issues/20585). Several steps run inside one call of a
+``tf.function``; the sums of every step come back one by one and are added up here in float64, so
+how many steps a call holds changes no result.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from trainer.errors import NotFiniteError
+from trainer.runtime import keras, tf
+
+SECONDS_PER_CALL = 1.0  # A call this long hides what a call costs, and lets progress be seen.
+
+PerExample = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+
+def fit(
+    model: keras.Model,
+    train_data: Callable[[int], tf.data.Dataset],
+    validation_data: tf.data.Dataset,
+    *,
+    strategy: tf.distribute.Strategy,
+    loss: PerExample,
+    metrics: Mapping[str, PerExample],
+    epochs: int,
+    preprocess: Preprocess | None = None,
+    steps_per_execution: int | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Trains a model, and evaluates it after every epoch.
+
+    Args:
+        model: Built, and compiled with its optimizer, inside the strategy's scope.
+        train_data: Gives the batches of an epoch, which is counted from 0: a data set of known
+            cardinality of ``(x, y, sample_weight)``, all of one shape, sample_weight (n,).
+        validation_data: The same for evaluation.
+        strategy: The batches are global ones: it splits each among its replicas.
+        loss: Gives one value an example, (n,), from ``y`` and the model's output.
+        metrics: By name, functions like ``loss``.
+        epochs: How many.
+        preprocess: Applied to ``(x, y)`` on the device, inside the step.
+        steps_per_execution: Steps in one call; None: as many as take about a second.
+        callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` come once a
+            call, with the number of the last step, counted from 0, and the means so far.
+        clock: Seconds, monotonic.
+
+    Returns:
+        As ``History.history`` of Keras: a value an epoch for ``loss``, each metric, the same with
+        the prefix ``val_``, and ``seconds``, which the epoch took.
+
+    Raises:
+        NotFiniteError: The loss became NaN or infinite; the message names epoch and step.
+    """
+    functions = {"loss": loss, **metrics}
+    prepare = preprocess or (lambda x, y: (x, y))
+    train = _compile(_train_step(model, functions, prepare), len(functions), strategy)
+    test = _compile(_test_step(model, functions, prepare), len(functions), strategy)
+    history: dict[str, list[float]] = {}
+    listeners = keras.callbacks.CallbackList(
+        list(callbacks), model=model, epochs=epochs, steps=int(train_data(0).cardinality())
+    )
+    model.stop_training = False
+    listeners.on_train_begin()
+    for epoch in range(epochs):
+        start = clock()
+        listeners.on_epoch_begin(epoch)
+        calls = _calls(train, train_data(epoch), strategy, steps_per_execution, clock)
+        for step, logs in _means(calls, functions, f"in epoch {epoch + 1}"):
+            listeners.on_train_batch_end(step, logs)
+        listeners.on_test_begin()
+        calls = _calls(test, validation_data, strategy, steps_per_execution, clock)
+        for step, test_logs in _means(calls, functions, f"in the evaluation of epoch {epoch + 1}"):
+            listeners.on_test_batch_end(step, test_logs)
+        listeners.on_test_end(test_logs)
+        logs = {**logs, **{f"val_{name}": value for name, value in test_logs.items()}}
+        for name, value in {**logs, "seconds": clock() - start}.items():
+            history.setdefault(name, []).append(value)
+        listeners.on_epoch_end(epoch, logs)
+        if model.stop_training:
+            break
+    listeners.on_train_end(logs)
+    return history
+
+
+def evaluate(
+    model: keras.Model,
+    data: tf.data.Dataset,
+    *,
+    strategy: tf.distribute.Strategy,
+    loss: PerExample,
+    metrics: Mapping[str, PerExample],
+    preprocess: Preprocess | None = None,
+) -> dict[str, float]:
+    """Returns the mean of ``loss`` and of each metric over the data set; arguments as ``fit``'s.
+
+    Raises:
+        NotFiniteError: The loss is NaN or infinite.
+    """
+    functions = {"loss": loss, **metrics}
+    step = _test_step(model, functions, preprocess or (lambda x, y: (x, y)))
+    calls = _calls(_compile(step, len(functions), strategy), data, strategy, None)
+    *_, (_, logs) = _means(calls, functions, "in the evaluation")
+    return logs
+
+
+def _train_step(
+    model: keras.Model, functions: Mapping[str, PerExample], preprocess: Preprocess
+) -> Callable[..., tf.Tensor]:
+    def step(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
+        x, y = preprocess(x, y)
+        replica = tf.distribute.get_replica_context()
+        # The examples really in the global batch: a replica may have fewer than another.
+        examples = replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(sample_weight))
+        with tf.GradientTape() as tape:
+            sums = _sums(functions, y, model(x, training=True), sample_weight)
+            objective = sums[1] / tf.cast(examples, sums.dtype)
+            if model.losses:  # Regularisation: once a batch, so a share of it in every replica.
+                objective += tf.add_n(model.losses) / replica.num_replicas_in_sync
+        gradients = tape.gradient(objective, model.trainable_variables)
+        model.optimizer.apply(gradients, model.trainable_variables)
+        return sums
+
+    return step
+
+
+def _test_step(
+    model: keras.Model, functions: Mapping[str, PerExample], preprocess: Preprocess
+) -> Callable[..., tf.Tensor]:
+    def step(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
+        x, y = preprocess(x, y)
+        return _sums(functions, y, model(x, training=False), sample_weight)
+
+    return step
+
+
+def _sums(
+    functions: Mapping[str, PerExample],
+    y: tf.Tensor,
+    output: tf.Tensor,
+    sample_weight: tf.Tensor,
+) -> tf.Tensor:
+    """Returns the sum of the weights, then the weighted sum of each function."""
+    dtype = keras.config.floatx()  # Also where the output is of a lower precision.
+    weight = tf.cast(sample_weight, dtype)
+    values = [weight * tf.cast(function(y, output), dtype) for function in functions.values()]
+    return tf.stack([tf.reduce_sum(value) for value in (weight, *values)])
+
+
+def _compile(
+    step: Callable[..., tf.Tensor], functions: int, strategy: tf.distribute.Strategy
+) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
+    """Puts several steps into one ``tf.function``, which returns their sums, a row a step."""
+
+    @tf.function
+    def call(iterator: Iterator, steps: tf.Tensor) -> tf.Tensor:
+        rows = tf.TensorArray(keras.config.floatx(), steps, element_shape=(1 + functions,))
+        for number in tf.range(steps):
+            sums = strategy.run(step, args=next(iterator))
+            rows = rows.write(number, strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None))
+        return rows.stack()
+
+    return call
+
+
+def _calls(
+    call: Callable[[Iterator, tf.Tensor], tf.Tensor],
+    data: tf.data.Dataset,
+    strategy: tf.distribute.Strategy,
+    steps_per_execution: int | None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[np.ndarray]:
+    """Goes through a data set once; yields the sums of each call's steps, (steps, 1 + functions).
+
+    Raises:
+        ValueError: The cardinality of the data set is not known.
+    """
+    remaining = int(data.cardinality())
+    if remaining < 1:
+        raise ValueError(f"Expected a data set of known cardinality. Received: {remaining}.")
+    iterator = iter(strategy.experimental_distribute_dataset(data))
+    steps = steps_per_execution or 1
+    while remaining:
+        steps = min(steps, remaining)
+        start = clock()
+        rows = call(iterator, tf.constant(steps)).numpy()
+        seconds = clock() - start
+        yield rows
+        remaining -= steps
+        if steps_per_execution is None:
+            # Twice as many at most: the first call also compiles, and says nothing of the next.
+            fitting = SECONDS_PER_CALL * steps / max(seconds, 1e-6)
+            steps = max(1, min(2 * steps, round(fitting)))
+
+
+def _means(
+    calls: Iterator[np.ndarray], functions: Mapping[str, PerExample], where: str
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yields, for each call, the number of its last step and the means of all steps so far."""
+    totals = np.zeros(1 + len(functions), np.float64)
+    step = -1
+    for rows in calls:
+        for row in rows:
+            step += 1
+            totals += row
+            if not math.isfinite(row[1]):
+                raise NotFiniteError(
+                    f"Expected a finite loss. Received: {row[1]} {where}, step {step + 1}. "
+                    "Use a smaller --learning-rate; files of an earlier run are as they were."
+                )
+        yield step, dict(zip(functions, (totals[1:] / totals[0]).tolist(), strict=True))

@@ -1,0 +1,85 @@
+"""TensorFlow and Keras, started as this package needs them; every module imports them from here.
+
+    from trainer.runtime import keras, tf
+
+They start without chatter, unless TF_CPP_MIN_LOG_LEVEL is set, and Keras runs on TensorFlow.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from trainer.errors import ConfigurationError
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what is written to stderr, by C++ too, and shows it only if an error follows.
+
+    TensorFlow 2.21 logs about the processor before it reads TF_CPP_MIN_LOG_LEVEL, so the variable
+    alone does not silence it.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(stderr, kept.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def _start() -> contextlib.AbstractContextManager:
+    # A file ~/.keras/keras.json may name another backend; this variable has precedence over it.
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        return contextlib.nullcontext()
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    return _quiet()
+
+
+try:
+    with _start():
+        import tensorflow as tf
+except ModuleNotFoundError as error:
+    if error.name != "tensorflow":
+        raise
+    raise ConfigurationError(
+        "Expected TensorFlow. Received: a Python without it. Install one of: "
+        "pip install 'digits-trainer[cpu]', 'digits-trainer[gpu]' or 'digits-trainer[tpu]'"
+    ) from error
+
+import keras  # noqa: E402  (after TensorFlow, which it loads)
+
+if keras.backend.backend() != "tensorflow":
+    raise ConfigurationError(
+        "Expected Keras on TensorFlow. Received: KERAS_BACKEND="
+        f"{keras.backend.backend()}. Unset it, or set it to tensorflow, before Keras is imported."
+    )
+
+__all__ = ["keras", "set_threads", "tf"]
+
+
+def set_threads(threads: int) -> None:
+    """Sets the threads inside one operation, which only works before the first one.
+
+    Raises:
+        ConfigurationError: TensorFlow is running already, with another number.
+    """
+    if tf.config.threading.get_intra_op_parallelism_threads() == threads:
+        return
+    try:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"Expected to set threads={threads} before TensorFlow's first operation. Received: "
+            "a TensorFlow that is running with another number. Start a new Python (in a notebook: "
+            "restart the kernel)."
+        ) from error
