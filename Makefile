@@ -14,10 +14,10 @@ train: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m trainer.task $(ARGS)
 
 test: $(VENV)/.installed-$(EXTRA)-test
-	$(RUN) -m pytest -m "not full" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not full" $(ARGS)
 
 test-full: $(VENV)/.installed-$(EXTRA)-test
-	$(RUN) -m pytest -m full $(ARGS)
+	$(RUN) -m pytest --durations=10 -m full $(ARGS)
 
 lint: $(VENV)/.installed-$(EXTRA)-test
 	$(RUN) -m ruff check .

@@ -8,7 +8,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 
 # Linux and Windows on x86 have a smaller build without CUDA; elsewhere the ordinary one is that.
-CPU_BUILD = "(sys_platform == 'linux' or sys_platform == 'win32') and platform_machine in 'x86_64 AMD64'"
+CPU_BUILD = (
+    "(sys_platform == 'linux' or sys_platform == 'win32') and platform_machine in 'x86_64 AMD64'"
+)
 
 TENSORFLOW_DATASETS = [
     # 4.9.10 is the one that was tested with NumPy 2 and Keras 3.15.
@@ -48,7 +50,7 @@ setup(
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
         "tpu": ["tensorflow-tpu>=2.20,<2.21"],
         "tfds": TENSORFLOW_DATASETS,
-        "test": [*TENSORFLOW_DATASETS, "pytest>=9", "ruff==0.17.6"],
+        "test": [*TENSORFLOW_DATASETS, "pytest>=9", "pytest-xdist>=3.8", "ruff==0.17.6"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 class Command:
     """``python -m trainer.task``, run in an empty folder with a clean environment."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, home: Path) -> None:
         self.folder = folder
+        self.home = home
         self.prefix: list[str] = []
         # What a user's shell may hold must not decide a test.
         self.env = {
@@ -23,7 +24,7 @@ class Command:
             for name, value in os.environ.items()
             if not name.startswith(("TF_", "KERAS_", "PYTHON", "XLA_", "TFDS_"))
         }
-        self.env |= {"PYTHONPATH": str(ROOT), "KERAS_HOME": str(folder / "keras")}
+        self.env |= {"PYTHONPATH": str(ROOT), "KERAS_HOME": str(home)}
 
     def argv(self, *flags: object) -> list[str]:
         return [*self.prefix, sys.executable, "-m", "trainer.task", *map(str, flags)]
@@ -40,8 +41,8 @@ class Command:
 
 
 @pytest.fixture
-def command(tmp_path):
-    return Command(tmp_path)
+def command(tmp_path, tmp_path_factory):
+    return Command(tmp_path, tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="session")

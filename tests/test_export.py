@@ -68,9 +68,7 @@ def test_stock_keras_loads_evaluates_and_trains_the_file(tmp_path, cnn):
         cwd=tmp_path,
     )
     x = np.random.default_rng(0).random((40, 28, 28, 1), np.float32)
-    np.testing.assert_allclose(
-        np.load(tmp_path / "said.npy"), cnn.predict(x, verbose=0), rtol=1e-6
-    )
+    np.testing.assert_allclose(np.load(tmp_path / "said.npy"), cnn.predict(x, verbose=0), rtol=1e-6)
 
 
 def test_a_trained_model_loads_with_its_weights_and_can_go_on(tmp_path):

@@ -21,9 +21,7 @@ def fit(network, x, y, *, batch_size=32, epochs=1, test=None, **options):
     }
     return loop.fit(
         network,
-        lambda epoch: pipeline.train_batches(
-            x, y, batch_size=batch_size, seed=0, epoch=epoch
-        ),
+        lambda epoch: pipeline.train_batches(x, y, batch_size=batch_size, seed=0, epoch=epoch),
         pipeline.test_batches(*(test or (x, y)), batch_size=batch_size),
         epochs=epochs,
         **options,
@@ -41,7 +39,8 @@ def few(mnist):
 
 def inputs(digits):
     """What the model takes, as arrays: the loop is compared without ``preprocess``, in which a
-    compiled division by 255 may be off by a last bit."""
+    compiled division by 255 may be off by a last bit.
+    """
     pairs = ((digits.x_train, digits.y_train), (digits.x_test, digits.y_test))
     return [[a.numpy() for a in model.preprocess(x, y)] for x, y in pairs]
 

@@ -77,9 +77,7 @@ def test_the_global_random_state_is_left_alone():
 def test_preprocess_makes_what_the_saved_model_takes():
     images = np.array([[[0, 255], [51, 102]]], np.uint8)
     inputs, targets = model.preprocess(images, np.array([7], np.uint8))
-    np.testing.assert_array_equal(
-        inputs.numpy()[0, ..., 0], np.float32([[0, 1], [0.2, 0.4]])
-    )
+    np.testing.assert_array_equal(inputs.numpy()[0, ..., 0], np.float32([[0, 1], [0.2, 0.4]]))
     assert inputs.dtype == targets.dtype == np.float32
     assert targets.numpy().tolist() == [[0, 0, 0, 0, 0, 0, 0, 1, 0, 0]]
 

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from trainer import pipeline
-from trainer.errors import UsageError
 
 
 def rows(batches):
@@ -37,9 +36,7 @@ def test_the_shapes_are_static():
 
 
 def test_an_epoch_of_mnist_has_469_steps(mnist):
-    batches = pipeline.train_batches(
-        mnist.x_train, mnist.y_train, batch_size=128, seed=0, epoch=0
-    )
+    batches = pipeline.train_batches(mnist.x_train, mnist.y_train, batch_size=128, seed=0, epoch=0)
     assert batches.cardinality() == 469
 
 
@@ -86,8 +83,3 @@ def test_a_test_set_smaller_than_a_batch_is_one_batch():
     x, y = numbered(5)
     numbers, weights = rows(pipeline.test_batches(x, y, batch_size=16))
     assert numbers[weights == 1].tolist() == list(range(5))
-
-
-def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(UsageError, match="at most the 7 training images.*batch_size=8"):
-        train(7, batch_size=8)

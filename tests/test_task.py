@@ -154,7 +154,7 @@ def test_a_python_without_tensorflow_is_78(command, tmp_path):
     for name in ("tensorflow", "keras"):  # an import that fails, as where nothing is installed
         (tmp_path / "empty" / name).mkdir(parents=True)
         (tmp_path / "empty" / name / "__init__.py").write_text(
-            f"raise ModuleNotFoundError('No module named {name!r}', name={name!r})"
+            f"raise ModuleNotFoundError(name={name!r})"
         )
     command.env["PYTHONPATH"] += os.pathsep + str(tmp_path / "empty")
     assert_one_line(command.run(), 78, "pip install 'digits-trainer[cpu]'")
@@ -165,9 +165,8 @@ def test_another_backend_of_keras_is_78(command):
     assert_one_line(command.run(), 78, "Received: KERAS_BACKEND=numpy")
 
 
-def test_a_keras_json_of_another_project_changes_nothing(command, tmp_path):
-    (tmp_path / "keras").mkdir()
-    (tmp_path / "keras" / "keras.json").write_text(
+def test_a_keras_json_of_another_project_changes_nothing(command):
+    (command.home / "keras.json").write_text(
         json.dumps({"backend": "numpy", "image_data_format": "channels_first"})
     )
     done = command.run(*SMALL, "--output-dir", "out")
@@ -177,7 +176,7 @@ def test_a_keras_json_of_another_project_changes_nothing(command, tmp_path):
 def test_ctrl_c_is_130_and_one_line(command, tmp_path):
     run = command.start("--log-format", "json", "--steps-per-execution", 1)
     assert json.loads(run.stdout.readline())["event"] == "start"
-    time.sleep(random.uniform(0, 8))  # anywhere in building, tracing and the first steps
+    time.sleep(random.uniform(0, 4))  # anywhere in building, tracing and the first steps
     run.send_signal(signal.SIGINT)
     _, stderr = run.communicate(timeout=60)
     assert run.returncode == 130
@@ -234,9 +233,11 @@ def kill_in_save(command, folder, seed):
     run = command.start(*SMALL, "--seed", seed, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     start = (folder / "mnist.h5").stat().st_mtime_ns
     wait_for(
-        lambda: any((folder / f".{name}.tmp").exists() for name in export.FILES)
-        or (folder / "mnist.h5").stat().st_mtime_ns != start
-        or run.poll() is not None
+        lambda: (
+            any((folder / f".{name}.tmp").exists() for name in export.FILES)
+            or (folder / "mnist.h5").stat().st_mtime_ns != start
+            or run.poll() is not None
+        )
     )
     time.sleep(random.choice([0, 0, 0.002, 0.005, 0.01, 0.02]))
     run.kill()

@@ -1,14 +1,17 @@
 """What every command of the package shares: flags from a dataclass, errors in one line.
 
-    def main(argv=None) -> int:
-        return cli.run("python -m trainer.task", TrainConfig, train, argv)
+def main(argv=None) -> int:
+    return cli.run("python -m trainer.task", TrainConfig, train, argv)
 """
 
 import contextlib
 import io
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import TypeVar
 
 from trainer.errors import TrainerError, UsageError
@@ -46,6 +49,35 @@ def run(
         print(f"{prog}: interrupted.{reason}", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], None]]:
+    """Makes Ctrl-C wait until the function that it gives is called, which raises it.
+
+    Raised anywhere else, it may come out of TensorFlow's tracing as another error. The second
+    Ctrl-C is raised at once. Outside the main thread, where signals do not come, it does nothing.
+    """
+    pending = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal pending
+        if pending:
+            raise KeyboardInterrupt
+        pending = True
+
+    def check() -> None:
+        if pending:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    previous = signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def parse(prog: str, kind: type[Config], argv: Sequence[str]) -> Config:

@@ -71,7 +71,7 @@ class TrainConfig:
     (keras.datasets.mnist), or tfds:NAME (TensorFlow
     Datasets, with the extra tfds)."""
 
-    output_dir: Path = Path(".")
+    output_dir: Path = Path()
     """Folder for mnist.h5, history.json and mnist.json;
     created where it does not exist."""
 
@@ -144,7 +144,9 @@ class TrainConfig:
                 f"Leave it out for {self.optimizer}'s own, {LEARNING_RATES[self.optimizer]}."
             )
         if not self.data:
-            raise UsageError("data must name a source. Received: data=''. Use bundled, the default.")
+            raise UsageError(
+                "data must name a source. Received: data=''. Use bundled, the default."
+            )
 
     def as_dict(self) -> dict:
         """Returns the fields as JSON can hold them."""

@@ -78,7 +78,8 @@ class Digits:
     @functools.cached_property
     def sha256(self) -> str:
         """SHA-256 over name, dtype, shape and bytes of the four arrays: equal for equal data,
-        whatever file it came from."""
+        whatever file it came from.
+        """
         digest = hashlib.sha256()
         for name in ARRAYS:
             array = getattr(self, name)
@@ -166,7 +167,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
                 f"Received: {', '.join(archive) or 'none'}; missing: {', '.join(missing)}."
             )
         return {name: archive[name] for name in ARRAYS}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+    ) as e:
         raise DataError(
             f"Expected a whole .npz archive of plain arrays at {path}. Received: a file that "
             f"cannot be read as one ({e}). Fetch or make it again."

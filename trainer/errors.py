@@ -47,7 +47,7 @@ class OutputError(TrainerError):
 
 
 class ConfigurationError(TrainerError, ImportError):
-    """This machine or environment cannot run what was asked for.
+    """What was asked for cannot run on this machine or in this environment.
 
     It is an ``ImportError`` too, because the commonest case is a Python without TensorFlow.
     """

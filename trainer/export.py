@@ -56,9 +56,7 @@ def claim(folder: Path) -> Iterator[None]:
         yield
 
 
-def save(
-    folder: Path, model: "keras.Model", history: dict[str, list[float]], facts: dict
-) -> dict:
+def save(folder: Path, model: "keras.Model", history: dict[str, list[float]], facts: dict) -> dict:
     """Writes the model in Keras' HDF5 format, the history, and the manifest that describes both.
 
     Args:
@@ -92,7 +90,7 @@ def save(
             for name, content in files.items():
                 _write(_temporary(folder / name), content)
             for name in files:  # Renamed when all are on disk.
-                os.replace(_temporary(folder / name), folder / name)
+                _temporary(folder / name).replace(folder / name)
             _flush(folder)
         finally:
             for name in files:
@@ -102,7 +100,8 @@ def save(
 
 def weights_sha256(model: "keras.Model") -> str:
     """Returns the SHA-256 over the bytes of the trainable weights, in their order: equal for two
-    runs exactly if they ended with the same bits."""
+    runs exactly if they ended with the same bits.
+    """
     digest = hashlib.sha256()
     for weight in model.trainable_weights:
         digest.update(weight.numpy().tobytes())

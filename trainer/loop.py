@@ -36,6 +36,7 @@ def fit(
     preprocess: Preprocess | None = None,
     steps_per_execution: int | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
+    after_call: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Trains a model, and evaluates it after every epoch.
@@ -53,6 +54,7 @@ def fit(
         steps_per_execution: Steps in one call; None: as many as take about a second.
         callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` come once a
             call, with the number of the last step, counted from 0, and the means so far.
+        after_call: Called after each call; what it raises ends the run.
         clock: Seconds, monotonic.
 
     Returns:
@@ -78,10 +80,12 @@ def fit(
         calls = _calls(train, train_data(epoch), strategy, steps_per_execution, clock)
         for step, logs in _means(calls, functions, f"in epoch {epoch + 1}"):
             listeners.on_train_batch_end(step, logs)
+            after_call()
         listeners.on_test_begin()
         calls = _calls(test, validation_data, strategy, steps_per_execution, clock)
         for step, test_logs in _means(calls, functions, f"in the evaluation of epoch {epoch + 1}"):
             listeners.on_test_batch_end(step, test_logs)
+            after_call()
         listeners.on_test_end(test_logs)
         logs = {**logs, **{f"val_{name}": value for name, value in test_logs.items()}}
         for name, value in {**logs, "seconds": clock() - start}.items():

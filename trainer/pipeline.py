@@ -12,7 +12,6 @@ beside ``from_tensor_slices().cache().shuffle(60000).batch(128)``.
 
 import numpy as np
 
-from trainer.errors import UsageError
 from trainer.runtime import tf
 
 
@@ -31,15 +30,7 @@ def train_batches(
     Returns:
         ceil(n / batch_size) batches ``(x, y, sample_weight)`` of shapes (batch_size, ...),
         (batch_size,) and float32 (batch_size,).
-
-    Raises:
-        UsageError: ``batch_size`` is larger than n.
     """
-    if batch_size > len(x):
-        raise UsageError(
-            f"batch_size must be at most the {len(x)} training images. "
-            f"Received: batch_size={batch_size}. Use --batch-size {len(x)} or less."
-        )
     return _batches(x, y, batch_size, epoch_order(len(x), seed, epoch))
 
 

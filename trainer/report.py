@@ -182,7 +182,9 @@ class Bar(Watcher):
 
 def _means(logs: dict[str, float]) -> str:
     # Keras hands them over sorted by name.
-    order = sorted(logs, key=lambda name: (name.startswith("val_"), not name.endswith("loss"), name))
+    order = sorted(
+        logs, key=lambda name: (name.startswith("val_"), not name.endswith("loss"), name)
+    )
     return "  ".join(f"{name} {logs[name]:.4f}" for name in order)
 
 

@@ -36,9 +36,20 @@ def _quiet() -> Iterator[None]:
             os.close(stderr)
 
 
-def _start() -> contextlib.AbstractContextManager:
+def _check_backend() -> None:
     # A file ~/.keras/keras.json may name another backend; this variable has precedence over it.
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if "keras" in sys.modules:  # Imported before this module, and so for good.
+        backend = sys.modules["keras"].backend.backend()
+    if backend != "tensorflow":
+        raise ConfigurationError(
+            f"Expected Keras on TensorFlow. Received: KERAS_BACKEND={backend}. "
+            "Unset it, or set it to tensorflow, before Keras is imported."
+        )
+
+
+def _start() -> contextlib.AbstractContextManager:
+    _check_backend()
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         return contextlib.nullcontext()
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -56,13 +67,7 @@ except ModuleNotFoundError as error:
         "pip install 'digits-trainer[cpu]', 'digits-trainer[gpu]' or 'digits-trainer[tpu]'"
     ) from error
 
-import keras  # noqa: E402  (after TensorFlow, which it loads)
-
-if keras.backend.backend() != "tensorflow":
-    raise ConfigurationError(
-        "Expected Keras on TensorFlow. Received: KERAS_BACKEND="
-        f"{keras.backend.backend()}. Unset it, or set it to tensorflow, before Keras is imported."
-    )
+import keras  # noqa: E402  (TensorFlow loads it)
 
 __all__ = ["keras", "set_threads", "tf"]
 

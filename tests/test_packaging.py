@@ -1,0 +1,99 @@
+"""The wheel, and make in a folder that has nothing yet."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+
+def run(*argv, **options):
+    options = {"check": True, "capture_output": True, "text": True, **options}
+    return subprocess.run([str(part) for part in argv], **options)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    # From a copy, because building leaves a folder behind.
+    source = tmp_path_factory.mktemp("source")
+    tracked = run("git", "ls-files", cwd=ROOT).stdout.splitlines()
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, source)
+    return next(folder.glob("digits_trainer-*.whl"))
+
+
+@pytest.mark.full
+def test_the_wheel_holds_the_data_and_both_licences(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "trainer/assets/mnist.npz" in names
+    assert "trainer/assets/LICENSE.mnist" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert not any(name.startswith("tests/") or name.endswith("bundle.py") for name in names)
+
+
+@pytest.mark.full
+def test_the_installed_wheel_is_the_same_command_with_its_data(wheel, tmp_path):
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    here = {"cwd": folder, "env": env}
+
+    run(python, "-m", "pip", "install", "--quiet", wheel)
+    assert run(python, "-m", "trainer.task", "--help", **here).stdout.startswith("usage:")
+    without = run(python, "-m", "trainer.task", **here, check=False)
+    assert without.returncode == 78
+    assert "pip install 'digits-trainer[cpu]'" in without.stderr
+    assert without.stderr.count("\n") == 1
+
+    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cpu]")
+    small = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)
+    done = run(python, "-m", "trainer.task", *small, **here)
+    assert "256 training and 100 test images (bundled)" in done.stdout
+    assert (folder / "mnist.h5").exists()
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    (tmp_path / "trainer").mkdir()
+    for name in ("Makefile", "setup.py", "trainer/__init__.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def python_of_version(folder, version):
+    """Stands for a Python of another version: it answers what make asks it."""
+    script = folder / "python-of-that-version"
+    script.write_text(
+        f'#!/bin/sh\ncase "$1" in --version) echo Python {version};; *) exit 1;; esac\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+def test_make_names_a_python_that_tensorflow_does_not_support(fresh):
+    python = python_of_version(fresh, "3.9.18")
+    done = run("make", "train", f"PYTHON={python}", cwd=fresh, check=False)
+    assert done.returncode == 2
+    assert "Expected Python 3.11, 3.12 or 3.13" in done.stderr
+    assert "Received: Python 3.9.18" in done.stderr
+    assert not (fresh / ".venv").exists()
+
+
+@pytest.mark.parametrize(("works", "extra"), [(True, "gpu"), (False, "cpu")])
+def test_make_installs_for_the_gpu_where_nvidia_smi_works(fresh, works, extra):
+    tools = fresh / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\nexit {0 if works else 9}\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    plan = run("make", "--dry-run", "train", "ARGS=--epochs 2", cwd=fresh, env=env).stdout
+    assert f'--editable ".[{extra}]"' in plan
+    assert plan.splitlines()[-1] == ".venv/bin/python -m trainer.task --epochs 2"
