@@ -17,7 +17,7 @@ test: $(VENV)/.installed-$(EXTRA)-test
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not full" $(ARGS)
 
 test-full: $(VENV)/.installed-$(EXTRA)-test
-	$(RUN) -m pytest --durations=10 -m full $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal --durations=10 -m full $(ARGS)
 
 lint: $(VENV)/.installed-$(EXTRA)-test
 	$(RUN) -m ruff check .
