@@ -8,9 +8,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 
 # Linux and Windows on x86 have a smaller build without CUDA; elsewhere the ordinary one is that.
-CPU_BUILD = (
-    "(sys_platform == 'linux' or sys_platform == 'win32') and platform_machine in 'x86_64 AMD64'"
-)
+# The two conditions are opposites: markers know no "not".
+SMALLER = "(sys_platform == 'linux' and platform_machine == 'x86_64') or platform_machine == 'AMD64'"
+ORDINARY = "(sys_platform != 'linux' or platform_machine != 'x86_64') and platform_machine != 'AMD64'"
 
 TENSORFLOW_DATASETS = [
     # 4.9.10 is the one that was tested with NumPy 2 and Keras 3.15.
@@ -44,8 +44,8 @@ setup(
     extras_require={
         # 2.20 is the last of tensorflow-tpu, 2.21 the newest that was tested.
         "cpu": [
-            f"tensorflow-cpu>=2.20,<2.22; {CPU_BUILD}",
-            f"tensorflow>=2.20,<2.22; not ({CPU_BUILD})",
+            f"tensorflow-cpu>=2.20,<2.22; {SMALLER}",
+            f"tensorflow>=2.20,<2.22; {ORDINARY}",
         ],
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
         "tpu": ["tensorflow-tpu>=2.20,<2.21"],
