@@ -9,8 +9,12 @@ ROOT = Path(__file__).parent
 
 # Linux and Windows on x86 have a smaller build without CUDA; elsewhere the ordinary one is that.
 # The two conditions are opposites: markers know no "not".
-SMALLER = "(sys_platform == 'linux' and platform_machine == 'x86_64') or platform_machine == 'AMD64'"
-ORDINARY = "(sys_platform != 'linux' or platform_machine != 'x86_64') and platform_machine != 'AMD64'"
+SMALLER = (
+    "(sys_platform == 'linux' and platform_machine == 'x86_64') or platform_machine == 'AMD64'"
+)
+ORDINARY = (
+    "(sys_platform != 'linux' or platform_machine != 'x86_64') and platform_machine != 'AMD64'"
+)
 
 TENSORFLOW_DATASETS = [
     # 4.9.10 is the one that was tested with NumPy 2 and Keras 3.15.

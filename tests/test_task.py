@@ -173,18 +173,34 @@ def test_a_keras_json_of_another_project_changes_nothing(command):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_ctrl_c_is_130_and_one_line(command, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [(signal.SIGINT, 130, "interrupted."), (signal.SIGTERM, 75, "stopped by SIGTERM.")],
+)
+def test_a_signal_before_the_first_step_is_one_line(command, tmp_path, number, code, says):
+    run = command.start("--log-format", "json", "--output-dir", "out")
+    wait_for((tmp_path / "out").exists)
+    time.sleep(random.uniform(0.3, 2.5))  # while TensorFlow starts
+    run.send_signal(number)
+    stdout, stderr = run.communicate(timeout=60)
+    # Where TensorFlow's start caught the signal itself, Python ends by it, which a shell calls 130.
+    assert run.returncode in (code, -number)
+    assert stderr == f"python -m trainer.task: {says} What is in out is as it was.\n"
+    assert stdout == ""
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_training_is_75_and_leaves_a_checkpoint(command, tmp_path, number):
     run = command.start("--log-format", "json", "--steps-per-execution", 1)
     assert json.loads(run.stdout.readline())["event"] == "start"
     time.sleep(random.uniform(0, 4))  # anywhere in building, tracing and the first steps
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     _, stderr = run.communicate(timeout=60)
-    assert run.returncode == 130
-    assert stderr == (
-        "python -m trainer.task: interrupted. Nothing was written to ., and what was there is as "
-        "it was.\n"
-    )
-    assert list(tmp_path.iterdir()) == []
+    assert run.returncode == 75
+    assert stderr.startswith(f"python -m trainer.task: stopped by {number.name} at epoch 1, step ")
+    assert stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_help_loads_neither_tensorflow_nor_numpy(command):
@@ -228,9 +244,13 @@ def test_tensorflow_speaks_when_it_is_asked_to(command):
     assert "TensorFlow binary is optimized" in done.stderr
 
 
+# Another seed than the run that was killed before had: not to be resumed.
+ANEW = (*SMALL, "--resume", "never")
+
+
 def kill_in_save(command, folder, seed):
     """Kills a run with -9 while it saves: as soon as a file of it is seen, or a moment later."""
-    run = command.start(*SMALL, "--seed", seed, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    run = command.start(*ANEW, "--seed", seed, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     start = (folder / "mnist.h5").stat().st_mtime_ns
     wait_for(
         lambda: (
@@ -245,7 +265,7 @@ def kill_in_save(command, folder, seed):
 
 
 def kill_anywhere(command, folder, seed, seconds):
-    run = command.start(*SMALL, "--seed", seed, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    run = command.start(*ANEW, "--seed", seed, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     time.sleep(random.uniform(0, seconds))
     run.kill()
     return run.wait()
@@ -265,7 +285,7 @@ def test_killed_at_any_moment_the_old_model_or_the_new_one_loads(command, tmp_pa
     for seed in (1, 2):
         assert kill_in_save(command, tmp_path, seed) in (-signal.SIGKILL, 0)
         assert_loads(tmp_path)
-    assert command.run(*SMALL).returncode == 0  # and what is left is in nobody's way
+    assert command.run(*ANEW).returncode == 0  # and what is left is in nobody's way
     assert {path.name for path in tmp_path.iterdir()} == set(export.FILES)
 
 

@@ -10,11 +10,11 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TypeVar
 
-from trainer.errors import TrainerError, UsageError
+from trainer.errors import StoppedError, TrainerError, UsageError
 
 Config = TypeVar("Config")
 
@@ -42,7 +42,8 @@ def run(
     try:
         command(parse(prog, kind, sys.argv[1:] if argv is None else argv))
     except TrainerError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        label = "" if isinstance(error, StoppedError) else "error: "
+        print(f"{prog}: {label}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
@@ -51,33 +52,41 @@ def run(
     return 0
 
 
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], None]]:
-    """Makes Ctrl-C wait until the function that it gives is called, which raises it.
+class Signals:
+    """Turns SIGINT (Ctrl-C) and SIGTERM into a question that can be asked between two steps.
 
-    Raised anywhere else, it may come out of TensorFlow's tracing as another error. The second
-    Ctrl-C is raised at once. Outside the main thread, where signals do not come, it does nothing.
+    Before ``defer()`` each ends the program at once, as a ``KeyboardInterrupt``: then there is
+    nothing to lose. Afterwards the first is only remembered, because an exception in the middle
+    of TensorFlow's tracing comes out as another one; a second one ends the program at once.
+    Outside the main thread, which signals do not reach, it does nothing.
+
+        with Signals() as signals:
+            signals.defer()
+            while not signals.received: ...
     """
-    pending = False
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        nonlocal pending
-        if pending:
-            raise KeyboardInterrupt
-        pending = True
+    received: str | None = None
 
-    def check() -> None:
-        if pending:
-            raise KeyboardInterrupt
+    def __enter__(self) -> "Signals":
+        self.deferred = False
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._receive)
+        return self
 
-    if threading.current_thread() is not threading.main_thread():
-        yield check
-        return
-    previous = signal.signal(signal.SIGINT, remember)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def defer(self) -> None:
+        """From now on the first signal is only remembered, in ``received``."""
+        self.deferred = True
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self.deferred or self.received:
+            raise KeyboardInterrupt(signal.Signals(number).name)
+        self.received = signal.Signals(number).name
 
 
 def parse(prog: str, kind: type[Config], argv: Sequence[str]) -> Config:

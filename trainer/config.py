@@ -8,12 +8,14 @@ No other module has a default of its own for anything that is named here.
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 from typing import Literal, get_args
 
 from trainer.errors import UsageError
 
 Optimizer = Literal["adadelta", "adagrad", "adam", "adamw", "lion", "nadam", "rmsprop", "sgd"]
+Resume = Literal["auto", "never", "must"]
 LogFormat = Literal["auto", "plain", "json"]
 
 # Keras' own defaults, but for Adadelta: Keras 3 has 0.001 there, with which two epochs end at 58%.
@@ -112,6 +114,20 @@ class TrainConfig:
     test_limit: int | None = None
     """Use the first N test images only."""
 
+    checkpoint_every: str = "60s"
+    """How often the position of the run is saved, apart
+    from each epoch's end: seconds (90s), minutes (5m),
+    hours (1h) or steps (200)."""
+
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints stay. One takes
+    29 MB with adadelta."""
+
+    resume: Resume = "auto"
+    """auto: go on with the unfinished run in output_dir,
+    if there is one; never: start anew and remove its
+    checkpoints; must: fail if there is none."""
+
     log_format: LogFormat = "auto"
     """How progress shows. auto: a bar on a terminal and
     plain lines elsewhere; plain: a line every ten seconds
@@ -122,11 +138,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
+        _check_choice("resume", self.resume, get_args(Resume))
         _check_choice("log_format", self.log_format, get_args(LogFormat))
         _check_whole("epochs", self.epochs, 1, remedy="Use 10, the recipe's number.")
         _check_whole("batch_size", self.batch_size, 1, remedy="Use 128, the recipe's size.")
         _check_whole("seed", self.seed, 0, 2**32 - 1, remedy="Use 0, the default.")
         _check_whole("threads", self.threads, 1, remedy="Leave it out to use every CPU.")
+        _check_whole("keep_checkpoints", self.keep_checkpoints, 1, remedy="Use 3, the default.")
+        if not isinstance(self.checkpoint_every, str) or not re.fullmatch(
+            r"[1-9]\d*[smh]?", self.checkpoint_every
+        ):
+            raise UsageError(
+                "checkpoint_every must be a time like 90s, 5m or 1h, or a number of steps like "
+                f"200. Received: checkpoint_every={self.checkpoint_every!r}. Use 60s, the default."
+            )
         for name in ("steps_per_execution", "train_limit", "test_limit"):
             if (value := getattr(self, name)) is not None:
                 _check_whole(name, value, 1, remedy="Leave it out for the default.")

@@ -46,10 +46,17 @@ class OutputError(TrainerError):
     exit_code = 73
 
 
+class StoppedError(TrainerError):
+    """Stopped before its end; the same command goes on from where it was."""
+
+    exit_code = 75
+
+
 class ConfigurationError(TrainerError, ImportError):
     """What was asked for cannot run on this machine or in this environment.
 
-    It is an ``ImportError`` too, because the commonest case is a Python without TensorFlow.
+    Or the unfinished run that it would go on with is another one. It is an ``ImportError`` too,
+    because the commonest case is a Python without TensorFlow.
     """
 
     exit_code = 78

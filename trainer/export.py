@@ -98,6 +98,14 @@ def save(folder: Path, model: "keras.Model", history: dict[str, list[float]], fa
     return manifest
 
 
+def finished_run(folder: Path) -> str | None:
+    """Returns the ``run`` of the manifest in the folder; None where there is none to read."""
+    try:
+        return json.loads((folder / MANIFEST_FILE).read_bytes()).get("run")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def weights_sha256(model: "keras.Model") -> str:
     """Returns the SHA-256 over the bytes of the trainable weights, in their order: equal for two
     runs exactly if they ended with the same bits.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from trainer.checkpoint import Position
 from trainer.errors import NotFiniteError
 from trainer.runtime import keras, tf
 
@@ -36,7 +37,8 @@ def fit(
     preprocess: Preprocess | None = None,
     steps_per_execution: int | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
-    after_call: Callable[[], None] = lambda: None,
+    position: Position | None = None,
+    after_call: Callable[[Position], None] = lambda position: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Trains a model, and evaluates it after every epoch.
@@ -54,7 +56,9 @@ def fit(
         steps_per_execution: Steps in one call; None: as many as take about a second.
         callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` come once a
             call, with the number of the last step, counted from 0, and the means so far.
-        after_call: Called after each call; what it raises ends the run.
+        position: Where to go on; None: from the beginning. The model must be as it was there.
+        after_call: Called after each call and each epoch with where the run is; what it raises
+            ends the run.
         clock: Seconds, monotonic.
 
     Returns:
@@ -68,33 +72,47 @@ def fit(
     prepare = preprocess or (lambda x, y: (x, y))
     train = _compile(_train_step(model, functions, prepare), len(functions), strategy)
     test = _compile(_test_step(model, functions, prepare), len(functions), strategy)
-    history: dict[str, list[float]] = {}
-    listeners = keras.callbacks.CallbackList(
-        list(callbacks), model=model, epochs=epochs, steps=int(train_data(0).cardinality())
-    )
+    position = position or Position()
+    listeners = keras.callbacks.CallbackList(list(callbacks), model=model)
     model.stop_training = False
     listeners.on_train_begin()
-    for epoch in range(epochs):
-        start = clock()
-        listeners.on_epoch_begin(epoch)
-        calls = _calls(train, train_data(epoch), strategy, steps_per_execution, clock)
-        for step, logs in _means(calls, functions, f"in epoch {epoch + 1}"):
-            listeners.on_train_batch_end(step, logs)
-            after_call()
+    while position.epoch < epochs and not model.stop_training:
+        start = clock() - position.seconds
+        batches = train_data(position.epoch)
+        listeners.set_params({"epochs": epochs, "steps": int(batches.cardinality())})
+        listeners.on_epoch_begin(position.epoch)
+        where = f"in epoch {position.epoch + 1}"
+        totals = _Totals(functions, position.totals)
+        for rows in _calls(
+            train, batches.skip(position.step), strategy, steps_per_execution, clock
+        ):
+            totals.add(rows, where, position.step)
+            position.step += len(rows)
+            position.steps += len(rows)
+            position.totals = totals.sums.tolist()
+            position.seconds = clock() - start
+            listeners.on_train_batch_end(position.step - 1, totals.means())
+            after_call(position)
+        test_totals = _Totals(functions)
         listeners.on_test_begin()
-        calls = _calls(test, validation_data, strategy, steps_per_execution, clock)
-        for step, test_logs in _means(calls, functions, f"in the evaluation of epoch {epoch + 1}"):
-            listeners.on_test_batch_end(step, test_logs)
-            after_call()
-        listeners.on_test_end(test_logs)
-        logs = {**logs, **{f"val_{name}": value for name, value in test_logs.items()}}
+        for rows in _calls(test, validation_data, strategy, steps_per_execution, clock):
+            test_totals.add(rows, f"{where}'s evaluation")
+            listeners.on_test_batch_end(test_totals.steps - 1, test_totals.means())
+            after_call(position)
+        listeners.on_test_end(test_totals.means())
+        logs = {
+            **totals.means(),
+            **{f"val_{name}": value for name, value in test_totals.means().items()},
+        }
         for name, value in {**logs, "seconds": clock() - start}.items():
-            history.setdefault(name, []).append(value)
-        listeners.on_epoch_end(epoch, logs)
-        if model.stop_training:
-            break
-    listeners.on_train_end(logs)
-    return history
+            position.history.setdefault(name, []).append(value)
+        listeners.on_epoch_end(position.epoch, logs)
+        position = Position(
+            epoch=position.epoch + 1, steps=position.steps, history=position.history
+        )
+        after_call(position)
+    listeners.on_train_end()
+    return position.history
 
 
 def evaluate(
@@ -113,9 +131,10 @@ def evaluate(
     """
     functions = {"loss": loss, **metrics}
     step = _test_step(model, functions, preprocess or (lambda x, y: (x, y)))
-    calls = _calls(_compile(step, len(functions), strategy), data, strategy, None)
-    *_, (_, logs) = _means(calls, functions, "in the evaluation")
-    return logs
+    totals = _Totals(functions)
+    for rows in _calls(_compile(step, len(functions), strategy), data, strategy, None):
+        totals.add(rows, "in the evaluation")
+    return totals.means()
 
 
 def _train_step(
@@ -190,7 +209,7 @@ def _calls(
         ValueError: The cardinality of the data set is not known.
     """
     remaining = int(data.cardinality())
-    if remaining < 1:
+    if remaining < 0:
         raise ValueError(f"Expected a data set of known cardinality. Received: {remaining}.")
     iterator = iter(strategy.experimental_distribute_dataset(data))
     steps = steps_per_execution or 1
@@ -207,19 +226,29 @@ def _calls(
             steps = max(1, min(2 * steps, round(fitting)))
 
 
-def _means(
-    calls: Iterator[np.ndarray], functions: Mapping[str, PerExample], where: str
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yields, for each call, the number of its last step and the means of all steps so far."""
-    totals = np.zeros(1 + len(functions), np.float64)
-    step = -1
-    for rows in calls:
-        for row in rows:
-            step += 1
-            totals += row
+class _Totals:
+    """Adds up the sums of steps, in float64 and one by one, so that it does not matter which of
+    them came in one call; ``sums`` are those of earlier steps.
+    """
+
+    def __init__(self, functions: Mapping[str, PerExample], sums: Sequence[float] = ()) -> None:
+        self.names = list(functions)
+        self.sums = np.array(sums or [0.0] * (1 + len(self.names)), np.float64)
+        self.steps = 0
+
+    def add(self, rows: np.ndarray, where: str, before: int = 0) -> None:
+        """Adds the steps of one call; ``where`` and the number of steps before it are for the
+        error, a ``NotFiniteError`` for a loss that is not finite.
+        """
+        for number, row in enumerate(rows, start=before + 1):
             if not math.isfinite(row[1]):
                 raise NotFiniteError(
-                    f"Expected a finite loss. Received: {row[1]} {where}, step {step + 1}. "
+                    f"Expected a finite loss. Received: {row[1]} {where}, step {number}. "
                     "Use a smaller --learning-rate; files of an earlier run are as they were."
                 )
-        yield step, dict(zip(functions, (totals[1:] / totals[0]).tolist(), strict=True))
+            self.sums += row
+        self.steps += len(rows)
+
+    def means(self) -> dict[str, float]:
+        """Returns the weighted mean of each function so far."""
+        return dict(zip(self.names, (self.sums[1:] / self.sums[0]).tolist(), strict=True))

@@ -59,8 +59,10 @@ def _batches(x: np.ndarray, y: np.ndarray, batch_size: int, order: np.ndarray) -
     rows[: len(order)] = order
     sample_weight = np.zeros(steps * batch_size, np.float32)
     sample_weight[: len(order)] = 1.0
-    # Constants outside the mapped function: inside, they would be copied into its graph.
-    x, y = tf.constant(x), tf.constant(y)
+    # Constants outside the mapped function: inside, they would be copied into its graph. Where
+    # tf.data works, which is not on a GPU.
+    with tf.device("CPU:0"):
+        x, y = tf.constant(x), tf.constant(y)
 
     def gather(rows: tf.Tensor, sample_weight: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return tf.gather(x, rows), tf.gather(y, rows), sample_weight

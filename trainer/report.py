@@ -63,6 +63,7 @@ class Watcher(keras.callbacks.Callback):
         self.batch_size = batch_size
         self.stream = stream
         self.clock = clock
+        self.rate = None  # steps a second
 
     def say(self, text: str, event: str, **facts: object) -> None:
         """Says something about the run: a sentence to people, an event with facts to machines."""
@@ -75,15 +76,21 @@ class Watcher(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self.epoch = epoch
         self.epoch_start = self.clock()
-        # The first call of a run also compiles: the rate is counted from its end.
-        self.since = (self.epoch_start, 0)
+        self.first = None
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         step, steps, epochs = batch + 1, self.params["steps"], self.params["epochs"]
-        now, (start, first) = self.clock(), self.since
-        if not first:
-            self.since = (now, step)
-        rate = (step - first) / max(now - start, 1e-9)
+        now = self.clock()
+        if self.first is None:
+            # The first call of an epoch starts its pipeline, and that of a run compiles as well:
+            # the rate is counted from its end, and until then it is that of the epoch before.
+            self.first = (now, step)
+            if self.rate is None:
+                self.rate = step / max(now - self.epoch_start, 1e-9)
+        else:
+            start, first = self.first
+            self.rate = (step - first) / max(now - start, 1e-9)
+        rate = self.rate
         place = {
             "epoch": self.epoch + 1,
             "epochs": epochs,

@@ -7,18 +7,20 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trainer
 from trainer import cli, export
 from trainer.config import TrainConfig
-from trainer.errors import UsageError
+from trainer.errors import StoppedError, UsageError
 
 if TYPE_CHECKING:  # --help loads none of these.
     import keras
 
-    from trainer import data
+    from trainer import checkpoint, data
 
 PROG = "python -m trainer.task"
 
@@ -38,30 +40,37 @@ def train(config: TrainConfig) -> dict:
         TrainerError: One of its kinds, for whatever a user can cause or meet.
     """
     start = time.monotonic()
-    # Folder and data come first: what is wrong with them shows before TensorFlow, which takes
-    # seconds to start.
-    with export.claim(config.output_dir):
+    with export.claim(config.output_dir), cli.Signals() as signals:
         try:
+            # The data comes first: what is wrong with it shows before TensorFlow, which takes
+            # seconds to start.
             source, digits = _load(config)
             if config.tensorflow_logs:
                 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
 
-            from trainer import report, runtime
+            from trainer import checkpoint, report, runtime
 
             runtime.set_threads(config.threads)
             facts = _facts(config, source, digits)
-            with (
-                report.progress(config.log_format, batch_size=config.batch_size) as watcher,
-                cli.deferred_interrupt() as check_interrupt,
-            ):
-                watcher.say(_announcement(config, digits), "start", **facts)
-                model, history = fit(
-                    config, digits, callbacks=[watcher], after_call=check_interrupt
+            with report.progress(config.log_format, batch_size=config.batch_size) as watcher:
+                keeper = checkpoint.Keeper(
+                    config.output_dir,
+                    facts,
+                    finished_run=export.finished_run(config.output_dir),
+                    resume=config.resume,
+                    every=config.checkpoint_every,
+                    keep=config.keep_checkpoints,
+                    stop=lambda: signals.received,
+                    warn=lambda text: watcher.say(text, "notice", message=text),
                 )
+                signals.defer()
+                watcher.say(_announcement(config, digits), "start", **facts)
+                model, history = fit(config, digits, callbacks=[watcher], keeper=keeper)
                 metrics = {name: values[-1] for name, values in history.items()}
                 del metrics["seconds"]
                 facts |= {"metrics": metrics, "seconds": round(time.monotonic() - start, 3)}
                 manifest = export.save(config.output_dir, model, history, facts)
+                keeper.finish()
                 watcher.say(
                     f"test accuracy {metrics['val_accuracy']:.2%}, loss {metrics['val_loss']:.4f}, "
                     f"after {report.span(facts['seconds'])}\n"
@@ -71,10 +80,11 @@ def train(config: TrainConfig) -> dict:
                     "done",
                     **{name: manifest[name] for name in ("model", "metrics", "seconds")},
                 )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"Nothing was written to {config.output_dir}, and what was there is as it was."
-            ) from None
+        except KeyboardInterrupt as interrupt:  # Nothing was under way, or it was the second one.
+            left = f"What is in {config.output_dir} is as it was."
+            if str(interrupt) == "SIGTERM":
+                raise StoppedError(f"stopped by SIGTERM. {left}") from None
+            raise KeyboardInterrupt(left) from None
     return manifest
 
 
@@ -83,15 +93,22 @@ def fit(
     digits: "data.Digits",
     *,
     callbacks: Sequence["keras.callbacks.Callback"] = (),
-    after_call: Callable[[], None] = lambda: None,
+    keeper: "checkpoint.Keeper | None" = None,
 ) -> tuple["keras.Model", dict[str, list[float]]]:
-    """Trains a new model on the digits; writes nothing. The last two arguments are ``loop.fit``'s.
+    """Trains a model on the digits.
+
+    Args:
+        config: How; what it says of files is not looked at.
+        digits: On what.
+        callbacks: Keras callbacks, as ``loop.fit`` calls them.
+        keeper: Restores and saves the position of the run; None: nothing is written.
 
     Returns:
         The compiled model, and its history as ``loop.fit`` gives it.
 
     Raises:
         NotFiniteError: The loss became NaN or infinite.
+        StoppedError: The keeper was asked to stop, and has saved where the run is.
     """
     from trainer import loop, model, pipeline
     from trainer.runtime import tf
@@ -101,6 +118,7 @@ def fit(
         cnn = model.build(
             optimizer=config.optimizer, learning_rate=config.learning_rate, seed=config.seed
         )
+    hooks = {"position": keeper.restore(cnn), "after_call": keeper.after_call} if keeper else {}
     history = loop.fit(
         cnn,
         lambda epoch: pipeline.train_batches(
@@ -118,7 +136,7 @@ def fit(
         preprocess=model.preprocess,
         steps_per_execution=config.steps_per_execution,
         callbacks=callbacks,
-        after_call=after_call,
+        **hooks,
     )
     return cnn, history
 
@@ -144,6 +162,7 @@ def _facts(config: TrainConfig, source: "data.Digits", digits: "data.Digits") ->
     from trainer.runtime import keras, tf
 
     return {
+        "run": uuid.uuid4().hex,
         "config": config.as_dict(),
         "data": {
             "source": config.data,
@@ -158,7 +177,21 @@ def _facts(config: TrainConfig, source: "data.Digits", digits: "data.Digits") ->
             "keras": keras.__version__,
             "numpy": np.__version__,
         },
+        # What else changes the last bits of a result.
+        "environment": {
+            "processor": _processor(),
+            "threads": config.threads,
+            "TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "the processor's"),
+        },
     }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _announcement(config: TrainConfig, digits: "data.Digits") -> str:

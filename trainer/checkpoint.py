@@ -1,0 +1,264 @@
+"""Saves and restores the exact position of a run, so that one that was stopped goes on as if it had
+not been: the same order of images, the same dropout, the same bits.
+
+    keeper = Keeper(output_dir, facts, ...)
+    position = keeper.restore(model)        # where the unfinished run was, or the beginning
+    loop.fit(model, ..., position=position, after_call=keeper.after_call)
+    keeper.finish()                         # when its files are written
+
+A checkpoint is TensorFlow's (``tf.train.Checkpoint``). It holds every variable of the model, the
+state of dropout's seed generators included, every variable of its optimizer, and as JSON the
+position and what the run is.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.errors import (
+    ConfigurationError,
+    DataError,
+    InputError,
+    OutputError,
+    StoppedError,
+    TrainerError,
+)
+from trainer.runtime import keras, tf
+
+FOLDER = "checkpoints"
+
+# What a run may have and still go on from the checkpoint of one that had another. ``epochs`` may
+# only grow. ``threads`` changes the last bits and not what is computed: it is in ``environment``.
+FREE_FIELDS = (
+    "output_dir",
+    "threads",
+    "steps_per_execution",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "resume",
+    "log_format",
+    "tensorflow_logs",
+)
+
+_STATE_KEY = "state/.ATTRIBUTES/VARIABLE_VALUE"  # TensorFlow's name for the argument state=
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is, between two steps.
+
+    Attributes:
+        epoch: The epoch it is in, counted from 0.
+        step: How many steps of that epoch are done.
+        steps: How many steps of the whole run are done.
+        totals: Sums over the steps of the epoch: the weights, then each function of ``loop.fit``.
+        seconds: How long the epoch has taken so far.
+        history: The epochs before, as ``loop.fit`` returns them.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    steps: int = 0
+    totals: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch + 1}, step {self.step}"
+
+
+class Keeper:
+    """Finds where an unfinished run was, and saves where this one is.
+
+    Args:
+        output_dir: The run's; the checkpoints are in a folder there, made when the first is saved.
+        facts: What the run is, as JSON holds it: ``run`` (its identity), ``config``, ``data``
+            (with its digest), ``versions`` and ``environment``.
+        finished_run: The identity of the run that the files in ``output_dir`` are of, if any.
+        resume: As ``TrainConfig.resume``.
+        every: As ``TrainConfig.checkpoint_every``.
+        keep: How many of the newest stay.
+        stop: Names the signal that asks the run to stop, or gives None.
+        warn: Takes a sentence for the user.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        facts: dict,
+        *,
+        finished_run: str | None,
+        resume: str,
+        every: str,
+        keep: int,
+        stop: Callable[[], str | None],
+        warn: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = output_dir / FOLDER
+        self.facts = facts
+        self.finished_run = finished_run
+        self.resume = resume
+        self.every, self.in_seconds = parse_every(every)
+        self.keep = keep
+        self.stop = stop
+        self.warn = warn
+        self.clock = clock
+
+    def restore(self, model: keras.Model) -> Position:
+        """Puts model and optimizer where the newest readable checkpoint of the unfinished run has
+        them; without one, leaves them as they are.
+
+        Returns:
+            The position there; the beginning of a run where there is nothing to resume.
+
+        Raises:
+            ConfigurationError: The unfinished run has another configuration or other data.
+            DataError: There are checkpoints, and none can be read.
+            InputError: ``resume`` is ``must`` and there is nothing to resume.
+        """
+        self.state = tf.Variable("", dtype=tf.string)
+        # One by one and in order, not as a graph of objects: nothing is left out by its name.
+        checkpoint = tf.train.Checkpoint(
+            model=[variable.value for variable in model.variables],
+            optimizer=[variable.value for variable in model.optimizer.variables],
+            state=self.state,
+        )
+        if self.resume == "never":
+            self.finish()
+        position = self._restore_newest(checkpoint)
+        if position is None and self.resume == "must":
+            raise InputError(
+                f"Expected an unfinished run to resume in {self.folder}. Received: none. "
+                "Leave out --resume must to start one."
+            )
+        self.manager = self._manager(checkpoint)
+        self.saved = position or Position()
+        self.saved_at = self.clock()
+        return dataclasses.replace(self.saved)
+
+    def after_call(self, position: Position) -> None:
+        """Saves at an epoch's end, when it is time, and when the run is asked to stop.
+
+        Raises:
+            StoppedError: The run was asked to stop; the position is saved.
+            OutputError: The checkpoint cannot be written.
+        """
+        signal = self.stop()
+        moved = (position.epoch, position.step) != (self.saved.epoch, self.saved.step)
+        since = (
+            self.clock() - self.saved_at if self.in_seconds else position.steps - self.saved.steps
+        )
+        if moved and (signal or not position.step or since >= self.every):
+            self._save(position)
+        if signal:
+            raise StoppedError(
+                f"stopped by {signal} at {position}. The checkpoint is in {self.folder}: the same "
+                "command goes on from there."
+            )
+
+    def finish(self) -> None:
+        """Removes the checkpoints: there is nothing to resume any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _manager(self, checkpoint: tf.train.Checkpoint) -> tf.train.CheckpointManager:
+        options = {"max_to_keep": self.keep, "checkpoint_name": "steps"}
+        try:
+            return tf.train.CheckpointManager(checkpoint, str(self.folder), **options)
+        except ValueError:  # Its list of the checkpoints is damaged; they were found without it.
+            (self.folder / "checkpoint").unlink()
+            return tf.train.CheckpointManager(checkpoint, str(self.folder), **options)
+
+    def _save(self, position: Position) -> None:
+        self.state.assign(json.dumps({**self.facts, "position": dataclasses.asdict(position)}))
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self.manager.save(checkpoint_number=position.steps)
+        except (OSError, tf.errors.OpError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise OutputError(
+                f"Expected to write a checkpoint in {self.folder}. Received: {reason}. "
+                "Make room or permission there; the last checkpoint stands."
+            ) from error
+        self.saved = dataclasses.replace(position)
+        self.saved_at = self.clock()
+
+    def _restore_newest(self, checkpoint: tf.train.Checkpoint) -> Position | None:
+        # Of the folder itself: TensorFlow's own list of checkpoints can be damaged as well.
+        numbered = {
+            int(path.stem.removeprefix("steps-")): path.with_suffix("")
+            for path in self.folder.glob("steps-*.index")
+        }
+        for number in sorted(numbered, reverse=True):
+            path = str(numbered[number])
+            try:
+                state = json.loads(tf.train.load_checkpoint(path).get_tensor(_STATE_KEY))
+                if state["run"] == self.finished_run:  # killed before it could remove them
+                    self.finish()
+                    return None
+                self._check(state)
+                checkpoint.restore(path).assert_consumed()
+            except TrainerError:
+                raise
+            except Exception as error:  # TensorFlow and JSON have one for each kind of damage.
+                reason = " ".join(str(error).split())[:200]
+                self.warn(f"The checkpoint {path} cannot be read ({reason}): trying the one before")
+                continue
+            self.facts["run"] = state["run"]
+            position = Position(**state["position"])
+            self.warn(f"Resuming the unfinished run in {self.folder} at {position}")
+            return position
+        if numbered:
+            raise DataError(
+                f"Expected a readable checkpoint in {self.folder}. Received: {len(numbered)}, all "
+                "damaged. Use --resume never to start anew."
+            )
+        return None
+
+    def _check(self, state: dict) -> None:
+        """Compares what a checkpoint is of with what this run is."""
+        differences = [
+            f"{name}={self.facts['config'].get(name)!r} where it has {name}={value!r}"
+            for name, value in state["config"].items()
+            if name not in FREE_FIELDS
+            and name != "epochs"
+            and value != self.facts["config"].get(name)
+        ]
+        if self.facts["config"]["epochs"] < state["config"]["epochs"]:
+            differences.append(
+                f"epochs={self.facts['config']['epochs']} where it has "
+                f"epochs={state['config']['epochs']}"
+            )
+        if self.facts["data"]["sha256"] != state["data"]["sha256"]:
+            differences.append("other images or labels")
+        if differences:
+            raise ConfigurationError(
+                f"Expected the unfinished run in {self.folder} to go on as it began. Received: "
+                f"{', '.join(differences)}. Use its flags, or --resume never to start anew."
+            )
+        differences = [
+            f"{name} is {self.facts[part].get(name)} and was {value}"
+            for part in ("versions", "environment")
+            for name, value in state[part].items()
+            if value != self.facts[part].get(name)
+        ]
+        if differences:
+            self.warn(
+                f"The run goes on, but its last bits will differ from an unbroken one's: "
+                f"{', '.join(differences)}"
+            )
+
+
+def parse_every(every: str) -> tuple[int, bool]:
+    """Reads an interval between checkpoints: a number, and whether it is of seconds.
+
+    >>> parse_every("90s"), parse_every("5m"), parse_every("200")
+    ((90, True), (300, True), (200, False))
+    """
+    number, unit = re.fullmatch(r"(\d+)([smh]?)", every).groups()
+    return int(number) * {"": 1, "s": 1, "m": 60, "h": 3600}[unit], bool(unit)
