@@ -185,12 +185,17 @@ def _compile(
 ) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
     """Puts several steps into one ``tf.function``, which returns their sums, a row a step."""
 
-    @tf.function
+    # Written out as a tf.while_loop, because AutoGraph does not convert a "for" on Python 3.13
+    # (TensorFlow 2.21).
+    @tf.function(autograph=False)
     def call(iterator: Iterator, steps: tf.Tensor) -> tf.Tensor:
+        def one(number: tf.Tensor, rows: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+            sums = strategy.run(step, args=iterator.get_next())
+            sums = strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+            return number + 1, rows.write(number, sums)
+
         rows = tf.TensorArray(keras.config.floatx(), steps, element_shape=(1 + functions,))
-        for number in tf.range(steps):
-            sums = strategy.run(step, args=next(iterator))
-            rows = rows.write(number, strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None))
+        _, rows = tf.while_loop(lambda number, rows: number < steps, one, (0, rows))
         return rows.stack()
 
     return call
