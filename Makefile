@@ -29,6 +29,7 @@ format: $(VENV)/.installed-$(EXTRA)-test
 
 bench: $(VENV)/.installed-$(EXTRA)
 	$(RUN) bench/pipeline.py
+	$(RUN) bench/checkpoint.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
