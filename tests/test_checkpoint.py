@@ -15,6 +15,7 @@ from trainer.checkpoint import FOLDER, Keeper, Position
 from trainer.config import TrainConfig
 from trainer.errors import ConfigurationError, DataError, InputError, StoppedError
 from trainer.runtime import keras, tf
+from trainer.strategy import Workers
 
 EPOCHS, STEPS = 2, 4  # and three steps in each evaluation; a call has one step
 
@@ -62,6 +63,7 @@ def keeper(folder, *, facts=FACTS, stop=None, warn=None, **options):
         "every": "1000h",
         "keep": 3,
         "stop": stop or Stopper(),
+        "workers": Workers(tf.distribute.get_strategy()),
         "warn": warn or (lambda text: None),
         **options,
     }

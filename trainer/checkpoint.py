@@ -15,9 +15,12 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from trainer.errors import (
     ConfigurationError,
@@ -28,18 +31,23 @@ from trainer.errors import (
     TrainerError,
 )
 from trainer.runtime import keras, tf
+from trainer.strategy import Workers
 
 FOLDER = "checkpoints"
 
 # What a run may have and still go on from the checkpoint of one that had another. ``epochs`` may
 # only grow. ``threads`` changes the last bits and not what is computed: it is in ``environment``.
 FREE_FIELDS = (
+    "data",  # its digest must match
     "output_dir",
+    "strategy",
+    "gpus",
     "threads",
     "steps_per_execution",
     "checkpoint_every",
     "keep_checkpoints",
     "resume",
+    "startup_timeout",
     "log_format",
     "tensorflow_logs",
 )
@@ -83,6 +91,8 @@ class Keeper:
         every: As ``TrainConfig.checkpoint_every``.
         keep: How many of the newest stay.
         stop: Names the signal that asks the run to stop, or gives None.
+        workers: Those of the run. All of them restore, stop, and call ``after_call`` and ``finish``
+            together; worker 0 alone reads and writes the folder.
         warn: Takes a sentence for the user.
         clock: Seconds, monotonic.
     """
@@ -97,6 +107,7 @@ class Keeper:
         every: str,
         keep: int,
         stop: Callable[[], str | None],
+        workers: Workers,
         warn: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -107,6 +118,7 @@ class Keeper:
         self.every, self.in_seconds = parse_every(every)
         self.keep = keep
         self.stop = stop
+        self.workers = workers
         self.warn = warn
         self.clock = clock
 
@@ -122,22 +134,26 @@ class Keeper:
             DataError: There are checkpoints, and none can be read.
             InputError: ``resume`` is ``must`` and there is nothing to resume.
         """
-        self.state = tf.Variable("", dtype=tf.string)
         # One by one and in order, not as a graph of objects: nothing is left out by its name.
-        checkpoint = tf.train.Checkpoint(
-            model=[variable.value for variable in model.variables],
-            optimizer=[variable.value for variable in model.optimizer.variables],
-            state=self.state,
-        )
-        if self.resume == "never":
-            self.finish()
-        position = self._restore_newest(checkpoint)
-        if position is None and self.resume == "must":
-            raise InputError(
-                f"Expected an unfinished run to resume in {self.folder}. Received: none. "
-                "Leave out --resume must to start one."
-            )
-        self.manager = self._manager(checkpoint)
+        parts = {
+            "model": [variable.value for variable in model.variables],
+            "optimizer": [variable.value for variable in model.optimizer.variables],
+        }
+        position = None
+        if self.workers.index == 0:
+            self.state = tf.Variable("", dtype=tf.string)
+            checkpoint = tf.train.Checkpoint(**parts, state=self.state)
+            if self.resume == "never":
+                self.finish()
+            position = self._restore_newest(checkpoint)
+            if position is None and self.resume == "must":
+                raise InputError(
+                    f"Expected an unfinished run to resume in {self.folder}. Received: none. "
+                    "Leave out --resume must to start one."
+                )
+            self.manager = self._manager(checkpoint)
+        if self.workers.count > 1:
+            position = self._share(position, [*parts["model"], *parts["optimizer"]])
         self.saved = position or Position()
         self.saved_at = self.clock()
         return dataclasses.replace(self.saved)
@@ -149,22 +165,46 @@ class Keeper:
             StoppedError: The run was asked to stop; the position is saved.
             OutputError: The checkpoint cannot be written.
         """
-        signal = self.stop()
+        asked = self.workers.gather(getattr(signal, self.stop() or "", 0))
         moved = (position.epoch, position.step) != (self.saved.epoch, self.saved.step)
         since = (
             self.clock() - self.saved_at if self.in_seconds else position.steps - self.saved.steps
         )
-        if moved and (signal or not position.step or since >= self.every):
+        due = any(asked) or not position.step or since >= self.every
+        if moved and due and self.workers.index == 0:
             self._save(position)
-        if signal:
-            raise StoppedError(
-                f"stopped by {signal} at {position}. The checkpoint is in {self.folder}: the same "
-                "command goes on from there."
-            )
+        for worker, number in enumerate(asked):
+            if number:
+                by = signal.Signals(number).name
+                if worker != self.workers.index:
+                    by += f" to worker {worker}"
+                raise StoppedError(
+                    f"stopped by {by} at {position}. The checkpoint is in {self.folder}"
+                    f"{' of worker 0' if self.workers.index else ''}: the same command goes on "
+                    "from there."
+                )
 
     def finish(self) -> None:
         """Removes the checkpoints: there is nothing to resume any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.workers.index == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _share(self, position: Position | None, variables: list[tf.Variable]) -> Position | None:
+        """Gives the other workers what worker 0 has restored, bit for bit."""
+        state = json.dumps(position and dataclasses.asdict(position))
+        state = json.loads(self.workers.share(state.encode()))
+        if state is None:
+            return None
+        content = self.workers.share(b"".join(value.numpy().tobytes() for value in variables))
+        if self.workers.index:
+            start = 0
+            for variable in variables:
+                dtype, shape = variable.dtype.as_numpy_dtype, variable.shape
+                count = shape.num_elements()
+                value = np.frombuffer(content, dtype, count, start).reshape(shape)
+                variable.assign(value)
+                start += value.nbytes
+        return Position(**state)
 
     def _manager(self, checkpoint: tf.train.Checkpoint) -> tf.train.CheckpointManager:
         options = {"max_to_keep": self.keep, "checkpoint_name": "steps"}

@@ -16,6 +16,7 @@ from trainer.errors import UsageError
 
 Optimizer = Literal["adadelta", "adagrad", "adam", "adamw", "lion", "nadam", "rmsprop", "sgd"]
 Resume = Literal["auto", "never", "must"]
+Strategy = Literal["auto", "one", "mirrored", "multiworker", "tpu"]
 LogFormat = Literal["auto", "plain", "json"]
 
 # Keras' own defaults, but for Adadelta: Keras 3 has 0.001 there, with which two epochs end at 58%.
@@ -98,6 +99,16 @@ class TrainConfig:
     images, 0 to 4294967295. On one machine the same seed
     and threads give the same weights, bit for bit."""
 
+    strategy: Strategy = "auto"
+    """How the devices share the work. auto: multiworker
+    where TF_CONFIG or TRAINER_WORKERS names several
+    workers, else tpu, mirrored (several GPUs) or one
+    device, by what is there."""
+
+    gpus: int | None = None
+    """GPUs that this process must have, and uses. None:
+    all that are seen; 0: none of them."""
+
     threads: int = dataclasses.field(default_factory=available_cpus)
     """Threads inside one TensorFlow operation; as many as
     this process may use. Another number changes the last
@@ -128,6 +139,14 @@ class TrainConfig:
     if there is one; never: start anew and remove its
     checkpoints; must: fail if there is none."""
 
+    startup_timeout: int = 300
+    """Seconds that several workers wait for one another
+    at the start."""
+
+    deterministic: bool = False
+    """Make a GPU repeat the same bits too, at some cost
+    in speed; a CPU always does."""
+
     log_format: LogFormat = "auto"
     """How progress shows. auto: a bar on a terminal and
     plain lines elsewhere; plain: a line every ten seconds
@@ -139,11 +158,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
         _check_choice("resume", self.resume, get_args(Resume))
+        _check_choice("strategy", self.strategy, get_args(Strategy))
         _check_choice("log_format", self.log_format, get_args(LogFormat))
         _check_whole("epochs", self.epochs, 1, remedy="Use 10, the recipe's number.")
         _check_whole("batch_size", self.batch_size, 1, remedy="Use 128, the recipe's size.")
         _check_whole("seed", self.seed, 0, 2**32 - 1, remedy="Use 0, the default.")
         _check_whole("threads", self.threads, 1, remedy="Leave it out to use every CPU.")
+        _check_whole("startup_timeout", self.startup_timeout, 1, remedy="Use 300, the default.")
+        if self.gpus is not None:
+            _check_whole("gpus", self.gpus, 0, remedy="Leave it out to use all that are seen.")
         _check_whole("keep_checkpoints", self.keep_checkpoints, 1, remedy="Use 3, the default.")
         if not isinstance(self.checkpoint_every, str) or not re.fullmatch(
             r"[1-9]\d*[smh]?", self.checkpoint_every

@@ -18,6 +18,7 @@ import numpy as np
 from trainer.checkpoint import Position
 from trainer.errors import NotFiniteError
 from trainer.runtime import keras, tf
+from trainer.strategy import Workers, separate_seeds
 
 SECONDS_PER_CALL = 1.0  # A call this long hides what a call costs, and lets progress be seen.
 
@@ -68,6 +69,7 @@ def fit(
     Raises:
         NotFiniteError: The loss became NaN or infinite; the message names epoch and step.
     """
+    separate_seeds(model)
     functions = {"loss": loss, **metrics}
     prepare = preprocess or (lambda x, y: (x, y))
     train = _compile(_train_step(model, functions, prepare), len(functions), strategy)
@@ -140,11 +142,11 @@ def evaluate(
 def _train_step(
     model: keras.Model, functions: Mapping[str, PerExample], preprocess: Preprocess
 ) -> Callable[..., tf.Tensor]:
-    def step(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
+    def step(
+        x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
+    ) -> tf.Tensor:
         x, y = preprocess(x, y)
         replica = tf.distribute.get_replica_context()
-        # The examples really in the global batch: a replica may have fewer than another.
-        examples = replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(sample_weight))
         with tf.GradientTape() as tape:
             sums = _sums(functions, y, model(x, training=True), sample_weight)
             objective = sums[1] / tf.cast(examples, sums.dtype)
@@ -160,7 +162,9 @@ def _train_step(
 def _test_step(
     model: keras.Model, functions: Mapping[str, PerExample], preprocess: Preprocess
 ) -> Callable[..., tf.Tensor]:
-    def step(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
+    def step(
+        x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
+    ) -> tf.Tensor:
         x, y = preprocess(x, y)
         return _sums(functions, y, model(x, training=False), sample_weight)
 
@@ -216,10 +220,12 @@ def _calls(
     remaining = int(data.cardinality())
     if remaining < 0:
         raise ValueError(f"Expected a data set of known cardinality. Received: {remaining}.")
-    iterator = iter(strategy.experimental_distribute_dataset(data))
+    iterator = iter(_distribute(data, strategy))
+    workers = Workers(strategy)
     steps = steps_per_execution or 1
     while remaining:
-        steps = min(steps, remaining)
+        # Each has a clock of its own, and all must do the same.
+        steps = min(workers.first(steps), remaining)
         start = clock()
         rows = call(iterator, tf.constant(steps)).numpy()
         seconds = clock() - start
@@ -229,6 +235,34 @@ def _calls(
             # Twice as many at most: the first call also compiles, and says nothing of the next.
             fitting = SECONDS_PER_CALL * steps / max(seconds, 1e-6)
             steps = max(1, min(2 * steps, round(fitting)))
+
+
+def _distribute(data: tf.data.Dataset, strategy: tf.distribute.Strategy) -> tf.data.Dataset:
+    """Cuts each global batch into equal slices, one a replica, in the order of their numbers.
+
+    Beside each slice comes the number of examples really in the whole batch, of which a slice may
+    have none.
+    """
+    replicas = strategy.num_replicas_in_sync
+
+    def of_pipeline(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        here = replicas // context.num_input_pipelines
+        start = context.input_pipeline_id * here
+
+        def cut(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            def slices(rows: tf.Tensor) -> tf.Tensor:
+                size = rows.shape[0] // replicas
+                return tf.reshape(
+                    rows[start * size : (start + here) * size], (here, size, *rows.shape[1:])
+                )
+
+            examples = tf.fill((here,), tf.reduce_sum(sample_weight))
+            return slices(x), slices(y), slices(sample_weight), examples
+
+        # Without an end, lest all workers ask one another at every step whether there is more.
+        return data.map(cut).unbatch().repeat().prefetch(tf.data.AUTOTUNE)
+
+    return strategy.distribute_datasets_from_function(of_pipeline)
 
 
 class _Totals:

@@ -69,7 +69,7 @@ except ModuleNotFoundError as error:
 
 import keras  # noqa: E402  (TensorFlow loads it)
 
-__all__ = ["keras", "set_threads", "tf"]
+__all__ = ["keras", "set_deterministic", "set_threads", "tf"]
 
 
 def set_threads(threads: int) -> None:
@@ -88,3 +88,8 @@ def set_threads(threads: int) -> None:
             "a TensorFlow that is running with another number. Start a new Python (in a notebook: "
             "restart the kernel)."
         ) from error
+
+
+def set_deterministic() -> None:
+    """Has every operation give the same bits each time, on a GPU too; for the whole process."""
+    tf.config.experimental.enable_op_determinism()

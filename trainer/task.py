@@ -1,24 +1,29 @@
 """The command: trains the CNN and writes mnist.h5.
 
-python -m trainer.task --epochs 2 --output-dir out
+    python -m trainer.task --epochs 2 --output-dir out
+
+Where TF_CONFIG or an Indexed Job's environment names several workers, the same command on each of
+them trains one model together.
 """
 
+import contextlib
 import os
 import platform
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trainer
-from trainer import cli, export
+from trainer import child, cli, cluster, export, supervisor
 from trainer.config import TrainConfig
 from trainer.errors import StoppedError, UsageError
 
 if TYPE_CHECKING:  # --help loads none of these.
     import keras
+    import tensorflow as tf
 
     from trainer import checkpoint, data
 
@@ -27,11 +32,37 @@ PROG = "python -m trainer.task"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (``trainer.errors`` lists them)."""
-    return cli.run(PROG, TrainConfig, train, argv)
+    flags = list(sys.argv[1:] if argv is None else argv)
+
+    def command(config: TrainConfig) -> None:
+        members = cluster.resolve(os.environ)
+        if members is None:
+            train(config)
+        elif link := child.Link.find(os.environ):
+            link.run(lambda: train(config, members=members, link=link))
+        else:
+            supervisor.run(
+                [sys.executable, "-m", "trainer.task", *flags],
+                members,
+                startup_timeout=config.startup_timeout,
+            )
+
+    return cli.run(PROG, TrainConfig, command, flags)
 
 
-def train(config: TrainConfig) -> dict:
+def train(
+    config: TrainConfig,
+    *,
+    members: cluster.Cluster | None = None,
+    link: child.Link | None = None,
+) -> dict:
     """Trains as the configuration says, shows how it goes, and saves what comes out.
+
+    Args:
+        config: What to train.
+        members: The workers of the run; None: this process alone. The chief alone shows progress
+            and writes files.
+        link: To the parent process, which a worker of several has.
 
     Returns:
         The manifest, as in mnist.json: ``model``, ``metrics``, ``config``, ``data``, ``versions``.
@@ -40,7 +71,9 @@ def train(config: TrainConfig) -> dict:
         TrainerError: One of its kinds, for whatever a user can cause or meet.
     """
     start = time.monotonic()
-    with export.claim(config.output_dir), cli.Signals() as signals:
+    chief = members is None or members.is_chief
+    folder = export.claim(config.output_dir) if chief else contextlib.nullcontext()
+    with folder, cli.Signals() as signals:
         try:
             # The data comes first: what is wrong with it shows before TensorFlow, which takes
             # seconds to start.
@@ -48,30 +81,66 @@ def train(config: TrainConfig) -> dict:
             if config.tensorflow_logs:
                 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
 
-            from trainer import checkpoint, report, runtime
+            from trainer import checkpoint, report, runtime, strategy
 
-            runtime.set_threads(config.threads)
             facts = _facts(config, source, digits)
-            with report.progress(config.log_format, batch_size=config.batch_size) as watcher:
+            if link:
+                link.meet(_must_be_equal(facts))
+            runtime.set_threads(config.threads)
+            if config.deterministic:
+                runtime.set_deterministic()
+            log_format = config.log_format
+            if not chief and log_format == "auto":  # The terminal is the chief's.
+                log_format = "plain"
+            with (
+                report.progress(log_format, batch_size=config.batch_size) as watcher,
+                _lost_peers() if link else contextlib.nullcontext(),
+            ):
+                say = watcher.say if chief else _nothing
+                chosen = strategy.create(config.strategy, cluster=members, gpus=config.gpus)
+                if link:
+                    link.tell("connected")
+                workers = strategy.Workers(chosen.strategy)
+                replicas = chosen.strategy.num_replicas_in_sync
+                facts["environment"] |= {"workers": workers.count, "replicas": replicas}
                 keeper = checkpoint.Keeper(
                     config.output_dir,
                     facts,
-                    finished_run=export.finished_run(config.output_dir),
+                    finished_run=export.finished_run(config.output_dir) if chief else None,
                     resume=config.resume,
                     every=config.checkpoint_every,
                     keep=config.keep_checkpoints,
                     stop=lambda: signals.received,
-                    warn=lambda text: watcher.say(text, "notice", message=text),
+                    workers=workers,
+                    warn=lambda text: say(text, "notice", message=text),
                 )
                 signals.defer()
-                watcher.say(_announcement(config, digits), "start", **facts)
-                model, history = fit(config, digits, callbacks=[watcher], keeper=keeper)
+                say(_announcement(config, digits), "start", **facts)
+                say(chosen.reason, "strategy", reason=chosen.reason, replicas=replicas)
+                model, history = fit(
+                    config,
+                    digits,
+                    callbacks=[watcher] if chief else [],
+                    keeper=keeper,
+                    strategy=chosen.strategy,
+                )
+                weights = export.weights_sha256(model)
+                if link:
+                    link.tell("trained")
+                    watcher.say(
+                        f"worker {workers.index}: trained, weights' SHA-256 {weights}",
+                        "trained",
+                        worker=workers.index,
+                        weights_sha256=weights,
+                    )
+                if not chief:
+                    return facts
                 metrics = {name: values[-1] for name, values in history.items()}
                 del metrics["seconds"]
                 facts |= {"metrics": metrics, "seconds": round(time.monotonic() - start, 3)}
                 manifest = export.save(config.output_dir, model, history, facts)
                 keeper.finish()
-                watcher.say(
+                say(
                     f"test accuracy {metrics['val_accuracy']:.2%}, loss {metrics['val_loss']:.4f}, "
                     f"after {report.span(facts['seconds'])}\n"
                     f"{config.output_dir / export.MODEL_FILE}  "
@@ -94,6 +163,7 @@ def fit(
     *,
     callbacks: Sequence["keras.callbacks.Callback"] = (),
     keeper: "checkpoint.Keeper | None" = None,
+    strategy: "tf.distribute.Strategy | None" = None,
 ) -> tuple["keras.Model", dict[str, list[float]]]:
     """Trains a model on the digits.
 
@@ -102,18 +172,23 @@ def fit(
         digits: On what.
         callbacks: Keras callbacks, as ``loop.fit`` calls them.
         keeper: Restores and saves the position of the run; None: nothing is written.
+        strategy: Under which; None: what ``trainer.strategy`` chooses, as the configuration says.
 
     Returns:
         The compiled model, and its history as ``loop.fit`` gives it.
 
     Raises:
+        UsageError: The batch size does not divide among the replicas.
         NotFiniteError: The loss became NaN or infinite.
         StoppedError: The keeper was asked to stop, and has saved where the run is.
     """
     from trainer import loop, model, pipeline
-    from trainer.runtime import tf
+    from trainer import strategy as strategies
 
-    strategy = tf.distribute.get_strategy()
+    if strategy is None:
+        members = cluster.resolve(os.environ)
+        strategy = strategies.create(config.strategy, cluster=members, gpus=config.gpus).strategy
+    strategies.check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
     with strategy.scope():
         cnn = model.build(
             optimizer=config.optimizer, learning_rate=config.learning_rate, seed=config.seed
@@ -184,6 +259,39 @@ def _facts(config: TrainConfig, source: "data.Digits", digits: "data.Digits") ->
             "TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "the processor's"),
         },
     }
+
+
+def _nothing(*text: object, **facts: object) -> None:
+    """Stands for what the chief says, on the others."""
+
+
+@contextlib.contextmanager
+def _lost_peers() -> Iterator[None]:
+    """Calls by its name what TensorFlow raises when another worker is gone."""
+    from trainer.runtime import tf
+
+    try:
+        yield
+    except (
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.DeadlineExceededError,
+        tf.errors.InternalError,
+        tf.errors.UnavailableError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise child.PeerError(
+            f"TensorFlow has lost another worker: {reason}. The last checkpoint stands."
+        ) from error
+
+
+def _must_be_equal(facts: dict) -> dict:
+    """Returns what all workers of a run must have in common."""
+    from trainer.checkpoint import FREE_FIELDS
+
+    packages = {name: version for name, version in facts["versions"].items() if name != "python"}
+    config = {name: value for name, value in facts["config"].items() if name not in FREE_FIELDS}
+    return {**config, **packages, "data": facts["data"]["sha256"]}
 
 
 def _processor() -> str:

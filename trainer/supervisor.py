@@ -1,0 +1,592 @@
+"""The parent process of a worker, where a run has several: it knows who is alive, and decides how
+the run ends. It loads no TensorFlow.
+
+    run([sys.executable, "-m", "trainer.task", *flags], cluster, startup_timeout=300)
+
+The process that trains is its child (``trainer.child`` says why); this one owns what must never
+wait: signals, deadlines, and the exit code.
+
+The parents meet first, at worker 0's address, and compare what they are about to train. Their
+connections last as long as the run, beside TensorFlow's own, which takes over the port: by them
+every parent knows who is alive, and worker 0's decides for all how the run ends. Each message is a
+line of JSON:
+
+    to worker 0    {"hello": 1, "workers": [...]}, {"ready": facts}, {"ended": [code, text, kind]}
+    from worker 0  {"welcome": 0}, {"busy": text}, {"go": 1}, {"verdict": [code, text]}
+    both           {"beat": 1}, every second
+
+Workers leave first and worker 0 last. One that is lost when worker 0 has trained costs nothing;
+when it comes back it is told that the run is finished.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+
+from trainer.child import Child, Outcome, receive, send
+from trainer.cli import INTERRUPTED
+from trainer.cluster import Cluster, split_address
+from trainer.errors import ConfigurationError, StoppedError, TrainerError
+
+BEAT = 1.0  # Seconds between two signs of life.
+SILENCE = 10.0  # Seconds without one, after which a peer is lost.
+FROZEN = 5.0  # Seconds that the process which trains may be stopped (SIGSTOP).
+STOP = 8.0  # Seconds that it has for its last step and checkpoint: one that waits for a peer ends.
+NEWS = 12.0  # Seconds in which an error of TensorFlow's turns out to be the loss of a peer.
+LEAVE = 5.0  # Seconds in which the others end when they are told to.
+TELL = 10.0  # Seconds in which workers that have not come yet can learn why there is no run.
+
+STOPPED = StoppedError.exit_code
+
+
+def run(command: Sequence[str], cluster: Cluster, *, startup_timeout: float) -> None:
+    """Runs one worker of a run in a child process, until all of them have ended.
+
+    Args:
+        command: What the child is; it finds its end of the connection by ``child.Link.find``.
+        cluster: All workers, and which this one is.
+        startup_timeout: Seconds to wait for the others.
+
+    Raises:
+        StoppedError: A peer was lost or did not come, or a signal stopped the run.
+        TrainerError: What the child, or another worker, ended with.
+        KeyboardInterrupt: A second signal came, or one before there was anything to lose.
+    """
+    kind = _Chief if cluster.is_chief else _Other
+
+    async def supervise() -> tuple[int, str]:
+        return await kind(command, cluster, startup_timeout).run()
+
+    code, text = asyncio.run(supervise())
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt(text)
+    if code:
+        kinds = {error.exit_code: error for error in TrainerError.__subclasses__()}
+        error = kinds.get(code, TrainerError)(text)
+        error.exit_code = code
+        raise error
+
+
+class _Supervisor:
+    """What the parents of the chief and of the others share: a child, signals and time.
+
+    Whoever calls ``finish`` first decides how it ends.
+    """
+
+    def __init__(self, command: Sequence[str], cluster: Cluster, startup_timeout: float) -> None:
+        self.cluster = cluster
+        self.startup_timeout = startup_timeout
+        self.child = Child(command)
+        self.facts: dict | None = None  # what the child is about to train
+        self.trained = False
+        self.signals: list[str] = []
+        self.deadlines: dict[str, asyncio.TimerHandle] = {}
+        self.tasks: set[asyncio.Task] = set()
+        self.loop = asyncio.get_running_loop()
+        self.end: asyncio.Future[tuple[int, str]] = self.loop.create_future()
+
+    async def run(self) -> tuple[int, str]:
+        """Returns the exit code of this worker, and the sentence that explains it."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.loop.add_signal_handler(number, self.on_signal, number)
+        await self.child.connect()
+        try:
+            for part in (self._follow_child(), self._watch(), self.meet()):
+                self.spawn(part)
+            return await self.end
+        finally:
+            for task in self.tasks:
+                task.cancel()
+            await asyncio.gather(*self.tasks, return_exceptions=True)
+            self.child.close()
+
+    # What the chief and the others do differently.
+
+    async def meet(self) -> None:
+        """Meets the others, and stays in touch with them."""
+        raise NotImplementedError
+
+    def on_ready(self) -> None:
+        """Is called when the child has said what it is about to train."""
+        raise NotImplementedError
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Is called when the child has ended."""
+        raise NotImplementedError
+
+    def give_up(self, text: str) -> None:
+        """Ends this worker, resumable, without waiting for the others."""
+        raise NotImplementedError
+
+    # What they share.
+
+    def finish(self, code: int, text: str) -> None:
+        """Ends this worker, unless it is ending already."""
+        if not self.end.done():
+            self.end.set_result((code, text))
+
+    def spawn(self, part: Coroutine) -> None:
+        """Runs a part of the work beside the others; a defect in it ends the worker."""
+
+        def done(task: asyncio.Task) -> None:
+            self.tasks.discard(task)
+            if not task.cancelled() and task.exception() and not self.end.done():
+                self.end.set_exception(task.exception())
+
+        task = self.loop.create_task(part)
+        self.tasks.add(task)
+        task.add_done_callback(done)
+
+    def limit(self, name: str, seconds: float, then: Callable[[], None]) -> None:
+        """Calls a function when the time is over, unless ``reached`` is called before."""
+        if name not in self.deadlines:
+            self.deadlines[name] = self.loop.call_later(seconds, then)
+
+    def reached(self, *names: str) -> None:
+        """Drops deadlines."""
+        for name in names:
+            if name in self.deadlines:
+                self.deadlines.pop(name).cancel()
+
+    def go(self) -> None:
+        """Lets the child connect to the others, who have all come."""
+        self.reached("meeting")
+        self.child.go()
+        self.limit(
+            "connecting",
+            self.startup_timeout,
+            lambda: self.give_up(
+                f"all workers came, but TensorFlow did not connect them within "
+                f"{self.startup_timeout:g} s. Every one of these addresses must be reachable from "
+                f"every machine: {', '.join(self.cluster.workers)}."
+            ),
+        )
+
+    async def _follow_child(self) -> None:
+        async for message in self.child.messages():
+            if "ready" in message:
+                self.facts = message["ready"]
+                self.on_ready()
+            elif "connected" in message:
+                self.reached("connecting")
+            elif "trained" in message:
+                self.trained = True
+        self.reached("connecting", "stopping")
+        self.on_outcome(self.child.outcome)
+
+    def on_signal(self, number: signal.Signals) -> None:
+        """Passes it to the child, which stops where all agree to; a second one ends at once."""
+        self.signals.append(number.name)
+        if len(self.signals) > 1:
+            self.finish(
+                INTERRUPTED if number == signal.SIGINT else STOPPED,
+                f"stopped by a second {number.name}. The last checkpoint stands.",
+            )
+            return
+        self.child.signal(number)
+        self.limit(
+            "stopping",
+            STOP,
+            lambda: self.give_up(
+                f"stopped by {number.name} while it waited for another worker. The last "
+                "checkpoint stands: the same command goes on from there."
+            ),
+        )
+
+    async def _watch(self) -> None:
+        """Looks once a second whether the child is stopped, and whether this process was."""
+        stopped = 0.0
+        while True:
+            start = time.monotonic()
+            await asyncio.sleep(BEAT)
+            seconds = time.monotonic() - start
+            if seconds > SILENCE:
+                self.give_up(f"it stood still for {seconds:.0f} s, longer than the others wait.")
+            stopped = stopped + seconds if self.child.is_stopped() else 0.0
+            if stopped > FROZEN:
+                self.child.kill(Outcome(STOPPED, "its process was stopped (SIGSTOP)", "lost"))
+
+    async def _beat(self, writer: asyncio.StreamWriter) -> None:
+        """Gives signs of life for as long as a connection lasts."""
+        while not writer.is_closing():
+            send(writer, beat=1)
+            await asyncio.sleep(BEAT)
+
+
+class _Peer:
+    """What the chief's parent knows of another worker's."""
+
+    def __init__(self, index: int, writer: asyncio.StreamWriter) -> None:
+        self.index = index
+        self.writer = writer
+        self.facts: dict | None = None
+
+
+class _Chief(_Supervisor):
+    """Worker 0's parent: gathers the others, and decides how the run ends."""
+
+    def __init__(self, command: Sequence[str], cluster: Cluster, startup_timeout: float) -> None:
+        super().__init__(command, cluster, startup_timeout)
+        self.others = range(1, len(cluster.workers))
+        self.peers: dict[int, _Peer] = {}
+        self.running = False
+        self.verdict: tuple[int, str] | None = None
+        self.told: set[int] = set()  # who knows the verdict
+        self.server: asyncio.Server | None = None
+
+    async def run(self) -> tuple[int, str]:
+        try:
+            return await super().run()
+        finally:
+            if self.server:
+                self.server.close()
+
+    # -- meeting
+
+    async def meet(self) -> None:
+        self.limit("meeting", self.startup_timeout, self._absent)
+        await self._open()
+
+    async def _open(self) -> None:
+        self.server = await asyncio.start_server(
+            lambda reader, writer: self.spawn(self._talk(reader, writer)),
+            sock=await _listener(self.cluster.workers[0]),
+        )
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Talks with another worker's parent, from its hello on."""
+        peer = None
+        how = "its connection closed"
+        try:
+            async with asyncio.timeout(SILENCE):
+                hello = await receive(reader)
+            if hello and "hello" in hello and (peer := self._greet(hello, writer)):
+                self.spawn(self._beat(writer))
+                while message := await self._next(reader):
+                    if "ready" in message:
+                        peer.facts = message["ready"]
+                        self._compare()
+                    elif "ended" in message:
+                        self._ended(peer.index, Outcome(*message["ended"]))
+        except TimeoutError:
+            how = f"no sign of life for {SILENCE:g} s"
+        finally:
+            writer.close()
+            if peer:
+                del self.peers[peer.index]
+        if peer:
+            self._lost(peer.index, how)
+
+    async def _next(self, reader: asyncio.StreamReader) -> dict | None:
+        async with asyncio.timeout(SILENCE):
+            return await receive(reader)
+
+    def _greet(self, hello: dict, writer: asyncio.StreamWriter) -> _Peer | None:
+        """Lets a worker join; None: it has been told why not."""
+        index, workers = hello["hello"], hello.get("workers")
+        if self.verdict is None and (
+            workers != list(self.cluster.workers) or index not in self.others
+        ):
+            self._decide(
+                ConfigurationError.exit_code,
+                f"Expected one list of workers everywhere. Received: {workers} on worker {index}, "
+                f"and {list(self.cluster.workers)} on worker 0. Give all of them the same "
+                "TF_CONFIG, its task aside.",
+            )
+        if self.verdict is not None:
+            send(writer, verdict=self.verdict)
+            self.told.add(index)
+            return None
+        if index in self.peers:
+            seen = writer.get_extra_info("peername")[0]
+            send(writer, busy=f"another process has joined as worker {index}, seen by {seen}")
+            return None
+        send(writer, welcome=0)
+        self.peers[index] = _Peer(index, writer)
+        return self.peers[index]
+
+    def on_ready(self) -> None:
+        self._compare()
+
+    def _compare(self) -> None:
+        """Begins the run when all are there and about to train the same."""
+        if self.facts is None or self.running or self.verdict is not None:
+            return
+        ready = [peer for peer in self.peers.values() if peer.facts is not None]
+        for peer in ready:
+            differences = [
+                f"{name}={peer.facts.get(name)!r} where worker 0 has {name}={value!r}"
+                for name, value in self.facts.items()
+                if peer.facts.get(name) != value
+            ]
+            if differences:
+                self._decide(
+                    ConfigurationError.exit_code,
+                    f"Expected all workers to train the same. Received: {', '.join(differences)}, "
+                    f"on {self.cluster.name(peer.index)}. Give all of them the same flags, data "
+                    "and packages.",
+                )
+                return
+        if len(ready) == len(self.others):
+            self.running = True
+            self.server.close()  # TensorFlow's server takes over the port.
+            for peer in ready:
+                send(peer.writer, go=1)
+            self.go()
+
+    def _absent(self) -> None:
+        missing = [
+            self.cluster.name(index)
+            for index in self.others
+            if index not in self.peers or self.peers[index].facts is None
+        ]
+        if self.facts is None:
+            missing.insert(0, self.cluster.name(0))
+        self._decide(*_missing(missing, self.startup_timeout))
+
+    # -- the end
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        code, text, kind = outcome
+        if self.verdict is not None:  # It was ended because of that.
+            return
+        if code == 0:
+            self._decide(0, "")
+        elif kind == "named" and code != INTERRUPTED:
+            self._decide(code, f"{self.cluster.name(0)}: {text}", own=(code, text))
+        else:
+            gone = _gone(self.cluster.name(0), text)
+            wait = NEWS if kind == "unclear" and self.running else 0
+            self.limit("news", wait, lambda: self._decide(*gone, own=(code, text)))
+
+    def _ended(self, index: int, outcome: Outcome) -> None:
+        """Takes how another worker's child ended."""
+        code, text, kind = outcome
+        if code == 0 or self.verdict is not None:
+            return
+        if kind == "unclear":
+            self.limit("news", NEWS, lambda: self._lost(index, text))
+        elif kind == "lost" or code == INTERRUPTED:
+            self._decide(*_gone(self.cluster.name(index), text))
+        elif code == STOPPED and self.child.outcome is None and self.running:
+            # All have agreed to stop; this one saves.
+            self.limit("stopping", STOP, lambda: self._decide(code, text))
+        else:
+            self._decide(code, f"{self.cluster.name(index)}: {text}")
+
+    def _lost(self, index: int, how: str) -> None:
+        """Ends the run because a worker is gone, if there is one that it takes part in."""
+        if self.running and not self.trained:
+            self._decide(*_gone(self.cluster.name(index), how))
+
+    def give_up(self, text: str) -> None:
+        self._decide(STOPPED, f"{self.cluster.name(0)}: {text}", own=(STOPPED, text))
+
+    def on_signal(self, number: signal.Signals) -> None:
+        super().on_signal(number)
+        if self.verdict is not None:
+            self.finish(*self.own)
+
+    def _decide(self, code: int, text: str, own: tuple[int, str] | None = None) -> None:
+        """Tells all workers how the run ends; ``own`` is how this one does, if otherwise."""
+        if self.verdict is not None:
+            return
+        self.verdict = (code, text)
+        self.own = own or self.verdict
+        self.reached(*list(self.deadlines))
+        if code:
+            self.child.kill()
+        for peer in self.peers.values():
+            send(peer.writer, verdict=self.verdict)
+        self.told |= set(self.peers)
+        self.spawn(self._leave())
+
+    async def _leave(self) -> None:
+        """Ends when the others have left, or the time for that is over."""
+        absent = set(self.others) - self.told
+        seconds = LEAVE
+        if absent and not self.signals:
+            # Workers that were lost at the very end may come back, those of a run that cannot
+            # begin may be on their way: they are told, instead of waiting for one that has left.
+            done = self.verdict[0] == 0
+            seconds = self.startup_timeout if done else 0 if self.running else TELL
+            if done:
+                await self._open()
+        until = self.loop.time() + seconds
+        while (self.peers or set(self.others) - self.told) and self.loop.time() < until:
+            await asyncio.sleep(BEAT / 10)
+        self.finish(*self.own)
+
+
+class _Other(_Supervisor):
+    """The parent of a worker that is not the chief."""
+
+    chief: asyncio.StreamWriter | None = None
+    going = False
+    busy = ""
+
+    async def meet(self) -> None:
+        self.limit("meeting", self.startup_timeout, self._absent)
+        (await _listener(self.cluster.workers[self.cluster.index])).close()  # It is free.
+        while True:
+            reader, self.chief = await self._join()
+            how = await self._listen(reader)
+            self.chief.close()
+            self.chief = None
+            if self.going or self.child.outcome:
+                self._end(*_gone(self.cluster.name(0), how))
+
+    async def _join(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Calls worker 0 until its parent lets this one join."""
+        hello = {"hello": self.cluster.index, "workers": self.cluster.workers}
+        while True:
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(SILENCE / 2):
+                    reader, writer = await _connect(self.cluster.workers[0])
+                    send(writer, **hello)
+                    answer = await receive(reader) or {}
+                if "welcome" in answer:
+                    self._introduce(writer)
+                    return reader, writer
+                if "verdict" in answer:
+                    self._end(*answer["verdict"])
+                self.busy = answer.get("busy", self.busy)
+                writer.close()
+            await asyncio.sleep(BEAT / 2)
+
+    def _introduce(self, writer: asyncio.StreamWriter) -> None:
+        if self.child.outcome:
+            send(writer, ended=self.child.outcome)
+        elif self.facts:
+            send(writer, ready=self.facts)
+        self.spawn(self._beat(writer))
+
+    async def _listen(self, reader: asyncio.StreamReader) -> str:
+        """Does what worker 0's parent says; returns how the connection ended."""
+        try:
+            while True:
+                async with asyncio.timeout(SILENCE):
+                    message = await receive(reader)
+                if message is None:
+                    return "its connection closed"
+                if "go" in message:
+                    self.going = True
+                    self.go()
+                elif "verdict" in message:
+                    self._end(*message["verdict"])
+        except TimeoutError:
+            return f"no sign of life for {SILENCE:g} s"
+
+    def on_ready(self) -> None:
+        self._say(ready=self.facts)
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        code, text, _ = outcome
+        self._say(ended=outcome)
+        if self.chief is None:
+            self.limit("telling", TELL, lambda: self._end(code, text))
+        elif code:  # Until worker 0 has decided.
+            self.limit("telling", NEWS + BEAT, lambda: self._end(code, text))
+
+    def give_up(self, text: str) -> None:
+        self._say(ended=Outcome(STOPPED, text, "lost"))
+        self.finish(STOPPED, text)
+
+    def _absent(self) -> None:
+        if self.chief is not None:  # Its parent waits for others, and says for whom.
+            return
+        code, text = _missing([self.cluster.name(0)], self.startup_timeout)
+        self._end(code, f"{text} Worker 0 answered: {self.busy}." if self.busy else text)
+
+    def _say(self, **message: object) -> None:
+        if self.chief is not None:
+            send(self.chief, **message)
+
+    def _end(self, code: int, text: str) -> None:
+        """Ends as worker 0 has decided, unless the child has named a reason of its own."""
+        outcome = self.child.outcome
+        if outcome and outcome.code and outcome.kind != "unclear":
+            code, text, _ = outcome
+        self.finish(code, text)
+
+
+def _gone(worker: str, how: str) -> tuple[int, str]:
+    return STOPPED, (
+        f"{worker} was lost: {how}. The last checkpoint stands: the same command, on all workers, "
+        "goes on from there."
+    )
+
+
+def _missing(workers: Sequence[str], seconds: float) -> tuple[int, str]:
+    return STOPPED, (
+        f"{', '.join(workers)} did not come within {seconds:g} s. Start the same command there "
+        "too; --startup-timeout waits longer."
+    )
+
+
+async def _listener(address: str) -> socket.socket:
+    """Listens at the port of an address, on all of this machine's interfaces, as TensorFlow's
+    server does after it.
+
+    Raises:
+        ConfigurationError: The port is in use, and stays so.
+    """
+    _, port = split_address(address)
+    end = time.monotonic() + SILENCE  # One that a worker held which was killed is soon free.
+    while True:
+        try:
+            return _listen_at(port)
+        except OSError as error:
+            if time.monotonic() > end or error.errno != errno.EADDRINUSE:
+                raise ConfigurationError(
+                    f"Expected to listen at port {port}, for the address {address}. Received: "
+                    f"{os.strerror(error.errno)}. Name a free port, or end what uses it."
+                ) from None
+        await asyncio.sleep(BEAT / 4)
+
+
+def _listen_at(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:  # IPv6 is switched off.
+                raise
+    return socket.create_server(("", port))
+
+
+async def _connect(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connects to an address.
+
+    In a thread that nothing waits for: a name server that does not answer must not hold up the end
+    of the process, as it would in a thread of asyncio's own.
+    """
+    loop = asyncio.get_running_loop()
+    connected = loop.create_future()
+
+    def settle(result: socket.socket | OSError) -> None:
+        if isinstance(result, OSError):
+            if not connected.done():
+                connected.set_exception(result)
+        elif connected.done():  # Nobody waits any more.
+            result.close()
+        else:
+            connected.set_result(result)
+
+    def connect() -> None:
+        try:
+            result = socket.create_connection(split_address(address), SILENCE / 2)
+            result.setblocking(False)
+        except OSError as error:
+            result = error
+        with contextlib.suppress(RuntimeError):  # The loop is closed.
+            loop.call_soon_threadsafe(settle, result)
+
+    threading.Thread(target=connect, daemon=True).start()
+    return await asyncio.open_connection(sock=await connected)
