@@ -69,8 +69,10 @@ def test_the_seed_alone_decides_the_weights(command, tmp_path):
 def test_json_lines_tell_the_whole_run(command, tmp_path):
     done = command.run(*SMALL, "--log-format", "json", "--output-dir", "out")
     assert (done.returncode, done.stderr) == (0, "")
-    start, *steps, epoch, end = map(json.loads, done.stdout.splitlines())
+    start, strategy, *steps, epoch, end = map(json.loads, done.stdout.splitlines())
     assert start["event"] == "start"
+    assert (strategy["event"], strategy["replicas"]) == ("strategy", 1)
+    assert strategy["reason"].startswith("one device")
     assert start["config"]["train_limit"] == 256
     assert all(step["event"] == "step" for step in steps)
     assert (epoch["event"], epoch["epoch"], epoch["epochs"]) == ("epoch", 1, 1)

@@ -19,7 +19,6 @@ Each message is a line of JSON, on a pair of sockets:
 import asyncio
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import socket
@@ -32,6 +31,7 @@ from typing import Literal, NamedTuple, NoReturn
 
 from trainer.cli import INTERRUPTED
 from trainer.errors import StoppedError, TrainerError
+from trainer.wire import encode, receive, send
 
 _VARIABLE = "TRAINER_PARENT_FD"  # The file descriptor by which a child finds its parent.
 
@@ -174,8 +174,8 @@ class Child:
             return os.waitid(os.P_PID, self.process.pid, options) is not None
         return False
 
-    def kill(self, outcome: Outcome | None = None) -> None:
-        """Ends it, whatever it does; ``outcome`` is to say why."""
+    def kill(self, outcome: Outcome) -> None:
+        """Ends it, whatever it does; ``outcome`` says why, unless it has said so itself."""
         self.outcome = self.outcome or outcome
         self.process.kill()
 
@@ -192,26 +192,6 @@ def die_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def encode(message: dict) -> bytes:
-    """Writes a message as its line."""
-    return json.dumps(message).encode() + b"\n"
-
-
-def send(writer: asyncio.StreamWriter, **message: object) -> None:
-    """Sends a message, unless the connection is closed."""
-    if not writer.is_closing():
-        writer.write(encode(message))
-
-
-async def receive(reader: asyncio.StreamReader) -> dict | None:
-    """Returns the next message; None at the end, and for what is no message."""
-    try:
-        message = json.loads(await reader.readline())
-    except (OSError, ValueError):  # ValueError: not JSON, or longer than asyncio's 64 KiB.
-        return None
-    return message if isinstance(message, dict) else None
 
 
 def _explain(returncode: int) -> Outcome:

@@ -141,7 +141,7 @@ class TrainConfig:
 
     startup_timeout: int = 300
     """Seconds that several workers wait for one another
-    at the start."""
+    at the start, or one for its TPU."""
 
     deterministic: bool = False
     """Make a GPU repeat the same bits too, at some cost

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -128,7 +129,7 @@ class _Group:
     def __enter__(self) -> "_Group":
         numbers = (signal.SIGINT, signal.SIGTERM)
         self.before = {number: signal.signal(number, self._receive) for number in numbers}
-        workers = tuple(f"127.0.0.1:{port}" for port in _free_ports(len(self.shares)))
+        workers = tuple(f"127.0.0.1:{port}" for port in free_ports(len(self.shares)))
         self.processes, self.readers = [], []
         for index, (flags, variables) in enumerate(self.shares):
             process = subprocess.Popen(
@@ -143,6 +144,7 @@ class _Group:
                 preexec_fn=child.die_with_parent,
             )
             self.processes.append(process)
+        for index, process in enumerate(self.processes):  # Threads only when all are forked.
             plain = f"[{index}] "
             self._copy(process.stdout, sys.stdout, plain if self.prefix else "")
             self._copy(process.stderr, sys.stderr, plain)
@@ -235,10 +237,20 @@ def _shares(
     ]
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:  # All are held until all are found, to be different.
-        held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in held]
+def free_ports(count: int) -> list[int]:
+    """Returns ports that nothing listens at.
+
+    None of those that the system gives to outgoing connections (on Linux from 32768 on), lest one
+    take a port before its worker does.
+    """
+    with contextlib.ExitStack() as held:  # All are held until all are found, to be different.
+        ports = []
+        while len(ports) < count:
+            port = random.randrange(10_000, 30_000)  # noqa: S311
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports.append(port)
+        return ports
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextlib.contextmanager
 def progress(
-    log_format: LogFormat,
+    log_format: LogFormat | Literal["off"],
     *,
     batch_size: int,
     stream: TextIO | None = None,
@@ -34,13 +34,15 @@ def progress(
     """Gives the watcher for this output, and leaves the terminal as it was at the end.
 
     Args:
-        log_format: As ``TrainConfig.log_format``.
+        log_format: As ``TrainConfig.log_format``; ``off``: say nothing.
         batch_size: Images in a step, for images a second.
         stream: Where to write; None: stdout.
         clock: Seconds, monotonic.
     """
     stream = stream or sys.stdout
-    if log_format == "json":
+    if log_format == "off":
+        yield Watcher(batch_size, stream, clock)
+    elif log_format == "json":
         yield JsonLines(batch_size, stream, clock)
     elif log_format == "plain" or not Console(file=stream).is_terminal:
         yield PlainLines(batch_size, stream, clock)
@@ -50,7 +52,7 @@ def progress(
 
 
 class Watcher(keras.callbacks.Callback):
-    """Follows a run and says where it is; the subclasses say it in their own way.
+    """Follows a run and says nothing of it; the subclasses say where it is in their own way.
 
     Args:
         batch_size: Images in a step.
@@ -67,11 +69,9 @@ class Watcher(keras.callbacks.Callback):
 
     def say(self, text: str, event: str, **facts: object) -> None:
         """Says something about the run: a sentence to people, an event with facts to machines."""
-        raise NotImplementedError
 
     def on_step(self, place: dict, logs: dict[str, float]) -> None:
         """Shows ``place``: epoch, epochs, step, steps (from 1), images_per_second, seconds_left."""
-        raise NotImplementedError
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self.epoch = epoch

@@ -10,6 +10,8 @@ strategy, on a TPU too, so all but the connection to one is run on CPU devices.
 
 import dataclasses
 import os
+import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -35,7 +37,9 @@ class Chosen:
     reason: str
 
 
-def create(kind: Strategy, *, cluster: Cluster | None, gpus: int | None) -> Chosen:
+def create(
+    kind: Strategy, *, cluster: Cluster | None, gpus: int | None, startup_timeout: float
+) -> Chosen:
     """Chooses and makes a strategy. Only before TensorFlow's first operation, where there are GPUs.
 
     Args:
@@ -43,6 +47,7 @@ def create(kind: Strategy, *, cluster: Cluster | None, gpus: int | None) -> Chos
         cluster: The workers; None: this process is alone. All of them must have come: without one,
             TensorFlow waits for it with Python's lock held.
         gpus: How many this process must have, and uses; None: all that are there; 0: none.
+        startup_timeout: Seconds in which a TPU must answer.
 
     Raises:
         ConfigurationError: What was asked for is not there.
@@ -61,7 +66,7 @@ def create(kind: Strategy, *, cluster: Cluster | None, gpus: int | None) -> Chos
             "Set TF_CONFIG, or use python -m trainer.launch --workers N on this machine."
         )
     if kind == "tpu" or (kind == "auto" and gpus is None and _has_tpu(os.environ)):
-        return _tpu(os.environ)
+        return _tpu(os.environ, startup_timeout)
     if kind == "mirrored" or (kind == "auto" and len(seen) > 1):
         return _mirrored(seen)
     if seen:
@@ -130,6 +135,13 @@ class Workers:
     def first(self, value: int) -> int:
         """Returns worker 0's value."""
         return self.gather(value)[0]
+
+    def have_equal(self, content: bytes) -> bool:
+        """Tells whether all have the same content, of the same length: a multiple of 4."""
+        words = np.frombuffer(content, np.int32)
+        rows = np.zeros((self.count, len(words)), np.int32)
+        rows[self.index] = words
+        return bool((self._sum(rows) == words).all())
 
     def share(self, content: bytes) -> bytes:
         """Returns worker 0's content, the bits unchanged."""
@@ -251,29 +263,45 @@ def _mirrored(gpus: Sequence) -> Chosen:
     return Chosen(strategy, f"MirroredStrategy over {len(devices)} {kind}: all that are seen")
 
 
-def _tpu(environ: Mapping[str, str]) -> Chosen:
+def _tpu(environ: Mapping[str, str], timeout: float) -> Chosen:
     # "local" has to be said on a TPU's own machine (googlecolab/colabtools#4699).
     name = environ.get("TPU_NAME") or "local"
+    made: queue.SimpleQueue = queue.SimpleQueue()
+
+    def make() -> None:
+        try:
+            made.put(_connect_tpu(name))
+        except Exception as error:  # Of whatever kind: TensorFlow's, a socket's, Google's client's.
+            made.put(error)
+
+    # In a thread, because TensorFlow waits without an end for an address that does not answer.
+    threading.Thread(target=make, daemon=True).start()
     try:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
-        if name != "local":
-            tf.config.experimental_connect_to_cluster(resolver)
-        tf.tpu.experimental.initialize_tpu_system(resolver)
-        strategy = tf.distribute.TPUStrategy(resolver)
-    except Exception as error:  # Of whatever kind: TensorFlow's, a socket's, Google's client's.
-        reason = " ".join(str(error).split())[:200]
+        strategy = made.get(timeout=timeout)
+    except queue.Empty:
+        strategy = TimeoutError(f"nothing within {timeout:g} s")
+    if isinstance(strategy, Exception):
+        reason = " ".join(str(strategy).split())[:200]
         remedy = "Use --strategy one to train without it."
-        if "ConfigureDistributedTPU" in str(error):
+        if "ConfigureDistributedTPU" in str(strategy):
             remedy = (
                 "This TensorFlow has no TPU kernels: pip install 'digits-trainer[tpu]' (and remove "
                 f"tensorflow). {remedy}"
             )
         raise ConfigurationError(
             f"Expected a TPU that answers, by the name {name}. Received: {reason}. {remedy}"
-        ) from error
+        ) from strategy
     return Chosen(
         strategy, f"TPUStrategy over {strategy.num_replicas_in_sync} cores of the TPU {name}"
     )
+
+
+def _connect_tpu(name: str) -> tf.distribute.TPUStrategy:
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
+    if name != "local":
+        tf.config.experimental_connect_to_cluster(resolver)
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+    return tf.distribute.TPUStrategy(resolver)
 
 
 def _layers(layer: keras.Layer) -> list:

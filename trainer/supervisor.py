@@ -12,7 +12,7 @@ every parent knows who is alive, and worker 0's decides for all how the run ends
 line of JSON:
 
     to worker 0    {"hello": 1, "workers": [...]}, {"ready": facts}, {"ended": [code, text, kind]}
-    from worker 0  {"welcome": 0}, {"busy": text}, {"go": 1}, {"verdict": [code, text]}
+    from worker 0  {"welcome": 0}, {"busy": text}, {"go": 1}, {"verdict": [code, text, about]}
     both           {"beat": 1}, every second
 
 Workers leave first and worker 0 last. One that is lost when worker 0 has trained costs nothing;
@@ -21,28 +21,42 @@ when it comes back it is told that the run is finished.
 
 import asyncio
 import contextlib
-import errno
-import os
 import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from typing import NamedTuple
 
-from trainer.child import Child, Outcome, receive, send
+from trainer.child import Child, Outcome
 from trainer.cli import INTERRUPTED
-from trainer.cluster import Cluster, split_address
+from trainer.cluster import Cluster
 from trainer.errors import ConfigurationError, StoppedError, TrainerError
+from trainer.wire import connect, listener, receive, send
 
 BEAT = 1.0  # Seconds between two signs of life.
 SILENCE = 10.0  # Seconds without one, after which a peer is lost.
 FROZEN = 5.0  # Seconds that the process which trains may be stopped (SIGSTOP).
-STOP = 8.0  # Seconds that it has for its last step and checkpoint: one that waits for a peer ends.
+STOP = 7.0  # Seconds that it has for its last step and checkpoint: one that waits for a peer ends.
 NEWS = 12.0  # Seconds in which an error of TensorFlow's turns out to be the loss of a peer.
 LEAVE = 5.0  # Seconds in which the others end when they are told to.
 TELL = 10.0  # Seconds in which workers that have not come yet can learn why there is no run.
 
 STOPPED = StoppedError.exit_code
+
+STANDS = "The last checkpoint stands: the same command, on all workers, goes on from there."
+
+
+class Verdict(NamedTuple):
+    """How a run ends.
+
+    Attributes:
+        code: Exit code.
+        text: Why.
+        about: The worker that is the reason; None: all of them, or none.
+    """
+
+    code: int
+    text: str
+    about: int | None = None
 
 
 def run(command: Sequence[str], cluster: Cluster, *, startup_timeout: float) -> None:
@@ -120,11 +134,21 @@ class _Supervisor:
         """Is called when the child has ended."""
         raise NotImplementedError
 
-    def give_up(self, text: str) -> None:
-        """Ends this worker, resumable, without waiting for the others."""
-        raise NotImplementedError
-
     # What they share.
+
+    def give_up(self, text: str) -> None:
+        """Ends the child, and so the run; it can be resumed."""
+        if self.child.outcome is None:
+            self.child.kill(Outcome(STOPPED, text, "lost"))
+
+    def own_end(self, verdict: Verdict) -> tuple[int, str]:
+        """Returns how this worker ends when the run ends so: by what its child says of itself,
+        unless the loss of another worker explains that.
+        """
+        code, text, kind = self.child.outcome or (0, "", "named")
+        if code == 0 or (kind == "unclear" and verdict.about != self.cluster.index):
+            return verdict.code, verdict.text
+        return code, text if kind == "named" else f"{text}. {STANDS}"
 
     def finish(self, code: int, text: str) -> None:
         """Ends this worker, unless it is ending already."""
@@ -164,7 +188,7 @@ class _Supervisor:
             lambda: self.give_up(
                 f"all workers came, but TensorFlow did not connect them within "
                 f"{self.startup_timeout:g} s. Every one of these addresses must be reachable from "
-                f"every machine: {', '.join(self.cluster.workers)}."
+                f"every machine: {', '.join(self.cluster.workers)}"
             ),
         )
 
@@ -193,10 +217,7 @@ class _Supervisor:
         self.limit(
             "stopping",
             STOP,
-            lambda: self.give_up(
-                f"stopped by {number.name} while it waited for another worker. The last "
-                "checkpoint stands: the same command goes on from there."
-            ),
+            lambda: self.give_up(f"stopped by {number.name} while it waited for another worker"),
         )
 
     async def _watch(self) -> None:
@@ -207,10 +228,10 @@ class _Supervisor:
             await asyncio.sleep(BEAT)
             seconds = time.monotonic() - start
             if seconds > SILENCE:
-                self.give_up(f"it stood still for {seconds:.0f} s, longer than the others wait.")
+                self.give_up(f"it stood still for {seconds:.0f} s, longer than the others wait")
             stopped = stopped + seconds if self.child.is_stopped() else 0.0
             if stopped > FROZEN:
-                self.child.kill(Outcome(STOPPED, "its process was stopped (SIGSTOP)", "lost"))
+                self.give_up("its process was stopped (SIGSTOP)")
 
     async def _beat(self, writer: asyncio.StreamWriter) -> None:
         """Gives signs of life for as long as a connection lasts."""
@@ -226,6 +247,7 @@ class _Peer:
         self.index = index
         self.writer = writer
         self.facts: dict | None = None
+        self.ended = False  # its child
 
 
 class _Chief(_Supervisor):
@@ -236,7 +258,7 @@ class _Chief(_Supervisor):
         self.others = range(1, len(cluster.workers))
         self.peers: dict[int, _Peer] = {}
         self.running = False
-        self.verdict: tuple[int, str] | None = None
+        self.verdict: Verdict | None = None
         self.told: set[int] = set()  # who knows the verdict
         self.server: asyncio.Server | None = None
 
@@ -256,7 +278,7 @@ class _Chief(_Supervisor):
     async def _open(self) -> None:
         self.server = await asyncio.start_server(
             lambda reader, writer: self.spawn(self._talk(reader, writer)),
-            sock=await _listener(self.cluster.workers[0]),
+            sock=await listener(self.cluster.workers[0]),
         )
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -273,6 +295,7 @@ class _Chief(_Supervisor):
                         peer.facts = message["ready"]
                         self._compare()
                     elif "ended" in message:
+                        peer.ended = True
                         self._ended(peer.index, Outcome(*message["ended"]))
         except TimeoutError:
             how = f"no sign of life for {SILENCE:g} s"
@@ -280,7 +303,7 @@ class _Chief(_Supervisor):
             writer.close()
             if peer:
                 del self.peers[peer.index]
-        if peer:
+        if peer and not peer.ended:
             self._lost(peer.index, how)
 
     async def _next(self, reader: asyncio.StreamReader) -> dict | None:
@@ -298,6 +321,7 @@ class _Chief(_Supervisor):
                 f"Expected one list of workers everywhere. Received: {workers} on worker {index}, "
                 f"and {list(self.cluster.workers)} on worker 0. Give all of them the same "
                 "TF_CONFIG, its task aside.",
+                index,
             )
         if self.verdict is not None:
             send(writer, verdict=self.verdict)
@@ -331,6 +355,7 @@ class _Chief(_Supervisor):
                     f"Expected all workers to train the same. Received: {', '.join(differences)}, "
                     f"on {self.cluster.name(peer.index)}. Give all of them the same flags, data "
                     "and packages.",
+                    peer.index,
                 )
                 return
         if len(ready) == len(self.others):
@@ -358,50 +383,49 @@ class _Chief(_Supervisor):
             return
         if code == 0:
             self._decide(0, "")
+        elif kind == "unclear" and self.running:
+            self.limit("news", NEWS, lambda: self._gone(0, text))
         elif kind == "named" and code != INTERRUPTED:
-            self._decide(code, f"{self.cluster.name(0)}: {text}", own=(code, text))
+            self._decide(code, f"{self.cluster.name(0)}: {text}", 0)
         else:
-            gone = _gone(self.cluster.name(0), text)
-            wait = NEWS if kind == "unclear" and self.running else 0
-            self.limit("news", wait, lambda: self._decide(*gone, own=(code, text)))
+            self._gone(0, text)
 
     def _ended(self, index: int, outcome: Outcome) -> None:
         """Takes how another worker's child ended."""
         code, text, kind = outcome
         if code == 0 or self.verdict is not None:
             return
-        if kind == "unclear":
+        if kind == "unclear" and self.running:
             self.limit("news", NEWS, lambda: self._lost(index, text))
-        elif kind == "lost" or code == INTERRUPTED:
-            self._decide(*_gone(self.cluster.name(index), text))
+        elif kind != "named" or code == INTERRUPTED:
+            self._gone(index, text)
         elif code == STOPPED and self.child.outcome is None and self.running:
             # All have agreed to stop; this one saves.
-            self.limit("stopping", STOP, lambda: self._decide(code, text))
+            self.limit("stopping", STOP, lambda: self._decide(code, text, index))
         else:
-            self._decide(code, f"{self.cluster.name(index)}: {text}")
+            self._decide(code, f"{self.cluster.name(index)}: {text}", index)
 
     def _lost(self, index: int, how: str) -> None:
         """Ends the run because a worker is gone, if there is one that it takes part in."""
         if self.running and not self.trained:
-            self._decide(*_gone(self.cluster.name(index), how))
+            self._gone(index, how)
 
-    def give_up(self, text: str) -> None:
-        self._decide(STOPPED, f"{self.cluster.name(0)}: {text}", own=(STOPPED, text))
+    def _gone(self, index: int, how: str) -> None:
+        self._decide(*_gone(self.cluster, index, how))
 
     def on_signal(self, number: signal.Signals) -> None:
         super().on_signal(number)
         if self.verdict is not None:
-            self.finish(*self.own)
+            self.finish(*self.own_end(self.verdict))
 
-    def _decide(self, code: int, text: str, own: tuple[int, str] | None = None) -> None:
-        """Tells all workers how the run ends; ``own`` is how this one does, if otherwise."""
+    def _decide(self, code: int, text: str, about: int | None = None) -> None:
+        """Tells all workers how the run ends."""
         if self.verdict is not None:
             return
-        self.verdict = (code, text)
-        self.own = own or self.verdict
+        self.verdict = Verdict(code, text, about)
         self.reached(*list(self.deadlines))
         if code:
-            self.child.kill()
+            self.child.kill(Outcome(code, text, "unclear"))
         for peer in self.peers.values():
             send(peer.writer, verdict=self.verdict)
         self.told |= set(self.peers)
@@ -409,19 +433,20 @@ class _Chief(_Supervisor):
 
     async def _leave(self) -> None:
         """Ends when the others have left, or the time for that is over."""
-        absent = set(self.others) - self.told
         seconds = LEAVE
-        if absent and not self.signals:
+        if self.signals:
+            seconds = BEAT
+        elif self.told != set(self.others):
             # Workers that were lost at the very end may come back, those of a run that cannot
             # begin may be on their way: they are told, instead of waiting for one that has left.
-            done = self.verdict[0] == 0
+            done = self.verdict.code == 0
             seconds = self.startup_timeout if done else 0 if self.running else TELL
             if done:
                 await self._open()
         until = self.loop.time() + seconds
-        while (self.peers or set(self.others) - self.told) and self.loop.time() < until:
+        while (self.peers or self.told != set(self.others)) and self.loop.time() < until:
             await asyncio.sleep(BEAT / 10)
-        self.finish(*self.own)
+        self.finish(*self.own_end(self.verdict))
 
 
 class _Other(_Supervisor):
@@ -433,14 +458,14 @@ class _Other(_Supervisor):
 
     async def meet(self) -> None:
         self.limit("meeting", self.startup_timeout, self._absent)
-        (await _listener(self.cluster.workers[self.cluster.index])).close()  # It is free.
+        (await listener(self.cluster.workers[self.cluster.index])).close()  # It is free.
         while True:
             reader, self.chief = await self._join()
             how = await self._listen(reader)
             self.chief.close()
             self.chief = None
             if self.going or self.child.outcome:
-                self._end(*_gone(self.cluster.name(0), how))
+                self._end(_gone(self.cluster, 0, how))
 
     async def _join(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Calls worker 0 until its parent lets this one join."""
@@ -448,14 +473,14 @@ class _Other(_Supervisor):
         while True:
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(SILENCE / 2):
-                    reader, writer = await _connect(self.cluster.workers[0])
+                    reader, writer = await connect(self.cluster.workers[0])
                     send(writer, **hello)
                     answer = await receive(reader) or {}
                 if "welcome" in answer:
                     self._introduce(writer)
                     return reader, writer
                 if "verdict" in answer:
-                    self._end(*answer["verdict"])
+                    self._end(Verdict(*answer["verdict"]))
                 self.busy = answer.get("busy", self.busy)
                 writer.close()
             await asyncio.sleep(BEAT / 2)
@@ -463,7 +488,9 @@ class _Other(_Supervisor):
     def _introduce(self, writer: asyncio.StreamWriter) -> None:
         if self.child.outcome:
             send(writer, ended=self.child.outcome)
-        elif self.facts:
+            if self.child.outcome.code:
+                self._end(Verdict(*self.child.outcome[:2], self.cluster.index))
+        elif self.facts is not None:
             send(writer, ready=self.facts)
         self.spawn(self._beat(writer))
 
@@ -479,7 +506,7 @@ class _Other(_Supervisor):
                     self.going = True
                     self.go()
                 elif "verdict" in message:
-                    self._end(*message["verdict"])
+                    self._end(Verdict(*message["verdict"]))
         except TimeoutError:
             return f"no sign of life for {SILENCE:g} s"
 
@@ -487,40 +514,31 @@ class _Other(_Supervisor):
         self._say(ready=self.facts)
 
     def on_outcome(self, outcome: Outcome) -> None:
-        code, text, _ = outcome
         self._say(ended=outcome)
-        if self.chief is None:
-            self.limit("telling", TELL, lambda: self._end(code, text))
-        elif code:  # Until worker 0 has decided.
-            self.limit("telling", NEWS + BEAT, lambda: self._end(code, text))
-
-    def give_up(self, text: str) -> None:
-        self._say(ended=Outcome(STOPPED, text, "lost"))
-        self.finish(STOPPED, text)
+        own = Verdict(outcome.code, outcome.text, self.cluster.index)
+        if self.chief is None:  # Until worker 0 can be told.
+            self.limit("telling", TELL, lambda: self._end(own))
+        elif outcome.code and outcome.kind == "unclear":  # Until worker 0 has decided.
+            self.limit("telling", NEWS + BEAT, lambda: self._end(own))
+        elif outcome.code:
+            self._end(own)
 
     def _absent(self) -> None:
         if self.chief is not None:  # Its parent waits for others, and says for whom.
             return
         code, text = _missing([self.cluster.name(0)], self.startup_timeout)
-        self._end(code, f"{text} Worker 0 answered: {self.busy}." if self.busy else text)
+        self._end(Verdict(code, f"{text} Worker 0 answered: {self.busy}." if self.busy else text))
 
     def _say(self, **message: object) -> None:
         if self.chief is not None:
             send(self.chief, **message)
 
-    def _end(self, code: int, text: str) -> None:
-        """Ends as worker 0 has decided, unless the child has named a reason of its own."""
-        outcome = self.child.outcome
-        if outcome and outcome.code and outcome.kind != "unclear":
-            code, text, _ = outcome
-        self.finish(code, text)
+    def _end(self, verdict: Verdict) -> None:
+        self.finish(*self.own_end(verdict))
 
 
-def _gone(worker: str, how: str) -> tuple[int, str]:
-    return STOPPED, (
-        f"{worker} was lost: {how}. The last checkpoint stands: the same command, on all workers, "
-        "goes on from there."
-    )
+def _gone(cluster: Cluster, index: int, how: str) -> Verdict:
+    return Verdict(STOPPED, f"{cluster.name(index)} was lost: {how}. {STANDS}", index)
 
 
 def _missing(workers: Sequence[str], seconds: float) -> tuple[int, str]:
@@ -528,65 +546,3 @@ def _missing(workers: Sequence[str], seconds: float) -> tuple[int, str]:
         f"{', '.join(workers)} did not come within {seconds:g} s. Start the same command there "
         "too; --startup-timeout waits longer."
     )
-
-
-async def _listener(address: str) -> socket.socket:
-    """Listens at the port of an address, on all of this machine's interfaces, as TensorFlow's
-    server does after it.
-
-    Raises:
-        ConfigurationError: The port is in use, and stays so.
-    """
-    _, port = split_address(address)
-    end = time.monotonic() + SILENCE  # One that a worker held which was killed is soon free.
-    while True:
-        try:
-            return _listen_at(port)
-        except OSError as error:
-            if time.monotonic() > end or error.errno != errno.EADDRINUSE:
-                raise ConfigurationError(
-                    f"Expected to listen at port {port}, for the address {address}. Received: "
-                    f"{os.strerror(error.errno)}. Name a free port, or end what uses it."
-                ) from None
-        await asyncio.sleep(BEAT / 4)
-
-
-def _listen_at(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        try:
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:  # IPv6 is switched off.
-                raise
-    return socket.create_server(("", port))
-
-
-async def _connect(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connects to an address.
-
-    In a thread that nothing waits for: a name server that does not answer must not hold up the end
-    of the process, as it would in a thread of asyncio's own.
-    """
-    loop = asyncio.get_running_loop()
-    connected = loop.create_future()
-
-    def settle(result: socket.socket | OSError) -> None:
-        if isinstance(result, OSError):
-            if not connected.done():
-                connected.set_exception(result)
-        elif connected.done():  # Nobody waits any more.
-            result.close()
-        else:
-            connected.set_result(result)
-
-    def connect() -> None:
-        try:
-            result = socket.create_connection(split_address(address), SILENCE / 2)
-            result.setblocking(False)
-        except OSError as error:
-            result = error
-        with contextlib.suppress(RuntimeError):  # The loop is closed.
-            loop.call_soon_threadsafe(settle, result)
-
-    threading.Thread(target=connect, daemon=True).start()
-    return await asyncio.open_connection(sock=await connected)

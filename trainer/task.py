@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trainer
-from trainer import child, cli, cluster, export, supervisor
+from trainer import cli, cluster, export
 from trainer.config import TrainConfig
 from trainer.errors import StoppedError, UsageError
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # --help loads none of these.
     import keras
     import tensorflow as tf
 
-    from trainer import checkpoint, data
+    from trainer import checkpoint, child, data, report
+    from trainer.strategy import Chosen, Workers
 
 PROG = "python -m trainer.task"
 
@@ -38,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         members = cluster.resolve(os.environ)
         if members is None:
             train(config)
-        elif link := child.Link.find(os.environ):
+            return
+        from trainer import child, supervisor
+
+        if link := child.Link.find(os.environ):
             link.run(lambda: train(config, members=members, link=link))
         else:
             supervisor.run(
@@ -54,8 +58,8 @@ def train(
     config: TrainConfig,
     *,
     members: cluster.Cluster | None = None,
-    link: child.Link | None = None,
-) -> dict:
+    link: "child.Link | None" = None,
+) -> None:
     """Trains as the configuration says, shows how it goes, and saves what comes out.
 
     Args:
@@ -63,9 +67,6 @@ def train(
         members: The workers of the run; None: this process alone. The chief alone shows progress
             and writes files.
         link: To the parent process, which a worker of several has.
-
-    Returns:
-        The manifest, as in mnist.json: ``model``, ``metrics``, ``config``, ``data``, ``versions``.
 
     Raises:
         TrainerError: One of its kinds, for whatever a user can cause or meet.
@@ -81,7 +82,7 @@ def train(
             if config.tensorflow_logs:
                 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
 
-            from trainer import checkpoint, report, runtime, strategy
+            from trainer import report, runtime
 
             facts = _facts(config, source, digits)
             if link:
@@ -89,72 +90,37 @@ def train(
             runtime.set_threads(config.threads)
             if config.deterministic:
                 runtime.set_deterministic()
-            log_format = config.log_format
-            if not chief and log_format == "auto":  # The terminal is the chief's.
-                log_format = "plain"
+            log_format = config.log_format if chief else "off"
             with (
                 report.progress(log_format, batch_size=config.batch_size) as watcher,
                 _lost_peers() if link else contextlib.nullcontext(),
             ):
-                say = watcher.say if chief else _nothing
-                chosen = strategy.create(config.strategy, cluster=members, gpus=config.gpus)
+                chosen = _strategy(config, members)
                 if link:
                     link.tell("connected")
-                workers = strategy.Workers(chosen.strategy)
-                replicas = chosen.strategy.num_replicas_in_sync
-                facts["environment"] |= {"workers": workers.count, "replicas": replicas}
-                keeper = checkpoint.Keeper(
-                    config.output_dir,
-                    facts,
-                    finished_run=export.finished_run(config.output_dir) if chief else None,
-                    resume=config.resume,
-                    every=config.checkpoint_every,
-                    keep=config.keep_checkpoints,
-                    stop=lambda: signals.received,
-                    workers=workers,
-                    warn=lambda text: say(text, "notice", message=text),
-                )
                 signals.defer()
-                say(_announcement(config, digits), "start", **facts)
-                say(chosen.reason, "strategy", reason=chosen.reason, replicas=replicas)
-                model, history = fit(
-                    config,
-                    digits,
-                    callbacks=[watcher] if chief else [],
-                    keeper=keeper,
-                    strategy=chosen.strategy,
+                watcher.say(_announcement(config, digits), "start", **facts)
+                watcher.say(
+                    chosen.reason,
+                    "strategy",
+                    reason=chosen.reason,
+                    replicas=chosen.strategy.num_replicas_in_sync,
                 )
-                weights = export.weights_sha256(model)
+                keeper = _keeper(config, facts, chosen.strategy, signals, watcher)
+                model, history = fit(
+                    config, digits, callbacks=[watcher], keeper=keeper, strategy=chosen.strategy
+                )
+                _compare_weights(model, keeper.workers, watcher)
                 if link:
                     link.tell("trained")
-                    watcher.say(
-                        f"worker {workers.index}: trained, weights' SHA-256 {weights}",
-                        "trained",
-                        worker=workers.index,
-                        weights_sha256=weights,
-                    )
-                if not chief:
-                    return facts
-                metrics = {name: values[-1] for name, values in history.items()}
-                del metrics["seconds"]
-                facts |= {"metrics": metrics, "seconds": round(time.monotonic() - start, 3)}
-                manifest = export.save(config.output_dir, model, history, facts)
-                keeper.finish()
-                say(
-                    f"test accuracy {metrics['val_accuracy']:.2%}, loss {metrics['val_loss']:.4f}, "
-                    f"after {report.span(facts['seconds'])}\n"
-                    f"{config.output_dir / export.MODEL_FILE}  "
-                    f"{manifest['model']['bytes'] / 1e6:.1f} MB  "
-                    f"SHA-256 {manifest['model']['sha256']}",
-                    "done",
-                    **{name: manifest[name] for name in ("model", "metrics", "seconds")},
-                )
+                if chief:
+                    _save(config, model, history, facts, watcher, start)
+                    keeper.finish()
         except KeyboardInterrupt as interrupt:  # Nothing was under way, or it was the second one.
             left = f"What is in {config.output_dir} is as it was."
             if str(interrupt) == "SIGTERM":
                 raise StoppedError(f"stopped by SIGTERM. {left}") from None
             raise KeyboardInterrupt(left) from None
-    return manifest
 
 
 def fit(
@@ -183,12 +149,11 @@ def fit(
         StoppedError: The keeper was asked to stop, and has saved where the run is.
     """
     from trainer import loop, model, pipeline
-    from trainer import strategy as strategies
+    from trainer.strategy import check_batch_size
 
     if strategy is None:
-        members = cluster.resolve(os.environ)
-        strategy = strategies.create(config.strategy, cluster=members, gpus=config.gpus).strategy
-    strategies.check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
+        strategy = _strategy(config, cluster.resolve(os.environ)).strategy
+    check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
     with strategy.scope():
         cnn = model.build(
             optimizer=config.optimizer, learning_rate=config.learning_rate, seed=config.seed
@@ -261,13 +226,27 @@ def _facts(config: TrainConfig, source: "data.Digits", digits: "data.Digits") ->
     }
 
 
-def _nothing(*text: object, **facts: object) -> None:
-    """Stands for what the chief says, on the others."""
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _must_be_equal(facts: dict) -> dict:
+    """Returns what all workers of a run must have in common."""
+    from trainer.checkpoint import FREE_FIELDS
+
+    packages = {name: version for name, version in facts["versions"].items() if name != "python"}
+    config = {name: value for name, value in facts["config"].items() if name not in FREE_FIELDS}
+    return {**config, **packages, "data": facts["data"]["sha256"]}
 
 
 @contextlib.contextmanager
 def _lost_peers() -> Iterator[None]:
     """Calls by its name what TensorFlow raises when another worker is gone."""
+    from trainer.child import PeerError
     from trainer.runtime import tf
 
     try:
@@ -280,26 +259,20 @@ def _lost_peers() -> Iterator[None]:
         tf.errors.UnavailableError,
     ) as error:
         reason = " ".join(str(error).split())[:300]
-        raise child.PeerError(
+        raise PeerError(
             f"TensorFlow has lost another worker: {reason}. The last checkpoint stands."
         ) from error
 
 
-def _must_be_equal(facts: dict) -> dict:
-    """Returns what all workers of a run must have in common."""
-    from trainer.checkpoint import FREE_FIELDS
+def _strategy(config: TrainConfig, members: cluster.Cluster | None) -> "Chosen":
+    from trainer.strategy import create
 
-    packages = {name: version for name, version in facts["versions"].items() if name != "python"}
-    config = {name: value for name, value in facts["config"].items() if name not in FREE_FIELDS}
-    return {**config, **packages, "data": facts["data"]["sha256"]}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return create(
+        config.strategy,
+        cluster=members,
+        gpus=config.gpus,
+        startup_timeout=config.startup_timeout,
+    )
 
 
 def _announcement(config: TrainConfig, digits: "data.Digits") -> str:
@@ -307,6 +280,73 @@ def _announcement(config: TrainConfig, digits: "data.Digits") -> str:
         f"{len(digits.x_train):,} training and {len(digits.x_test):,} test images ({config.data}), "
         f"epochs {config.epochs}, batch size {config.batch_size}, {config.optimizer} "
         f"{config.learning_rate:g}, seed {config.seed}, threads {config.threads}"
+    )
+
+
+def _keeper(
+    config: TrainConfig,
+    facts: dict,
+    strategy: "tf.distribute.Strategy",
+    signals: cli.Signals,
+    watcher: "report.Watcher",
+) -> "checkpoint.Keeper":
+    from trainer.checkpoint import Keeper
+    from trainer.strategy import Workers
+
+    workers = Workers(strategy)
+    facts["environment"] |= {
+        "workers": workers.count,
+        "replicas": strategy.num_replicas_in_sync,
+    }
+    return Keeper(
+        config.output_dir,
+        facts,
+        finished_run=export.finished_run(config.output_dir),
+        resume=config.resume,
+        every=config.checkpoint_every,
+        keep=config.keep_checkpoints,
+        stop=lambda: signals.received,
+        workers=workers,
+        warn=lambda text: watcher.say(text, "notice", message=text),
+    )
+
+
+def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "report.Watcher") -> None:
+    """Says whether all workers have ended with the same weights, as they should."""
+    if workers.count == 1:
+        return
+    same = workers.have_equal(bytes.fromhex(export.weights_sha256(model)))
+    text = f"the {workers.count} workers hold the same weights, bit for bit"
+    if not same:
+        text = (
+            f"The {workers.count} workers hold weights that differ in their last bits: their "
+            "processors compute differently. Those of worker 0 are saved"
+        )
+    watcher.say(text, "weights", workers=workers.count, same=same)
+
+
+def _save(
+    config: TrainConfig,
+    model: "keras.Model",
+    history: dict[str, list[float]],
+    facts: dict,
+    watcher: "report.Watcher",
+    start: float,
+) -> None:
+    """Writes the files, and says what came out."""
+    from trainer.report import span
+
+    metrics = {name: values[-1] for name, values in history.items() if name != "seconds"}
+    facts |= {"metrics": metrics, "seconds": round(time.monotonic() - start, 3)}
+    manifest = export.save(config.output_dir, model, history, facts)
+    watcher.say(
+        f"test accuracy {metrics['val_accuracy']:.2%}, loss {metrics['val_loss']:.4f}, "
+        f"after {span(facts['seconds'])}\n"
+        f"{config.output_dir / export.MODEL_FILE}  "
+        f"{manifest['model']['bytes'] / 1e6:.1f} MB  "
+        f"SHA-256 {manifest['model']['sha256']}",
+        "done",
+        **{name: manifest[name] for name in ("model", "metrics", "seconds")},
     )
 
 
