@@ -10,6 +10,8 @@ SAVES = 15
 
 def main() -> None:
     from trainer import checkpoint, model
+    from trainer.runtime import tf
+    from trainer.strategy import Workers
 
     cnn = model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -21,6 +23,7 @@ def main() -> None:
             every="1",
             keep=3,
             stop=lambda: None,
+            workers=Workers(tf.distribute.get_strategy()),
             warn=print,
         )
         position = keeper.restore(cnn)

@@ -1,5 +1,7 @@
 """What several test modules need: the command as a user runs it, and small data."""
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -18,16 +20,17 @@ class Command:
         self.folder = folder
         self.home = home
         self.prefix: list[str] = []
+        self.program = ["-m", "trainer.task"]
         # What a user's shell may hold must not decide a test.
         self.env = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("TF_", "KERAS_", "PYTHON", "XLA_", "TFDS_"))
+            if not name.startswith(("TF_", "KERAS_", "PYTHON", "XLA_", "TFDS_", "TRAINER_", "TPU_"))
         }
         self.env |= {"PYTHONPATH": str(ROOT), "KERAS_HOME": str(home)}
 
     def argv(self, *flags: object) -> list[str]:
-        return [*self.prefix, sys.executable, "-m", "trainer.task", *map(str, flags)]
+        return [*self.prefix, sys.executable, *self.program, *map(str, flags)]
 
     def run(self, *flags: object, **options) -> subprocess.CompletedProcess:
         options = {"capture_output": True, "text": True, "timeout": 300, **options}
@@ -66,3 +69,68 @@ def save_npz(path: Path, train: int = 60, test: int = 20, **arrays) -> Path:
         },
     )
     return path
+
+
+class Replicas:
+    """``replicas.py`` in processes of its own; see there."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+
+    def start(self, name: str, *, devices: int = 1, tf_config: str | None = None, **arguments):
+        """Starts one; returns a function that waits for what it computes."""
+        output = self.command.folder / f"{name}-{next(self.numbers)}.json"
+        env = dict(self.command.env)
+        if tf_config:
+            env["TF_CONFIG"] = tf_config
+        argv = [str(ROOT / "tests" / "replicas.py"), name, str(devices), json.dumps(arguments)]
+        run = subprocess.Popen(
+            [sys.executable, *argv, str(output)], env=env, stderr=subprocess.PIPE, text=True
+        )
+
+        def result():
+            _, stderr = run.communicate(timeout=300)
+            assert run.returncode == 0, stderr
+            return json.loads(output.read_text())
+
+        return result
+
+    def compute(self, name: str, **options):
+        return self.start(name, **options)()
+
+    numbers = itertools.count()
+
+
+@pytest.fixture
+def replicas(command):
+    return Replicas(command)
+
+
+@pytest.fixture(scope="module")
+def shared_replicas(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replicas")
+    return Replicas(Command(folder, folder))
+
+
+def assert_alike(several: dict, one: dict) -> None:
+    """Compares losses and history of float64 runs, as ``replicas.losses`` gives them."""
+    np.testing.assert_allclose(several["losses"], one["losses"], rtol=0, atol=1e-9)
+    for name, values in one["history"].items():
+        np.testing.assert_allclose(several["history"][name], values, rtol=0, atol=1e-9)
+
+
+def assert_gradients_alike(several: Path, one: Path) -> None:
+    """Compares the gradients of every step, as ``replicas.gradients`` writes them."""
+    with np.load(several) as a, np.load(one) as b:
+        assert len(b.files) == 2 * 8  # steps, variables
+        for name in b.files:
+            difference = np.linalg.norm(np.float64(a[name]) - b[name])
+            assert difference <= 1e-5 * np.linalg.norm(b[name]), name
+
+
+def outcome(folder: Path) -> tuple[str, dict]:
+    """Returns what two runs must have in common that end with the same bits."""
+    manifest = json.loads((folder / "mnist.json").read_text())
+    history = json.loads((folder / "history.json").read_text())
+    history.pop("seconds")
+    return manifest["model"]["sha256"], history

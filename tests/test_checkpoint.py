@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import outcome
 
 from trainer import loop, pipeline
 from trainer.checkpoint import FOLDER, Keeper, Position
@@ -296,13 +297,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, comma
 # The command itself, on the CNN. A thread an operation, so that two can run side by side.
 RUN = ("--epochs", 2, "--train-limit", 1024, "--test-limit", 200, "--threads", 1)
 EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1, "--log-format", "json")
-
-
-def outcome(folder):
-    manifest = json.loads((folder / "mnist.json").read_text())
-    history = json.loads((folder / "history.json").read_text())
-    history.pop("seconds")
-    return manifest["model"]["sha256"], history
 
 
 def stop_and_resume(command, folder, stops, number):

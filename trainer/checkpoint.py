@@ -178,10 +178,10 @@ class Keeper:
                 by = signal.Signals(number).name
                 if worker != self.workers.index:
                     by += f" to worker {worker}"
+                where = "with worker 0" if self.workers.index else f"in {self.folder}"
                 raise StoppedError(
-                    f"stopped by {by} at {position}. The checkpoint is in {self.folder}"
-                    f"{' of worker 0' if self.workers.index else ''}: the same command goes on "
-                    "from there."
+                    f"stopped by {by} at {position}. The checkpoint is {where}: the same command "
+                    "goes on from there."
                 )
 
     def finish(self) -> None:

@@ -82,6 +82,10 @@ class Signals:
     def defer(self) -> None:
         """From now on the first signal is only remembered, in ``received``."""
         self.deferred = True
+        for number in self.before:
+            # Once more, because TensorFlow's cluster of several workers has put a handler of its
+            # own in place of SIGTERM's (SigtermNotifier in TensorFlow 2.21).
+            signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.deferred or self.received:

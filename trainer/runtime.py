@@ -52,7 +52,7 @@ def _start() -> contextlib.AbstractContextManager:
     _check_backend()
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         return contextlib.nullcontext()
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     return _quiet()
 
 

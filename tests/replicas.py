@@ -1,0 +1,186 @@
+"""What several replicas compute, to be compared with what one does.
+
+    python replicas.py NAME DEVICES ARGUMENTS-AS-JSON OUTPUT
+
+calls one of these functions under the strategy for that many logical CPU devices, or for the
+workers of TF_CONFIG. In a process of its own, because TensorFlow numbers the groups that reduce
+together by process: a second strategy of another size is refused.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from trainer import (
+    checkpoint,
+    cluster,
+    config,
+    data,
+    export,
+    loop,
+    model,
+    pipeline,
+    runtime,
+    strategy,
+)
+from trainer.errors import StoppedError
+from trainer.runtime import keras, tf
+
+
+class Record(keras.optimizers.SGD):
+    """An optimizer that keeps each step's gradients and leaves the weights as they are."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.kept = [self.add_variable_from_reference(v, name="kept") for v in variables]
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign(self.kept[self._get_variable_index(variable)], gradient)
+
+
+def train(chosen, digits, *, batch_size, optimizer=None, dropout=False, folder=None, stop_at=None):
+    """Trains the CNN for an epoch; returns it, its history, and every step's loss and gradients.
+
+    With a folder it goes on from the checkpoint there, and stops after a number of steps.
+    """
+    with chosen.scope():
+        cnn = model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
+        if optimizer:
+            cnn.optimizer = optimizer()
+            cnn.optimizer.build(cnn.trainable_variables)
+        if not dropout:
+            for layer in cnn.layers:
+                if isinstance(layer, keras.layers.Dropout):
+                    layer.rate = 0
+    keeper = folder and keep(folder, chosen, stop=lambda: "SIGTERM" if done == stop_at else None)
+    position = keeper.restore(cnn) if keeper else checkpoint.Position()
+    done, sums, steps = position.steps, position.totals[:2] or [0.0, 0.0], []
+
+    def after_call(position):
+        nonlocal done, sums
+        if position.steps > done:  # not in an evaluation
+            weight, loss = np.subtract(position.totals[:2], sums).tolist()
+            gradients = [v.numpy() for v in cnn.optimizer.kept] if optimizer else None
+            steps.append((loss / weight, gradients))
+            done, sums = position.steps, position.totals[:2]
+        if keeper:
+            keeper.after_call(position)
+
+    history = {}
+    with contextlib.suppress(StoppedError):
+        history = loop.fit(
+            cnn,
+            lambda epoch: pipeline.train_batches(
+                digits.x_train, digits.y_train, batch_size=batch_size, seed=0, epoch=epoch
+            ),
+            pipeline.test_batches(digits.x_test, digits.y_test, batch_size=batch_size),
+            strategy=chosen,
+            loss=model.LOSS,
+            metrics=model.METRICS,
+            epochs=1,
+            preprocess=model.preprocess,
+            steps_per_execution=1,
+            position=position,
+            after_call=after_call,
+        )
+        history.pop("seconds")
+    return cnn, history, steps
+
+
+def keep(folder, chosen, stop):
+    facts = {
+        "run": "this run",
+        "config": config.TrainConfig(epochs=1).as_dict(),
+        "data": {"sha256": ""},
+        "versions": {},
+        "environment": {},
+    }
+    return checkpoint.Keeper(
+        Path(folder),
+        facts,
+        finished_run=None,
+        resume="auto",
+        every="1h",
+        keep=3,
+        stop=stop,
+        workers=strategy.Workers(chosen),
+        warn=print,
+    )
+
+
+def losses(chosen, *, examples, batch_size, **stop):
+    """In float64 with dropout off: every step's loss, the history, and the weights' digest."""
+    for setting in (keras.config.set_floatx, keras.config.set_dtype_policy):
+        setting("float64")
+    digits = data.load("bundled").first(examples, 200)
+    cnn, history, steps = train(chosen, digits, batch_size=batch_size, **stop)
+    return {
+        "losses": [loss for loss, _ in steps],
+        "history": history,
+        "weights": export.weights_sha256(cnn),
+    }
+
+
+def gradients(chosen, *, examples, batch_size, file):
+    """In float32 with dropout off, from the same state: the gradients of every step, in a file."""
+    digits = data.load("bundled").first(examples, 20)
+    _, _, steps = train(chosen, digits, batch_size=batch_size, optimizer=Record)
+    np.savez(file, *[gradient for _, kept in steps for gradient in kept])
+
+
+def masks(chosen):
+    """What dropout leaves of ones in each replica, twice; and the state of its seed then."""
+    with chosen.scope():
+        network = keras.Sequential(
+            [keras.Input((50,)), keras.Sequential([keras.layers.Dropout(0.5, seed=1)])]
+        )
+    strategy.separate_seeds(network)
+    strategy.separate_seeds(network)  # which changes nothing
+    ones = tf.ones((1, 50))
+    draw = tf.function(lambda: chosen.run(lambda: network(ones, training=True)), autograph=False)
+    drawn = [chosen.experimental_local_results(draw()) for _ in range(2)]
+    return {
+        "drawn": [[mask.numpy().tolist() for mask in masks] for masks in drawn],
+        "state": [variable.numpy().tolist() for variable in network.variables],
+    }
+
+
+def saved(chosen, *, examples, batch_size, folder):
+    """Trains with dropout and saves the model; returns the weights' digest."""
+    digits = data.load("bundled").first(examples, 100)
+    cnn, history, _ = train(chosen, digits, batch_size=batch_size, dropout=True)
+    export.save(Path(folder), cnn, history, {})
+    return export.weights_sha256(cnn)
+
+
+def exchanged(chosen):
+    """What ``Workers`` passes on."""
+    workers = strategy.Workers(chosen)
+    own = np.arange(7, dtype=np.uint8) + workers.index
+    return {
+        "count": workers.count,
+        "gathered": workers.gather(10 + workers.index),
+        "first": workers.first(10 + workers.index),
+        "shared": list(workers.share(own.tobytes())),
+        "equal": [workers.have_equal(b"same"), workers.have_equal(own[:4].tobytes())],
+    }
+
+
+def main(name, devices, arguments, output):
+    members = cluster.resolve(os.environ)
+    runtime.set_threads(1)
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    logical = [tf.config.LogicalDeviceConfiguration() for _ in range(int(devices))]
+    tf.config.set_logical_device_configuration(cpu, logical)
+    kind = "mirrored" if len(logical) > 1 else "auto"
+    chosen = strategy.create(kind, cluster=members, gpus=None, startup_timeout=60).strategy
+    result = globals()[name](chosen, **json.loads(arguments))
+    Path(output).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
