@@ -1,15 +1,11 @@
 """What a stop may change of the outcome: nothing."""
 
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from conftest import outcome
 
 from trainer import loop, pipeline
 from trainer.checkpoint import FOLDER, Keeper, Position
@@ -292,60 +288,3 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, comma
     assert done.returncode == 73, done.stderr
     assert "the last checkpoint stands" in done.stdout
     assert train(keeper(tmp_path)) == unbroken
-
-
-# The command itself, on the CNN. A thread an operation, so that two can run side by side.
-RUN = ("--epochs", 2, "--train-limit", 1024, "--test-limit", 200, "--threads", 1)
-EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1, "--log-format", "json")
-
-
-def stop_and_resume(command, folder, stops, number):
-    """Stops a run ``stops`` times by a signal, each at a moment of its own, then lets it end."""
-    for _ in range(stops):
-        run = command.start(*EAGER, "--output-dir", folder, stdout=subprocess.DEVNULL)
-        # From its first checkpoint on, anywhere in the seconds that it has.
-        end = time.monotonic() + 120
-        before = {path.name for path in (folder / FOLDER).glob("*.index")}
-        while run.poll() is None and time.monotonic() < end:
-            if {path.name for path in (folder / FOLDER).glob("*.index")} - before:
-                break
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 1.5))
-        run.send_signal(number)
-        _, stderr = run.communicate(timeout=60)
-        if number == signal.SIGKILL:
-            assert run.returncode in (-9, 0)
-        else:
-            assert run.returncode in (75, 0), stderr
-            assert run.returncode == 0 or "the same command goes on from there" in stderr
-        if run.returncode == 0:
-            return
-    done = command.run(*EAGER, "--output-dir", folder)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    from conftest import Command
-
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = Command(folder, folder / "home").run(*RUN)
-    assert done.returncode == 0, done.stderr
-    return outcome(folder)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_killed_twice_ends_with_the_same_bits(command, tmp_path, undisturbed, number):
-    stop_and_resume(command, tmp_path / "out", 2, number)
-    assert outcome(tmp_path / "out") == undisturbed
-    assert not (tmp_path / "out" / FOLDER).exists()
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("attempt", range(5))
-def test_a_run_killed_often_ends_with_the_same_bits(
-    command, tmp_path, undisturbed, number, attempt
-):
-    stop_and_resume(command, tmp_path / "out", 2, number)
-    assert outcome(tmp_path / "out") == undisturbed

@@ -1,9 +1,12 @@
-"""Several workers, each a process of its own on this machine: the command as a user runs it.
+"""Several workers, each a process of its own on this machine, and one, stopped and resumed: the
+command as a user runs it.
 
 What a worker's parent does without TensorFlow has more cases in ``test_supervisor``.
 """
 
 import contextlib
+import functools
+import json
 import os
 import random
 import signal
@@ -11,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import assert_alike, assert_gradients_alike, outcome
+from conftest import Command, assert_alike, assert_gradients_alike, outcome
 
 from trainer.checkpoint import FOLDER
 from trainer.cluster import Cluster
@@ -19,8 +22,7 @@ from trainer.launch import free_ports
 from trainer.supervisor import STANDS
 
 RUN = ("--epochs", 2, "--train-limit", 1024, "--test-limit", 200, "--threads", 1)
-EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 2, "--log-format", "json")
-STEPS = 2 * 8
+EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1, "--log-format", "json")
 
 
 class Group:
@@ -35,6 +37,7 @@ class Group:
         for index in range(len(self.workers)) if only is None else only:
             # The others need no folder, and must make none.
             folder = "out" if index == 0 else "nowhere"
+            # A list of one is a worker alone.
             self.command.env["TF_CONFIG"] = Cluster(self.workers, index).tf_config
             self.processes[index] = self.command.start(*flags, "--output-dir", folder)
         del self.command.env["TF_CONFIG"]
@@ -43,13 +46,15 @@ class Group:
     def child(self, index):
         """Returns the process of a worker that trains."""
         pid = self.processes[index].pid
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        with contextlib.suppress(OSError, ValueError):  # It has ended.
+            return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        return None
 
     def send(self, number, index, *, child=False):
         pids = [self.child(index)] if child else []
         self.processes[index].send_signal(number)
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, TypeError):
                 os.kill(pid, number)
 
     def end(self, index, *, within=60):
@@ -59,9 +64,9 @@ class Group:
     def until(self, condition):
         end = time.monotonic() + 120
         while not condition():
-            assert all(one.poll() is None for one in self.processes.values()), [
-                self.end(index) for index, one in self.processes.items() if one.poll() is not None
-            ]
+            if any(one.poll() is not None for one in self.processes.values()):
+                assert condition(), [self.end(index) for index in self.processes]
+                return
             assert time.monotonic() < end, "it never came"
             time.sleep(0.002)
 
@@ -157,74 +162,91 @@ def test_a_run_goes_on_with_another_number_of_workers(replicas, tmp_path, counts
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What two workers end with that nothing disturbs."""
-    from conftest import Command
+    """Gives what one worker or two end with that nothing disturbs."""
 
-    folder = tmp_path_factory.mktemp("undisturbed")
-    two = Group(Command(folder, folder), 2).start(*RUN)
-    for index in (0, 1):
-        code, stdout, stderr = two.end(index, within=200)
-        assert code == 0, stderr
-        # Worker 0 says that both have the same weights; the other one says nothing.
-        assert ("the 2 workers hold the same weights" in stdout) == (index == 0)
-        assert stderr == ""
-    assert not (folder / "nowhere").exists()
-    return outcome(folder / "out")
+    @functools.cache
+    def of(count):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        workers = Group(Command(folder, folder), count).start(*RUN)
+        for index in range(count):
+            code, stdout, stderr = workers.end(index, within=200)
+            assert (code, stderr) == (0, "")
+            # Worker 0 shows progress; another one says how it ended, and nothing else.
+            last = f"worker {index} of 2 has the same weights as the others, bit for bit: SHA-256 "
+            assert (last in stdout) == (count == 2)
+            assert (stdout.count("\n") == 1) == (index == 1)
+        assert not (folder / "nowhere").exists()
+        return outcome(folder / "out")
+
+    return of
 
 
 def steps_saved(folder):
     return max((int(p.stem.split("-")[1]) for p in (folder / FOLDER).glob("*.index")), default=0)
 
 
-def stop(two, folder, number, step):
-    """Stops a run by a signal to one worker, anywhere between this step and the next save."""
-    if step is None:  # while it saves
-        two.until(lambda: any("temp" in path.name for path in folder.glob(f"{FOLDER}/*")))
-    else:
-        two.until(lambda: steps_saved(folder) >= step)
-        time.sleep(random.uniform(0, 1))
-    stopped = 0 if step is None else random.choice([0, 1])
-    two.send(number, stopped, child=number == signal.SIGKILL)
-    for index in (0, 1):
-        code, _, stderr = two.end(index, within=20)
-        if code == 0:  # It came too late.
-            continue
+def stop(workers, folder, number, *, in_save=False):
+    """Stops a run by a signal to one worker: at a random step, or while it saves. Returns whether
+    it was stopped before its end.
+    """
+    count = len(workers.workers)
+    workers.start(*EAGER)
+    # Early enough that there are steps left for more stops.
+    step = random.randint(1, 4) + steps_saved(folder)
+
+    def is_time():
+        if in_save:
+            return any("temp" in path.name for path in folder.glob(f"{FOLDER}/*"))
+        return steps_saved(folder) >= step
+
+    workers.until(lambda: is_time() or (folder / "mnist.h5").exists())
+    time.sleep(0 if in_save else random.uniform(0, 0.3))
+    stopped = 0 if in_save else random.randrange(count)
+    workers.send(number, stopped, child=number == signal.SIGKILL)
+    ends = [workers.end(index, within=20) for index in range(count)]
+    if (folder / "mnist.h5").exists():
+        return False
+    for index, (code, _, stderr) in enumerate(ends):
         if number == signal.SIGKILL and index == stopped:
             assert code in (-9, 137)
         elif number == signal.SIGKILL:
             assert code == 75, stderr
-            assert f"{two.name(stopped)} was lost: " in stderr
+            assert f"{workers.name(stopped)} was lost: " in stderr
             assert stderr.endswith(f"{STANDS}\n")
         else:
             assert code == 75, stderr
             assert f"stopped by {number.name}" in stderr
             assert "the same command goes on from there" in stderr
+        assert stderr.count("\n") <= 1
+    return True
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(
-    ("number", "steps"),
+    ("number", "stops"),
     [
-        (signal.SIGKILL, [None, 7]),
-        (signal.SIGTERM, [2, 9]),
+        (signal.SIGKILL, 2),
+        (signal.SIGTERM, 2),
         pytest.param(signal.SIGKILL, 10, marks=pytest.mark.full),
         pytest.param(signal.SIGTERM, 10, marks=pytest.mark.full),
     ],
 )
-def test_two_workers_stopped_at_any_step_end_with_the_same_bits(
-    group, command, undisturbed, number, steps
+def test_a_run_stopped_at_any_step_ends_with_the_same_bits(
+    group, command, undisturbed, number, stops, count
 ):
     out = command.folder / "out"
-    if steps == 10:
-        steps = sorted(random.sample(range(1, STEPS), 10))
-    for step in steps:
-        stop(group(2).start(*EAGER), out, number, step)
-        if (out / "mnist.h5").exists():
-            break
-    if not (out / "mnist.h5").exists():
-        two = group(2).start(*EAGER)
-        assert [two.end(index, within=200)[0] for index in (0, 1)] == [0, 0]
-    assert outcome(out) == undisturbed
-    assert not (out / FOLDER).exists()
+    seen = 0
+    while seen < stops:  # runs, each stopped several times
+        for _ in range(4):
+            if seen == stops or not stop(group(count), out, number, in_save=seen == 0):
+                break
+            seen += 1
+        if not (out / "mnist.h5").exists():
+            last = group(count).start(*EAGER)
+            assert [last.end(index, within=200)[0] for index in range(count)] == [0] * count
+        assert outcome(out) == undisturbed(count)
+        assert not (out / FOLDER).exists()
+        (out / "mnist.h5").unlink()
 
 
 @pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.full)])
@@ -269,6 +291,23 @@ def test_a_worker_that_never_comes_is_named(group):
         f"python -m trainer.task: {two.name(1)} did not come within 12 s. Start the same command "
         "there too; --startup-timeout waits longer.\n"
     )
+
+
+@pytest.mark.full
+def test_a_worker_lost_at_the_very_end_costs_nothing(group, command):
+    two = group(2).start(*EAGER)
+    for line in two.processes[0].stdout:
+        if json.loads(line)["event"] == "weights":  # all is computed; worker 0 saves it
+            break
+    two.send(signal.SIGKILL, 1, child=True)
+    two.end(1)
+    two.start(*EAGER, only=[1])
+    code, stdout, _ = two.end(1)
+    assert (code, stdout) == (0, "")
+    code, _, stderr = two.end(0)
+    assert code == 0
+    assert stderr.startswith("The model is saved. Waiting up to 300 s to tell worker 1 ")
+    assert (command.folder / "out" / "mnist.h5").exists()
 
 
 def test_a_worker_with_another_seed_is_refused(group):

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -25,23 +25,26 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextlib.contextmanager
 def progress(
-    log_format: LogFormat | Literal["off"],
+    log_format: LogFormat,
     *,
     batch_size: int,
+    chief: bool = True,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> Iterator["Watcher"]:
+) -> Iterator["Watcher | Quiet"]:
     """Gives the watcher for this output, and leaves the terminal as it was at the end.
 
     Args:
-        log_format: As ``TrainConfig.log_format``; ``off``: say nothing.
+        log_format: As ``TrainConfig.log_format``.
         batch_size: Images in a step, for images a second.
+        chief: Whether this is the worker that speaks for all; the others say how they ended.
         stream: Where to write; None: stdout.
         clock: Seconds, monotonic.
     """
     stream = stream or sys.stdout
-    if log_format == "off":
-        yield Watcher(batch_size, stream, clock)
+    if not chief:
+        kind = JsonLines if log_format == "json" else PlainLines
+        yield Quiet(kind(batch_size, stream, clock))
     elif log_format == "json":
         yield JsonLines(batch_size, stream, clock)
     elif log_format == "plain" or not Console(file=stream).is_terminal:
@@ -52,7 +55,7 @@ def progress(
 
 
 class Watcher(keras.callbacks.Callback):
-    """Follows a run and says nothing of it; the subclasses say where it is in their own way.
+    """Follows a run and says where it is; the subclasses say it in their own way.
 
     Args:
         batch_size: Images in a step.
@@ -69,9 +72,11 @@ class Watcher(keras.callbacks.Callback):
 
     def say(self, text: str, event: str, **facts: object) -> None:
         """Says something about the run: a sentence to people, an event with facts to machines."""
+        raise NotImplementedError
 
     def on_step(self, place: dict, logs: dict[str, float]) -> None:
         """Shows ``place``: epoch, epochs, step, steps (from 1), images_per_second, seconds_left."""
+        raise NotImplementedError
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self.epoch = epoch
@@ -148,6 +153,23 @@ class JsonLines(PlainLines):
 
     def say(self, text: str, event: str, **facts: object) -> None:
         self.write(json.dumps({"event": event, **facts}))
+
+
+class Quiet(keras.callbacks.Callback):
+    """For a worker that does not speak for all: it says how it ended, and nothing before.
+
+    Args:
+        lines: How it says that.
+    """
+
+    def __init__(self, lines: PlainLines) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def say(self, text: str, event: str, **facts: object) -> None:
+        """As ``Watcher.say``."""
+        if event == "weights":
+            self.lines.say(text, event, **facts)
 
 
 class Bar(Watcher):

@@ -22,6 +22,7 @@ when it comes back it is told that the run is finished.
 import asyncio
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import NamedTuple
@@ -442,11 +443,21 @@ class _Chief(_Supervisor):
             done = self.verdict.code == 0
             seconds = self.startup_timeout if done else 0 if self.running else TELL
             if done:
+                self._say_whom_it_waits_for(seconds)
                 await self._open()
         until = self.loop.time() + seconds
         while (self.peers or self.told != set(self.others)) and self.loop.time() < until:
             await asyncio.sleep(BEAT / 10)
         self.finish(*self.own_end(self.verdict))
+
+    def _say_whom_it_waits_for(self, seconds: float) -> None:
+        lost = [self.cluster.name(index) for index in self.others if index not in self.told]
+        print(
+            f"The model is saved. Waiting up to {seconds:g} s to tell {', '.join(lost)}, lost at "
+            "the very end; Ctrl-C ends that.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class _Other(_Supervisor):

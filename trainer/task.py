@@ -90,9 +90,10 @@ def train(
             runtime.set_threads(config.threads)
             if config.deterministic:
                 runtime.set_deterministic()
-            log_format = config.log_format if chief else "off"
             with (
-                report.progress(log_format, batch_size=config.batch_size) as watcher,
+                report.progress(
+                    config.log_format, batch_size=config.batch_size, chief=chief
+                ) as watcher,
                 _lost_peers() if link else contextlib.nullcontext(),
             ):
                 chosen = _strategy(config, members)
@@ -312,17 +313,22 @@ def _keeper(
 
 
 def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "report.Watcher") -> None:
-    """Says whether all workers have ended with the same weights, as they should."""
+    """Says what weights this worker has ended with, and whether all have the same."""
     if workers.count == 1:
         return
-    same = workers.have_equal(bytes.fromhex(export.weights_sha256(model)))
-    text = f"the {workers.count} workers hold the same weights, bit for bit"
+    sha256 = export.weights_sha256(model)
+    same = workers.have_equal(bytes.fromhex(sha256))
+    others = "the same weights as the others, bit for bit"
     if not same:
-        text = (
-            f"The {workers.count} workers hold weights that differ in their last bits: their "
-            "processors compute differently. Those of worker 0 are saved"
-        )
-    watcher.say(text, "weights", workers=workers.count, same=same)
+        others = "other weights than the others: their processors round differently"
+    watcher.say(
+        f"worker {workers.index} of {workers.count} has {others}: SHA-256 {sha256}",
+        "weights",
+        worker=workers.index,
+        workers=workers.count,
+        same=same,
+        weights_sha256=sha256,
+    )
 
 
 def _save(

@@ -1,0 +1,160 @@
+"""python -m trainer.launch as a user runs it."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Command, outcome
+
+from trainer.launch import free_ports
+
+RUN = ("--epochs", 1, "--train-limit", 1024, "--test-limit", 200, "--output-dir", "out")
+EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1)
+
+
+def launched(command, *own):
+    command.program = ["-m", "trainer.launch", *map(str, own), "--"]
+    return command
+
+
+@pytest.fixture
+def launch(command):
+    return lambda *own: launched(command, *own)
+
+
+def children(pid):
+    with contextlib.suppress(FileNotFoundError):
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def wait_for(condition, *, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def has_checkpoint(folder):
+    return any((folder / "out" / "checkpoints").glob("*.index"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = launched(Command(folder, folder), "--workers", 2).run(*RUN)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    (other,) = (line for line in lines if not line.startswith("[0] "))
+    same = "has the same weights as the others, bit for bit: SHA-256 "
+    assert other.startswith(f"[1] worker 1 of 2 {same}")
+    assert sum(same in line for line in lines) == 2
+    assert lines[1].startswith(
+        "[0] MultiWorkerMirroredStrategy over 2 workers of one CPU each: 127.0.0.1:"
+    )
+    assert lines[-1].startswith("[0] out/mnist.h5")
+    assert [path.name for path in folder.iterdir()] == ["out"]
+    return outcome(folder / "out")
+
+
+def test_workers_are_started_again_from_the_last_checkpoint(launch, command, undisturbed):
+    run = launch("--workers", 2, "--max-restarts", 1).start(*EAGER)
+    wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
+    workers = children(run.pid)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    stdout, stderr = run.communicate(timeout=120)
+    assert run.returncode == 0, stderr
+    assert "[0] python -m trainer.task: worker 1 (127.0.0.1:" in stderr
+    assert "ended with 137; starting all 2 workers again (1 of 1)" in stderr
+    assert "[0] Resuming the unfinished run in out/checkpoints at epoch 1, step" in stdout
+    assert outcome(command.folder / "out") == undisturbed
+
+
+def test_without_a_restart_it_ends_as_the_worker_did(launch, command):
+    run = launch().start(*EAGER)
+    wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
+    chief, _ = children(run.pid)
+    os.kill(chief, signal.SIGKILL)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 137
+    assert "[1] python -m trainer.task: worker 0 (127.0.0.1:" in stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_at_a_checkpoint(launch, command, number):
+    run = launch().start(*EAGER)
+    wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
+    workers = children(run.pid)
+    pids = [*workers, *(child for one in workers for child in children(one))]
+    assert len(pids) == 4
+    start = time.monotonic()
+    run.send_signal(number)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 75
+    assert time.monotonic() - start < 10
+    assert f"[0] python -m trainer.task: stopped by {number.name} at epoch 1, step" in stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_nothing_is_left_of_one_that_is_killed(launch, command):
+    run = launch().start(*EAGER)
+    wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
+    workers = children(run.pid)
+    pids = [*workers, *(child for one in workers for child in children(one))]
+    run.kill()
+    run.communicate()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=10)
+
+
+@pytest.mark.full
+def test_three_workers_share_a_batch_of_126(launch, command):
+    done = launch("--workers", 3).run(*RUN, "--train-limit", 5120, "--batch-size", 126)
+    assert (done.returncode, done.stderr) == (0, "")
+    for index in range(3):
+        same = f"[{index}] worker {index} of 3 has the same weights as the others, bit for bit"
+        assert same in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("own", "flags", "part"),
+    [
+        (["--workers", "0"], [], "workers must be at least 1. Received: workers=0. Use 2"),
+        (["--max-restarts", "-1"], [], "max_restarts must be at least 0. Received"),
+        (["--worker", "2"], [], "Perhaps you meant --workers"),
+        ([], ["--epochs", "0"], "epochs must be a whole number of at least 1"),
+        ([], ["--epoch", "1"], "Perhaps you meant --epochs"),
+    ],
+)
+def test_a_wrong_flag_is_2_and_starts_nothing(launch, command, own, flags, part):
+    done = launch(*own).run(*flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert part in done.stderr
+    assert done.stderr.startswith("python -m trainer.launch: error: ")
+    assert done.stderr.count("\n") == 1
+    assert list(command.folder.iterdir()) == []
+
+
+def test_help_is_quick_and_names_the_flags(launch, command):
+    command.program = ["-X", "importtime", "-m", "trainer.launch"]
+    done = command.run("--help")
+    assert done.returncode == 0
+    assert "--max-restarts" in done.stdout
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"tensorflow", "keras", "numpy"}
+
+
+def test_free_ports_are_free_and_different():
+    ports = free_ports(50)
+    assert len(set(ports)) == 50
+
+
+def test_a_folder_that_cannot_be_written_ends_all_workers(launch, command):
+    (command.folder / "out").write_text("")
+    done = launch().run(*RUN)
+    assert done.returncode == 73
+    assert "[0] python -m trainer.task: error: " in done.stderr
+    assert "File exists" in done.stderr
