@@ -206,6 +206,7 @@ def test_a_damaged_idx_file_says_how(tmp_path, few, damage, message):
         data.load(str(tmp_path))
 
 
+@pytest.mark.full
 def test_tensorflow_datasets_are_read_in_their_own_format(command, tmp_path, few):
     import tensorflow_datasets as tfds
 

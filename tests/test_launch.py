@@ -45,7 +45,8 @@ def has_checkpoint(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = launched(Command(folder, folder), "--workers", 2).run(*RUN)
+    home = tmp_path_factory.mktemp("home")
+    done = launched(Command(folder, home), "--workers", 2).run(*RUN)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     (other,) = (line for line in lines if not line.startswith("[0] "))
@@ -74,6 +75,7 @@ def test_workers_are_started_again_from_the_last_checkpoint(launch, command, und
     assert outcome(command.folder / "out") == undisturbed
 
 
+@pytest.mark.full
 def test_without_a_restart_it_ends_as_the_worker_did(launch, command):
     run = launch().start(*EAGER)
     wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
@@ -85,6 +87,7 @@ def test_without_a_restart_it_ends_as_the_worker_did(launch, command):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.full
 def test_a_signal_stops_all_at_a_checkpoint(launch, command, number):
     run = launch().start(*EAGER)
     wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
@@ -100,6 +103,7 @@ def test_a_signal_stops_all_at_a_checkpoint(launch, command, number):
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@pytest.mark.full
 def test_nothing_is_left_of_one_that_is_killed(launch, command):
     run = launch().start(*EAGER)
     wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)

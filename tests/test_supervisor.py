@@ -185,6 +185,7 @@ def test_one_whose_chief_is_late_waits(run):
     assert [two.end(index) for index in (0, 1)] == [(0, "")] * 2
 
 
+@pytest.mark.full
 def test_workers_that_never_come_are_named(run):
     three = run(3, startup_timeout=3)
     three.start(0, 2)
@@ -230,6 +231,7 @@ def test_one_with_another_list_of_workers_is_refused(run):
         assert "Expected one list of workers everywhere. Received: " in said
 
 
+@pytest.mark.full
 def test_one_that_comes_twice_waits_for_the_first_to_go(run):
     three = run(3)
     three.start(0, 1)
@@ -244,6 +246,7 @@ def test_one_that_comes_twice_waits_for_the_first_to_go(run):
     assert [three.end(index) for index in range(3)] == [(0, "")] * 3
 
 
+@pytest.mark.full
 def test_a_port_in_use_is_named(run):
     two = run(2)
     port = two.workers[0].split(":")[1]
@@ -300,7 +303,7 @@ def test_a_worker_whose_training_is_killed_is_named_at_once(run, lost):
     assert_lost(two.end(1 - lost), two.name(lost), "killed by SIGKILL")
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_a_worker_whose_training_is_frozen_is_named(run, lost):
     two = run(2)
     two.start(0, 1, seconds=60)
@@ -381,8 +384,15 @@ def test_all_end_with_the_error_of_one(run, failing, ends, code):
         assert three.end(index) == (code, f"task: error: {by}{text}\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize(
+    ("number", "stopped"),
+    [
+        (signal.SIGTERM, 0),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.full),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.full),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.full),
+    ],
+)
 def test_a_signal_to_one_that_waits_for_a_frozen_peer_ends_it_within_ten_seconds(
     run, number, stopped
 ):
@@ -423,7 +433,9 @@ def test_a_second_signal_ends_at_once(run, number, code):
     assert f"stopped by a second {number.name}. The last checkpoint stands." in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
 def test_a_signal_while_it_waits_for_the_others_is_heeded(run, number):
     two = run(2)
     two.start(0)

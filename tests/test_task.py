@@ -167,6 +167,7 @@ def test_another_backend_of_keras_is_78(command):
     assert_one_line(command.run(), 78, "Received: KERAS_BACKEND=numpy")
 
 
+@pytest.mark.full
 def test_a_keras_json_of_another_project_changes_nothing(command):
     (command.home / "keras.json").write_text(
         json.dumps({"backend": "numpy", "image_data_format": "channels_first"})
@@ -240,6 +241,7 @@ def test_a_terminal_sees_a_bar(command):
     assert "test accuracy" in text
 
 
+@pytest.mark.full
 def test_tensorflow_speaks_when_it_is_asked_to(command):
     done = command.run(*SMALL, "--tensorflow-logs", "--output-dir", "out")
     assert done.returncode == 0
@@ -305,6 +307,15 @@ def test_killed_twenty_times_the_model_always_loads(command, tmp_path):
             killed["anywhere"] += kill_anywhere(command, tmp_path, seed, seconds) == -signal.SIGKILL
             assert_loads(tmp_path)
     assert killed == {"in the save": 10, "anywhere": 10}
+
+
+@pytest.mark.full
+def test_deterministic_operations_change_nothing_on_a_cpu(command, tmp_path):
+    for name, flags in (("a", ()), ("b", ("--deterministic",))):
+        done = command.run(*SMALL, *flags, "--output-dir", name)
+        assert done.returncode == 0, done.stderr
+    a, b = (manifest(tmp_path / name)["model"]["sha256"] for name in "ab")
+    assert a == b
 
 
 @pytest.mark.full

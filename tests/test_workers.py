@@ -21,7 +21,7 @@ from trainer.cluster import Cluster
 from trainer.launch import free_ports
 from trainer.supervisor import STANDS
 
-RUN = ("--epochs", 2, "--train-limit", 1024, "--test-limit", 200, "--threads", 1)
+RUN = ("--epochs", 2, "--train-limit", 768, "--test-limit", 100, "--threads", 1)
 EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1, "--log-format", "json")
 
 
@@ -192,7 +192,7 @@ def stop(workers, folder, number, *, in_save=False):
     count = len(workers.workers)
     workers.start(*EAGER)
     # Early enough that there are steps left for more stops.
-    step = random.randint(1, 4) + steps_saved(folder)
+    step = random.randint(1, 3) + steps_saved(folder)
 
     def is_time():
         if in_save:
@@ -223,24 +223,23 @@ def stop(workers, folder, number, *, in_save=False):
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(
-    ("number", "stops"),
+    "signals",
     [
-        (signal.SIGKILL, 2),
-        (signal.SIGTERM, 2),
-        pytest.param(signal.SIGKILL, 10, marks=pytest.mark.full),
-        pytest.param(signal.SIGTERM, 10, marks=pytest.mark.full),
+        [signal.SIGKILL, signal.SIGTERM],
+        pytest.param([signal.SIGKILL] * 10, marks=pytest.mark.full),
+        pytest.param([signal.SIGTERM] * 10, marks=pytest.mark.full),
     ],
 )
 def test_a_run_stopped_at_any_step_ends_with_the_same_bits(
-    group, command, undisturbed, number, stops, count
+    group, command, undisturbed, signals, count
 ):
     out = command.folder / "out"
-    seen = 0
-    while seen < stops:  # runs, each stopped several times
-        for _ in range(4):
-            if seen == stops or not stop(group(count), out, number, in_save=seen == 0):
+    stopped = 0
+    while stopped < len(signals):  # runs, each stopped several times, the first while it saves
+        for number in signals[stopped : stopped + 4]:
+            if not stop(group(count), out, number, in_save=stopped == 0):
                 break
-            seen += 1
+            stopped += 1
         if not (out / "mnist.h5").exists():
             last = group(count).start(*EAGER)
             assert [last.end(index, within=200)[0] for index in range(count)] == [0] * count
@@ -249,7 +248,8 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(
         (out / "mnist.h5").unlink()
 
 
-@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.full)])
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.full
 def test_a_frozen_worker_is_named_within_twenty_seconds(group, command, lost):
     two = group(2).start(*EAGER)
     two.until(lambda: steps_saved(command.folder / "out") >= 2)
@@ -319,6 +319,7 @@ def test_a_worker_with_another_seed_is_refused(group):
         assert stderr.count("\n") == 1
 
 
+@pytest.mark.full
 def test_a_batch_that_does_not_divide_is_refused_by_all(group):
     three = group(2).start(*RUN, "--batch-size", 127)
     for index in (0, 1):
