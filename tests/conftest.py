@@ -5,10 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from trainer.cluster import Cluster
+from trainer.launch import free_ports
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +34,7 @@ class Command:
         self.env |= {"PYTHONPATH": str(ROOT), "KERAS_HOME": str(home)}
 
     def argv(self, *flags: object) -> list[str]:
-        return [*self.prefix, sys.executable, *self.program, *map(str, flags)]
+        return [*map(str, (*self.prefix, sys.executable, *self.program, *flags))]
 
     def run(self, *flags: object, **options) -> subprocess.CompletedProcess:
         options = {"capture_output": True, "text": True, "timeout": 300, **options}
@@ -74,31 +78,43 @@ def save_npz(path: Path, train: int = 60, test: int = 20, **arrays) -> Path:
 class Replicas:
     """``replicas.py`` in processes of its own; see there."""
 
+    numbers = itertools.count()
+
     def __init__(self, command: Command) -> None:
         self.command = command
 
-    def start(self, name: str, *, devices: int = 1, tf_config: str | None = None, **arguments):
-        """Starts one; returns a function that waits for what it computes."""
-        output = self.command.folder / f"{name}-{next(self.numbers)}.json"
-        env = dict(self.command.env)
-        if tf_config:
-            env["TF_CONFIG"] = tf_config
-        argv = [str(ROOT / "tests" / "replicas.py"), name, str(devices), json.dumps(arguments)]
-        run = subprocess.Popen(
-            [sys.executable, *argv, str(output)], env=env, stderr=subprocess.PIPE, text=True
-        )
+    def compute(self, name: str, *, devices: int = 1, **arguments):
+        """Returns what one process computes."""
+        return self._compute(name, devices, [(None, arguments)])[0]
 
-        def result():
-            _, stderr = run.communicate(timeout=300)
-            assert run.returncode == 0, stderr
-            return json.loads(output.read_text())
+    def compute_together(self, name: str, arguments: list[dict]) -> list:
+        """Returns what several workers compute, one for each of ``arguments``."""
+        workers = tuple(f"127.0.0.1:{port}" for port in free_ports(len(arguments)))
+        configs = [Cluster(workers, index).tf_config for index in range(len(workers))]
+        return self._compute(name, 1, list(zip(configs, arguments, strict=True)))
 
-        return result
-
-    def compute(self, name: str, **options):
-        return self.start(name, **options)()
-
-    numbers = itertools.count()
+    def _compute(self, name: str, devices: int, parts: list[tuple[str | None, dict]]) -> list:
+        outputs, runs = [], []
+        for tf_config, arguments in parts:
+            outputs.append(self.command.folder / f"{name}-{next(self.numbers)}.json")
+            self.command.env["TF_CONFIG"] = tf_config or ""
+            if not tf_config:
+                del self.command.env["TF_CONFIG"]
+            self.command.program = [ROOT / "tests" / "replicas.py"]
+            flags = (name, devices, json.dumps(arguments), outputs[-1])
+            runs.append(self.command.start(*flags, stdin=subprocess.PIPE, stdout=None))
+        try:
+            end = time.monotonic() + 300
+            while not all(output.exists() for output in outputs):
+                for run in runs:
+                    assert run.poll() is None, run.stderr.read()
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            return [json.loads(output.read_text()) for output in outputs]
+        finally:  # Together, when all have what they reduced together.
+            for run in runs:
+                run.kill()
+                run.communicate()
 
 
 @pytest.fixture

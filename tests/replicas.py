@@ -179,7 +179,10 @@ def main(name, devices, arguments, output):
     kind = "mirrored" if len(logical) > 1 else "auto"
     chosen = strategy.create(kind, cluster=members, gpus=None, startup_timeout=60).strategy
     result = globals()[name](chosen, **json.loads(arguments))
-    Path(output).write_text(json.dumps(result))
+    Path(f"{output}.part").write_text(json.dumps(result))
+    Path(f"{output}.part").rename(output)
+    sys.stdin.read()  # The others fetch from this process what all have reduced together.
+    os._exit(0)
 
 
 if __name__ == "__main__":

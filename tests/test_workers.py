@@ -94,18 +94,7 @@ def group(command):
 
 def compute(replicas, name, count, **arguments):
     """Calls a function of ``replicas.py`` in several workers; returns each one's result."""
-    workers = tuple(f"127.0.0.1:{port}" for port in free_ports(count))
-    files = [{"file": str(replicas.command.folder / f"{n}.npz")} for n in range(count)]
-    started = [
-        replicas.start(
-            name,
-            tf_config=Cluster(workers, index).tf_config,
-            **arguments,
-            **(files[index] if name == "gradients" else {}),
-        )
-        for index in range(count)
-    ]
-    return [result() for result in started]
+    return replicas.compute_together(name, [arguments] * count)
 
 
 def test_what_workers_exchange_arrives(replicas):
@@ -141,7 +130,8 @@ def test_several_workers_train_as_one(replicas, count, batch_size, examples):
 @pytest.mark.parametrize(("count", "batch_size"), [(2, 64), (3, 63)])
 def test_gradients_are_those_of_one(replicas, tmp_path, count, batch_size):
     data = {"examples": 100, "batch_size": batch_size}
-    compute(replicas, "gradients", count, **data)
+    files = [{"file": str(tmp_path / f"{index}.npz")} for index in range(count)]
+    replicas.compute_together("gradients", [{**data, **file} for file in files])
     replicas.compute("gradients", file=str(tmp_path / "one.npz"), **data)
     assert_gradients_alike(tmp_path / "0.npz", tmp_path / "one.npz")
 

@@ -57,11 +57,12 @@ class PeerError(StoppedError):
 
 
 class Link:
-    """A child's end of the connection to its parent."""
+    """A child's end of the connection to its parent, with which it ends, whatever it waits for."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.lines = connection.makefile("r", encoding="utf-8")
+        self.may_go = threading.Event()
+        threading.Thread(target=self._follow, daemon=True).start()
 
     @classmethod
     def find(cls, environ: Mapping[str, str]) -> "Link | None":
@@ -71,10 +72,10 @@ class Link:
         return cls(socket.socket(fileno=int(environ[_VARIABLE])))
 
     def run(self, function: Callable[[], object]) -> NoReturn:
-        """Calls the function, tells the parent how it ended, and ends the process.
+        """Calls the function, tells the parent how it ended, and waits to be ended by it.
 
-        At once, without what Python and TensorFlow do at their exit: TensorFlow would wait there
-        for the other workers.
+        The others fetch from this process what all have reduced together: it must not be gone
+        before they have it.
         """
         try:
             function()
@@ -92,7 +93,8 @@ class Link:
         sys.stderr.flush()
         with contextlib.suppress(OSError):
             self._send(ended=outcome)
-        os._exit(outcome.code)
+        while True:
+            signal.pause()
 
     def meet(self, facts: dict) -> None:
         """Says what this worker is about to train, and waits until all have come and agree.
@@ -101,9 +103,7 @@ class Link:
             facts: By name, whatever must be equal on all workers.
         """
         self._send(ready=facts)
-        if not self.lines.readline():
-            os._exit(StoppedError.exit_code)
-        threading.Thread(target=self._follow, daemon=True).start()
+        self.may_go.wait()
 
     def tell(self, event: Literal["connected", "trained"]) -> None:
         """Says how far it is: connected to the other workers, or through with the training."""
@@ -113,9 +113,8 @@ class Link:
         self.connection.sendall(encode(message))
 
     def _follow(self) -> None:
-        """Ends with the parent, whatever the main thread is waiting for."""
-        while self.lines.readline():
-            pass
+        for _ in self.connection.makefile("r", encoding="utf-8"):
+            self.may_go.set()  # There is one message only.
         os._exit(StoppedError.exit_code)
 
 
@@ -148,12 +147,12 @@ class Child:
         self.reader, self.writer = await asyncio.open_connection(sock=self.connection)
 
     async def messages(self) -> AsyncIterator[dict]:
-        """Yields what the child says, until it has ended and ``outcome`` is known."""
+        """Yields what the child says, until ``outcome`` is known: it has said so, or is gone."""
         while message := await receive(self.reader):
             if "ended" in message:
                 self.outcome = self.outcome or Outcome(*message["ended"])
-            else:
-                yield message
+                return
+            yield message
         self.process.wait()
         self.outcome = self.outcome or _explain(self.process.returncode)
 

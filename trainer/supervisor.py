@@ -306,6 +306,7 @@ class _Chief(_Supervisor):
                 del self.peers[peer.index]
         if peer and not peer.ended:
             self._lost(peer.index, how)
+        self._finish()
 
     async def _next(self, reader: asyncio.StreamReader) -> dict | None:
         async with asyncio.timeout(SILENCE):
@@ -382,8 +383,10 @@ class _Chief(_Supervisor):
         code, text, kind = outcome
         if self.verdict is not None:  # It was ended because of that.
             return
-        if code == 0:
-            self._decide(0, "")
+        if code == 0 or (code == STOPPED and kind == "named" and self.running):
+            # All have come to the same end.
+            self.limit("last", LEAVE if code == 0 else BEAT, self._conclude)
+            self._finish()
         elif kind == "unclear" and self.running:
             self.limit("news", NEWS, lambda: self._gone(0, text))
         elif kind == "named" and code != INTERRUPTED:
@@ -394,7 +397,8 @@ class _Chief(_Supervisor):
     def _ended(self, index: int, outcome: Outcome) -> None:
         """Takes how another worker's child ended."""
         code, text, kind = outcome
-        if code == 0 or self.verdict is not None:
+        self._finish()
+        if code == 0 or self.trained or self.verdict is not None:
             return
         if kind == "unclear" and self.running:
             self.limit("news", NEWS, lambda: self._lost(index, text))
@@ -405,6 +409,15 @@ class _Chief(_Supervisor):
             self.limit("stopping", STOP, lambda: self._decide(code, text, index))
         else:
             self._decide(code, f"{self.cluster.name(index)}: {text}", index)
+
+    def _finish(self) -> None:
+        """Ends the run as this worker's child has ended, when the others have as well."""
+        if "last" in self.deadlines and all(peer.ended for peer in self.peers.values()):
+            self._conclude()
+
+    def _conclude(self) -> None:
+        code, text, _ = self.child.outcome
+        self._decide(code, text and f"{self.cluster.name(0)}: {text}", 0)
 
     def _lost(self, index: int, how: str) -> None:
         """Ends the run because a worker is gone, if there is one that it takes part in."""
@@ -525,14 +538,16 @@ class _Other(_Supervisor):
         self._say(ready=self.facts)
 
     def on_outcome(self, outcome: Outcome) -> None:
+        code, text, kind = outcome
         self._say(ended=outcome)
-        own = Verdict(outcome.code, outcome.text, self.cluster.index)
-        if self.chief is None:  # Until worker 0 can be told.
-            self.limit("telling", TELL, lambda: self._end(own))
-        elif outcome.code and outcome.kind == "unclear":  # Until worker 0 has decided.
-            self.limit("telling", NEWS + BEAT, lambda: self._end(own))
-        elif outcome.code:
+        own = Verdict(code, text, self.cluster.index)
+        if kind == "lost":
             self._end(own)
+        elif self.chief is None:
+            self.limit("telling", TELL, lambda: self._end(own))
+        elif code:  # Until worker 0 has decided; where all stop, that is when it has saved.
+            wait = NEWS + BEAT if kind == "unclear" else STOP
+            self.limit("telling", wait, lambda: self._end(own))
 
     def _absent(self) -> None:
         if self.chief is not None:  # Its parent waits for others, and says for whom.

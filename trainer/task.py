@@ -259,10 +259,12 @@ def _lost_peers() -> Iterator[None]:
         tf.errors.InternalError,
         tf.errors.UnavailableError,
     ) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise PeerError(
-            f"TensorFlow has lost another worker: {reason}. The last checkpoint stands."
-        ) from error
+        # Its message is a traceback of the graph; what happened stands at its end.
+        lines = [line.strip() for line in str(error).splitlines()]
+        reasons = [
+            line for line in lines if line and not line.startswith(("[[", "The error could"))
+        ]
+        raise PeerError(f"TensorFlow lost another worker: {reasons[-1][:300]}") from error
 
 
 def _strategy(config: TrainConfig, members: cluster.Cluster | None) -> "Chosen":
