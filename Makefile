@@ -13,8 +13,9 @@ EXTRA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 train: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m trainer.task $(ARGS)
 
+# Three at a time on two cores: some wait for a deadline.
 test: $(VENV)/.installed-$(EXTRA)-test
-	$(RUN) -m pytest -n 2 --dist worksteal -m "not full" $(ARGS)
+	$(RUN) -m pytest -n 3 --dist worksteal -m "not full" $(ARGS)
 
 test-full: $(VENV)/.installed-$(EXTRA)-test
 	$(RUN) -m pytest -n 2 --dist worksteal --durations=10 -m full $(ARGS)

@@ -47,6 +47,12 @@ class Command:
         return subprocess.Popen(self.argv(*flags), cwd=self.folder, env=self.env, **options)
 
 
+def pytest_collection_modifyitems(items):
+    """Begins with the modules of the longest tests, lest one of those be alone at the end."""
+    first = ("test_workers.py", "test_launch.py", "test_strategy.py")
+    items.sort(key=lambda item: item.path.name not in first)
+
+
 @pytest.fixture
 def command(tmp_path, tmp_path_factory):
     return Command(tmp_path, tmp_path_factory.mktemp("home"))
