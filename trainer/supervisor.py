@@ -306,7 +306,7 @@ class _Chief(_Supervisor):
                 del self.peers[peer.index]
         if peer and not peer.ended:
             self._lost(peer.index, how)
-        self._finish()
+        self._try_to_conclude()
 
     async def _next(self, reader: asyncio.StreamReader) -> dict | None:
         async with asyncio.timeout(SILENCE):
@@ -386,7 +386,7 @@ class _Chief(_Supervisor):
         if code == 0 or (code == STOPPED and kind == "named" and self.running):
             # All have come to the same end.
             self.limit("last", LEAVE if code == 0 else BEAT, self._conclude)
-            self._finish()
+            self._try_to_conclude()
         elif kind == "unclear" and self.running:
             self.limit("news", NEWS, lambda: self._gone(0, text))
         elif kind == "named" and code != INTERRUPTED:
@@ -397,7 +397,7 @@ class _Chief(_Supervisor):
     def _ended(self, index: int, outcome: Outcome) -> None:
         """Takes how another worker's child ended."""
         code, text, kind = outcome
-        self._finish()
+        self._try_to_conclude()
         if code == 0 or self.trained or self.verdict is not None:
             return
         if kind == "unclear" and self.running:
@@ -410,7 +410,7 @@ class _Chief(_Supervisor):
         else:
             self._decide(code, f"{self.cluster.name(index)}: {text}", index)
 
-    def _finish(self) -> None:
+    def _try_to_conclude(self) -> None:
         """Ends the run as this worker's child has ended, when the others have as well."""
         if "last" in self.deadlines and all(peer.ended for peer in self.peers.values()):
             self._conclude()
@@ -438,8 +438,7 @@ class _Chief(_Supervisor):
             return
         self.verdict = Verdict(code, text, about)
         self.reached(*list(self.deadlines))
-        if code:
-            self.child.kill(Outcome(code, text, "unclear"))
+        self.child.kill(Outcome(code, text, "unclear"))
         for peer in self.peers.values():
             send(peer.writer, verdict=self.verdict)
         self.told |= set(self.peers)
