@@ -145,7 +145,8 @@ class TrainConfig:
 
     deterministic: bool = False
     """Make a GPU repeat the same bits too, at some cost
-    in speed; a CPU always does."""
+    in speed; a CPU always does. (It has other bits with
+    it than without.)"""
 
     log_format: LogFormat = "auto"
     """How progress shows. auto: a bar on a terminal and

@@ -9,6 +9,7 @@ strategy, on a TPU too, so all but the connection to one is run on CPU devices.
 """
 
 import dataclasses
+import functools
 import os
 import queue
 import threading
@@ -161,15 +162,19 @@ class Workers:
             # Once a worker, whatever the number of its replicas.
             here = self.strategy.num_replicas_in_sync // self.count
             first = context.replica_id_in_sync_group % here == 0
-            return tf.constant(values if first else np.zeros_like(values))
+            return tf.constant((values if first else np.zeros_like(values)).ravel())
 
-        return self._reduce(
-            self.strategy.experimental_distribute_values_from_function(of_replica)
-        ).numpy()
+        everywhere = self.strategy.experimental_distribute_values_from_function(of_replica)
+        return _reducer(self.strategy)(everywhere).numpy().reshape(values.shape)
 
+
+@functools.cache  # Traced once for a strategy, whatever is exchanged.
+def _reducer(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], tf.Tensor]:
     @tf.function(autograph=False, reduce_retracing=True)
-    def _reduce(self, values: tf.Tensor) -> tf.Tensor:
-        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, values, axis=None)
+    def reduce(values: tf.Tensor) -> tf.Tensor:
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, values, axis=None)
+
+    return reduce
 
 
 def _gpus(count: int | None) -> list:
