@@ -57,6 +57,11 @@ TWO = {"worker": ["a:1", "b:2"]}
             1,
         ),
         (indexed("0", "chief.d,w.d", workers="2"), ("chief.d:2222", "w.d:2222"), 0),
+        (
+            indexed("1", "chief.d,w-{index}.d", workers="1+2", TRAINER_INDEX_OFFSET="1"),
+            ("chief.d:2222", "w-0.d:2222", "w-1.d:2222"),
+            2,
+        ),
         # TF_CONFIG is the one that counts where both are there.
         (
             {**indexed("2"), **tf_config(TWO, {"type": "worker", "index": 1})},
@@ -134,6 +139,7 @@ TASK = {"type": "worker", "index": 0}
         (tf_config(TWO, {"type": "worker", "index": True}), "for worker. Received: True"),
         (indexed("0", workers="0"), "TRAINER_WORKERS to be a whole number of at least 1. Received"),
         (indexed("0", workers="two"), "TRAINER_WORKERS to be a whole number of at least 1."),
+        (indexed("0", workers="1+"), "TRAINER_WORKERS to be a whole number of at least 1."),
         (indexed("0", TRAINER_PORT="99999"), "TRAINER_PORT to be a whole number from 1 to 65535."),
         (indexed("x"), "JOB_COMPLETION_INDEX to be a whole number of at least 0. Received: 'x'."),
         (

@@ -6,11 +6,13 @@ def main(argv=None) -> int:
 
 import contextlib
 import io
+import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -43,13 +45,24 @@ def run(
         command(parse(prog, kind, sys.argv[1:] if argv is None else argv))
     except TrainerError as error:
         label = "" if isinstance(error, StoppedError) else "error: "
-        print(f"{prog}: {label}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return error.exit_code
+        line, code = f"{prog}: {label}{' '.join(str(error).split())}", error.exit_code
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
-        print(f"{prog}: interrupted.{reason}", file=sys.stderr, flush=True)
-        return INTERRUPTED
-    return 0
+        line, code = f"{prog}: interrupted.{reason}", INTERRUPTED
+    else:
+        return 0
+    print(line, file=sys.stderr, flush=True)
+    leave_word(line)
+    return code
+
+
+def leave_word(text: str) -> None:
+    """Writes how a command ended to the file that TRAINER_TERMINATION_LOG names, if it does: in a
+    pod /dev/termination-log, from which ``kubectl describe`` shows it.
+    """
+    if path := os.environ.get("TRAINER_TERMINATION_LOG"):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(f"{text}\n", encoding="utf-8")
 
 
 class Signals:

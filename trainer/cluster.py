@@ -7,7 +7,7 @@ Worker 0 is the chief: it alone writes files. Two descriptions are understood. `
 TensorFlow's (https://www.tensorflow.org/guide/distributed_training#tf_config). Without it, these
 variables, which a Kubernetes Indexed Job can set in a pod template, the same for every pod:
 
-    TRAINER_WORKERS        how many there are
+    TRAINER_WORKERS        how many there are: 3; or the pods of two Jobs: 1+2
     TRAINER_HOSTS          names of their hosts, {index} being a pod's completion index in its Job.
                            One pattern: all are pods of one Job. Two, with a comma: the first is
                            that of the chief, the second that of the others, pods of another Job
@@ -120,7 +120,8 @@ def _from_tf_config(text: str) -> Cluster:
 
 
 def _from_indexed_job(environ: Mapping[str, str]) -> Cluster:
-    count = _whole(environ, "TRAINER_WORKERS", 1)
+    jobs = environ["TRAINER_WORKERS"].split("+")
+    count = sum(_whole({"TRAINER_WORKERS": pods}, "TRAINER_WORKERS", 1) for pods in jobs)
     port = _whole(environ, "TRAINER_PORT", 1, 65535, default=DEFAULT_PORT)
     offset = _whole(environ, "TRAINER_INDEX_OFFSET", 0, default=0)
     index = offset + _whole(environ, "JOB_COMPLETION_INDEX", 0, default=0 if count == 1 else None)

@@ -323,8 +323,10 @@ def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "report.
     others = "the same weights as the others, bit for bit"
     if not same:
         others = "other weights than the others: their processors round differently"
+    text = f"worker {workers.index} of {workers.count} has {others}: SHA-256 {sha256}"
+    cli.leave_word(text)
     watcher.say(
-        f"worker {workers.index} of {workers.count} has {others}: SHA-256 {sha256}",
+        text,
         "weights",
         worker=workers.index,
         workers=workers.count,
@@ -347,12 +349,16 @@ def _save(
     metrics = {name: values[-1] for name, values in history.items() if name != "seconds"}
     facts |= {"metrics": metrics, "seconds": round(time.monotonic() - start, 3)}
     manifest = export.save(config.output_dir, model, history, facts)
-    watcher.say(
+    text = (
         f"test accuracy {metrics['val_accuracy']:.2%}, loss {metrics['val_loss']:.4f}, "
         f"after {span(facts['seconds'])}\n"
         f"{config.output_dir / export.MODEL_FILE}  "
         f"{manifest['model']['bytes'] / 1e6:.1f} MB  "
-        f"SHA-256 {manifest['model']['sha256']}",
+        f"SHA-256 {manifest['model']['sha256']}"
+    )
+    cli.leave_word(text)
+    watcher.say(
+        text,
         "done",
         **{name: manifest[name] for name in ("model", "metrics", "seconds")},
     )
