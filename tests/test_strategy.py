@@ -121,7 +121,8 @@ def test_several_replicas_train_an_epoch_as_one(replicas, devices):
     assert_alike(several, one)
 
 
-@pytest.mark.parametrize("devices", [4, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [2, 4])
 def test_gradients_are_those_of_one(replicas, tmp_path, devices):
     # The second batch of 64 has 36 examples, of which the last replicas have few or none.
     for n in (1, devices):

@@ -97,6 +97,7 @@ def compute(replicas, name, count, **arguments):
     return replicas.compute_together(name, [arguments] * count)
 
 
+@pytest.mark.full
 def test_what_workers_exchange_arrives(replicas):
     for index, seen in enumerate(compute(replicas, "exchanged", 2)):
         assert seen == {
