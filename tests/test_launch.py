@@ -115,11 +115,13 @@ def test_nothing_is_left_of_one_that_is_killed(launch, command):
 
 
 @pytest.mark.full
-def test_three_workers_share_a_batch_of_126(launch, command):
-    done = launch("--workers", 3).run(*RUN, "--train-limit", 5120, "--batch-size", 126)
+@pytest.mark.parametrize(("count", "batch_size"), [(2, 128), (3, 126)])
+def test_after_an_epoch_all_workers_hold_the_same_weights(launch, command, count, batch_size):
+    flags = ("--train-limit", 5120, "--batch-size", batch_size)
+    done = launch("--workers", count).run(*RUN, *flags)
     assert (done.returncode, done.stderr) == (0, "")
-    for index in range(3):
-        same = f"[{index}] worker {index} of 3 has the same weights as the others, bit for bit"
+    for index in range(count):
+        same = f"[{index}] worker {index} of {count} has the same weights as the others, bit for"
         assert same in done.stdout
 
 
