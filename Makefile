@@ -1,5 +1,8 @@
 # make train     one command from a fresh clone to mnist.h5:   make train ARGS="--epochs 2"
 # make test      the tests, within five minutes;  make test-full: those that take longer
+# make image     the container image, by docker, or by IMAGE_BUILD="buildah bud"; TARGET=cpu|gpu|tpu
+# make test-cluster  the manifests on the cluster of KUBECONFIG, with the image loaded there
+# make lock      the exact versions of the image's packages, anew
 # make lint      ruff: rules and format
 # make bench     measurements
 # PYTHON=... names the Python to use, EXTRA=cpu|gpu|tpu the TensorFlow to install.
@@ -8,7 +11,12 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 EXTRA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: train test test-full lint format bench clean
+TARGET ?= cpu
+IMAGE ?= digits-trainer:$(VERSION)$(if $(filter-out cpu,$(TARGET)),-$(TARGET))
+IMAGE_BUILD ?= docker build
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)
+
+.PHONY: train test test-full test-cluster lint format bench image lock clean
 
 train: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m trainer.task $(ARGS)
@@ -19,6 +27,27 @@ test: $(VENV)/.installed-$(EXTRA)-test
 
 test-full: $(VENV)/.installed-$(EXTRA)-test
 	$(RUN) -m pytest -n 2 --dist worksteal --durations=10 -m full $(ARGS)
+
+test-cluster: $(VENV)/.installed-$(EXTRA)-test
+	$(RUN) -m pytest tests/cluster --durations=10 $(ARGS)
+
+image:
+	$(IMAGE_BUILD) --file docker/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) --tag $(IMAGE) .
+
+# The image for CPUs runs on ARM too; TensorFlow for GPUs and TPUs is made for x86 alone.
+lock: $(VENV)/.installed-$(EXTRA)
+	$(RUN) -m pip install --quiet uv
+	$(LOCK) --extra cpu --universal --output-file docker/requirements-cpu.txt
+	$(LOCK) --extra gpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-gpu.txt
+	$(LOCK) --extra tpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-tpu.txt
+
+LOCK = $(RUN) -m uv pip compile setup.py --quiet --upgrade --python-version 3.13 \
+    --generate-hashes --no-emit-index-url --no-header --no-annotate
+
+# The base, written out under the comment that the file opens with, so that it can be applied alone.
+k8s/job.yaml: $(wildcard k8s/base/*.yaml)
+	(awk '!/^#/ {exit} 1' $@; kubectl kustomize k8s/base) >$@.tmp
+	mv $@.tmp $@
 
 lint: $(VENV)/.installed-$(EXTRA)-test
 	$(RUN) -m ruff check .

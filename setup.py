@@ -54,7 +54,13 @@ setup(
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
         "tpu": ["tensorflow-tpu>=2.20,<2.21"],
         "tfds": TENSORFLOW_DATASETS,
-        "test": [*TENSORFLOW_DATASETS, "pytest>=9", "pytest-xdist>=3.8", "ruff==0.17.6"],
+        "test": [
+            *TENSORFLOW_DATASETS,
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "pyyaml>=6",
+            "ruff==0.17.6",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",
