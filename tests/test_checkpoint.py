@@ -242,6 +242,19 @@ def test_what_a_finished_run_left_is_not_resumed(tmp_path, unbroken):
     assert seen == []
 
 
+@pytest.mark.parametrize(("job", "resumed"), [("this one", True), ("another", False)])
+def test_a_run_begun_anew_goes_on_in_the_place_of_a_pod_of_its_job(
+    tmp_path, unbroken, job, resumed
+):
+    facts = {**FACTS, "job": "this one"}
+    with pytest.raises(StoppedError):
+        train(keeper(tmp_path, facts=facts, resume="never", stop=Stopper(3)))
+    seen = []
+    again = {"facts": {**FACTS, "job": job}, "resume": "never", "warn": seen.append}
+    assert train(keeper(tmp_path, **again)) == unbroken
+    assert any("Resuming" in text for text in seen) == resumed
+
+
 def test_resume_must_needs_something_to_resume(tmp_path):
     with pytest.raises(InputError, match=r"unfinished run to resume .* Received: none"):
         train(keeper(tmp_path, resume="must"))

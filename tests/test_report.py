@@ -63,6 +63,7 @@ def test_json_lines_hold_the_same_as_numbers():
     assert [line["event"] for line in written] == [*["step"] * 3, "epoch"] * 2
     assert written[0] == {
         "event": "step",
+        "message": "epoch 1/2  step 12/40  loss 1.2500  accuracy 0.5000  128 images/s  1m 08s left",
         "epoch": 1,
         "epochs": 2,
         "step": 12,
@@ -99,7 +100,7 @@ def test_a_terminal_gets_a_bar_that_leaves_the_epochs_behind(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     stream, clock = Terminal(), Clock()
     with report.progress("auto", batch_size=128, stream=stream, clock=clock) as watcher:
-        assert isinstance(watcher, report.Bar)
+        assert isinstance(watcher, report.Terminal)
         train(watcher, clock)
         watcher.on_train_batch_end(39, {"loss": 1.25})
         watcher.bar.refresh()

@@ -200,4 +200,4 @@ def test_the_command_trains_on_several_logical_devices(command, tmp_path):
     done = command.run(*flags, "--log-format", "json")
     assert (done.returncode, done.stderr) == (0, "")
     events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert events[1]["reason"].startswith("MirroredStrategy over 2 logical CPU devices")
+    assert events[1]["message"].startswith("MirroredStrategy over 2 logical CPU devices")

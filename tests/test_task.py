@@ -76,7 +76,7 @@ def test_json_lines_tell_the_whole_run(command, tmp_path):
     start, strategy, *steps, epoch, end = map(json.loads, done.stdout.splitlines())
     assert start["event"] == "start"
     assert (strategy["event"], strategy["replicas"]) == ("strategy", 1)
-    assert strategy["reason"].startswith("one device")
+    assert strategy["message"].startswith("one device")
     assert start["config"]["train_limit"] == 256
     assert all(step["event"] == "step" for step in steps)
     assert (epoch["event"], epoch["epoch"], epoch["epochs"]) == ("epoch", 1, 1)

@@ -301,6 +301,27 @@ def test_a_worker_lost_at_the_very_end_costs_nothing(group, command):
     assert (command.folder / "out" / "mnist.h5").exists()
 
 
+@pytest.mark.full
+def test_pods_in_place_of_some_that_were_lost_after_the_end_say_what_came_out(group, command):
+    command.env["TRAINER_JOB_UID"] = "this job"
+    small = ("--epochs", 1, "--train-limit", 128, "--test-limit", 100)
+    alone = command.run(*small, "--output-dir", "out")
+    model = command.folder / "out" / "mnist.h5"
+    before = model.stat()
+
+    two = group(2).start(*small)
+    assert two.end(1)[0] == 0
+    code, stdout, stderr = two.end(0)
+    assert (code, stderr) == (0, "")
+    assert stdout.splitlines() == alone.stdout.splitlines()[-2:]
+    assert model.stat() == before
+
+    # Another Job trains.
+    command.env["TRAINER_JOB_UID"] = "another"
+    assert "epoch 1/1" in command.run(*small, "--output-dir", "out").stdout
+    assert model.stat() != before
+
+
 def test_a_worker_with_another_seed_is_refused(group):
     two = group(2).start(*RUN, only=[0]).start(*RUN, "--seed", 1, only=[1])
     for index in (0, 1):

@@ -85,7 +85,8 @@ class Keeper:
     Args:
         output_dir: The run's; the checkpoints are in a folder there, made when the first is saved.
         facts: What the run is, as JSON holds it: ``run`` (its identity), ``config``, ``data``
-            (with its digest), ``versions`` and ``environment``.
+            (with its digest), ``versions``, ``environment``, and in a Kubernetes Job ``job``, its
+            uid: ``resume="never"`` does not forget what another pod of the same Job has done.
         finished_run: The identity of the run that the files in ``output_dir`` are of, if any.
         resume: As ``TrainConfig.resume``.
         every: As ``TrainConfig.checkpoint_every``.
@@ -143,7 +144,7 @@ class Keeper:
         if self.workers.index == 0:
             self.state = tf.Variable("", dtype=tf.string)
             checkpoint = tf.train.Checkpoint(**parts, state=self.state)
-            if self.resume == "never":
+            if self.resume == "never" and not self.facts.get("job"):
                 self.finish()
             position = self._restore_newest(checkpoint)
             if position is None and self.resume == "must":
@@ -238,7 +239,11 @@ class Keeper:
             path = str(numbered[number])
             try:
                 state = json.loads(tf.train.load_checkpoint(path).get_tensor(_STATE_KEY))
-                if state["run"] == self.finished_run:  # killed before it could remove them
+                # Of a run that was killed before it could remove them; or asked to be forgotten,
+                # unless by a pod in whose place this one is: it began the run anew already.
+                if state["run"] == self.finished_run or (
+                    self.resume == "never" and state.get("job") != self.facts.get("job")
+                ):
                     self.finish()
                     return None
                 self._check(state)
@@ -253,7 +258,9 @@ class Keeper:
             position = Position(**state["position"])
             self.warn(f"Resuming the unfinished run in {self.folder} at {position}")
             return position
-        if numbered:
+        if numbered and self.resume == "never":
+            self.finish()
+        elif numbered:
             raise DataError(
                 f"Expected a readable checkpoint in {self.folder}. Received: {len(numbered)}, all "
                 "damaged. Use --resume never to start anew."

@@ -56,6 +56,18 @@ def run(
     return code
 
 
+def split(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Splits the arguments of a command that starts another into its own and the other's.
+
+    >>> split(["--workers", "2", "--", "--epochs", "3"])
+    (['--workers', '2'], ['--epochs', '3'])
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--" not in words:
+        return words, []
+    return words[: words.index("--")], words[words.index("--") + 1 :]
+
+
 def leave_word(text: str) -> None:
     """Writes how a command ended to the file that TRAINER_TERMINATION_LOG names, if it does: in a
     pod /dev/termination-log, from which ``kubectl describe`` shows it.

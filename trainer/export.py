@@ -83,8 +83,22 @@ def save(folder: Path, model: "keras.Model", history: dict[str, list[float]], fa
         },
         **facts,
     }
-    # The manifest last: whoever finds a new one finds the model whose SHA-256 it names.
     files = {MODEL_FILE: content, HISTORY_FILE: _json(history), MANIFEST_FILE: _json(manifest)}
+    write(folder, files)
+    return manifest
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes files, all of them or none.
+
+    Args:
+        folder: A folder under ``claim``.
+        files: Contents by name. The manifest is the last: whoever finds a new one finds the model
+            whose SHA-256 it names.
+
+    Raises:
+        OutputError: One cannot be written. Those that were there before are still there.
+    """
     with _output_errors(folder):
         try:
             for name, content in files.items():
@@ -95,15 +109,15 @@ def save(folder: Path, model: "keras.Model", history: dict[str, list[float]], fa
         finally:
             for name in files:
                 _temporary(folder / name).unlink(missing_ok=True)
-    return manifest
 
 
-def finished_run(folder: Path) -> str | None:
-    """Returns the ``run`` of the manifest in the folder; None where there is none to read."""
+def read_manifest(folder: Path) -> dict:
+    """Returns the manifest in the folder; an empty one where there is none to read."""
     try:
-        return json.loads((folder / MANIFEST_FILE).read_bytes()).get("run")
-    except (OSError, ValueError, AttributeError):
-        return None
+        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def weights_sha256(model: "keras.Model") -> str:

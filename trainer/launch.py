@@ -65,10 +65,7 @@ class LaunchConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    own, flags = words, []
-    if "--" in words:
-        own, flags = words[: words.index("--")], words[words.index("--") + 1 :]
+    own, flags = cli.split(argv)
 
     def command(config: LaunchConfig) -> None:
         launch(config, flags)

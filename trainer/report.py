@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from trainer.bar import Bar, means, span
 from trainer.config import LogFormat
 from trainer.runtime import keras
 
@@ -50,8 +50,8 @@ def progress(
     elif log_format == "plain" or not Console(file=stream).is_terminal:
         yield PlainLines(batch_size, stream, clock)
     else:
-        with Bar(batch_size, stream, clock) as bar:
-            yield bar
+        with Terminal(batch_size, stream, clock) as terminal:
+            yield terminal
 
 
 class Watcher(keras.callbacks.Callback):
@@ -109,7 +109,7 @@ class Watcher(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         seconds = self.clock() - self.epoch_start
         self.say(
-            f"epoch {epoch + 1}/{self.params['epochs']}  {_means(logs)}  {span(seconds)}",
+            f"epoch {epoch + 1}/{self.params['epochs']}  {means(logs)}  {span(seconds)}",
             "epoch",
             epoch=epoch + 1,
             epochs=self.params["epochs"],
@@ -129,7 +129,7 @@ class PlainLines(Watcher):
             self.last = self.clock()
             self.say(
                 f"epoch {place['epoch']}/{place['epochs']}  "
-                f"step {place['step']}/{place['steps']}  {_means(logs)}  "
+                f"step {place['step']}/{place['steps']}  {means(logs)}  "
                 f"{place['images_per_second']:,.0f} images/s  {span(place['seconds_left'])} left",
                 "step",
                 **place,
@@ -149,10 +149,12 @@ class PlainLines(Watcher):
 
 
 class JsonLines(PlainLines):
-    """For programs: what ``PlainLines`` says, as JSON objects with the key ``event``."""
+    """For programs: what ``PlainLines`` says, as JSON objects: ``event``, the sentence as
+    ``message``, as clouds' log viewers show it, and the facts in it.
+    """
 
     def say(self, text: str, event: str, **facts: object) -> None:
-        self.write(json.dumps({"event": event, **facts}))
+        self.write(json.dumps({"event": event, "message": text, **facts}))
 
 
 class Quiet(keras.callbacks.Callback):
@@ -172,20 +174,11 @@ class Quiet(keras.callbacks.Callback):
             self.lines.say(text, event, **facts)
 
 
-class Bar(Watcher):
+class Terminal(Watcher):
     """For a terminal: a bar that fills with each epoch, under the lines of the epochs so far."""
 
-    def __enter__(self) -> "Bar":
-        self.console = Console(file=self.stream, highlight=False)
-        self.bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            console=self.console,
-            transient=True,
-        )
-        self.task = self.bar.add_task("", total=None, epoch="", facts="starting")
+    def __enter__(self) -> "Terminal":
+        self.bar = Bar(self.stream)
         self.bar.start()
         return self
 
@@ -193,37 +186,10 @@ class Bar(Watcher):
         self.bar.stop()
 
     def on_step(self, place: dict, logs: dict[str, float]) -> None:
-        self.bar.update(
-            self.task,
-            total=place["steps"],
-            completed=place["step"],
-            epoch=f"{place['epoch']}/{place['epochs']}",
-            facts=f"{_means(logs)}  {place['images_per_second']:,.0f} images/s  "
-            f"{span(place['seconds_left'])} left",
-        )
+        self.bar.show(place, logs)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
-        self.bar.update(self.task, facts="evaluating")
+        self.bar.note("evaluating")
 
     def say(self, text: str, event: str, **facts: object) -> None:
-        self.console.print(text, soft_wrap=True)
-
-
-def _means(logs: dict[str, float]) -> str:
-    # Keras hands them over sorted by name.
-    order = sorted(
-        logs, key=lambda name: (name.startswith("val_"), not name.endswith("loss"), name)
-    )
-    return "  ".join(f"{name} {logs[name]:.4f}" for name in order)
-
-
-def span(seconds: float) -> str:
-    """Writes a time as people do.
-
-    >>> span(7.6), span(61), span(3725)
-    ('8s', '1m 01s', '1h 02m')
-    """
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+        self.bar.say(text)

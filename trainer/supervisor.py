@@ -27,10 +27,11 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import NamedTuple
 
+from trainer import errors
 from trainer.child import Child, Outcome
 from trainer.cli import INTERRUPTED
 from trainer.cluster import Cluster
-from trainer.errors import ConfigurationError, StoppedError, TrainerError
+from trainer.errors import ConfigurationError, StoppedError
 from trainer.wire import connect, listener, receive, send
 
 BEAT = 1.0  # Seconds between two signs of life.
@@ -82,10 +83,7 @@ def run(command: Sequence[str], cluster: Cluster, *, startup_timeout: float) -> 
     if code == INTERRUPTED:
         raise KeyboardInterrupt(text)
     if code:
-        kinds = {error.exit_code: error for error in TrainerError.__subclasses__()}
-        error = kinds.get(code, TrainerError)(text)
-        error.exit_code = code
-        raise error
+        raise errors.of(code, text)
 
 
 class _Supervisor:

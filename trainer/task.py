@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # --help loads none of these.
     from trainer.strategy import Chosen, Workers
 
 PROG = "python -m trainer.task"
+JOB = "TRAINER_JOB_UID"  # In a pod: what tells its Job from every other one.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +77,8 @@ def train(
     folder = export.claim(config.output_dir) if chief else contextlib.nullcontext()
     with folder, cli.Signals() as signals:
         try:
+            if chief and _is_done(config):
+                return
             # The data comes first: what is wrong with it shows before TensorFlow, which takes
             # seconds to start.
             source, digits = _load(config)
@@ -101,12 +104,8 @@ def train(
                     link.tell("connected")
                 signals.defer()
                 watcher.say(_announcement(config, digits), "start", **facts)
-                watcher.say(
-                    chosen.reason,
-                    "strategy",
-                    reason=chosen.reason,
-                    replicas=chosen.strategy.num_replicas_in_sync,
-                )
+                replicas = chosen.strategy.num_replicas_in_sync
+                watcher.say(chosen.reason, "strategy", replicas=replicas)
                 keeper = _keeper(config, facts, chosen.strategy, signals, watcher)
                 model, history = fit(
                     config, digits, callbacks=[watcher], keeper=keeper, strategy=chosen.strategy
@@ -122,6 +121,21 @@ def train(
             if str(interrupt) == "SIGTERM":
                 raise StoppedError(f"stopped by SIGTERM. {left}") from None
             raise KeyboardInterrupt(left) from None
+
+
+def _is_done(config: TrainConfig) -> bool:
+    """Whether this is a pod in place of one that was lost after it had written its Job's files:
+    then says once more what came out.
+    """
+    manifest = export.read_manifest(config.output_dir)
+    job = os.environ.get(JOB)
+    if not job or manifest.get("job") != job:
+        return False
+    from trainer import report
+
+    with report.progress(config.log_format, batch_size=config.batch_size) as watcher:
+        _say_result(config, manifest, watcher)
+    return True
 
 
 def fit(
@@ -204,6 +218,7 @@ def _facts(config: TrainConfig, source: "data.Digits", digits: "data.Digits") ->
 
     return {
         "run": uuid.uuid4().hex,
+        "job": os.environ.get(JOB),
         "config": config.as_dict(),
         "data": {
             "source": config.data,
@@ -304,13 +319,13 @@ def _keeper(
     return Keeper(
         config.output_dir,
         facts,
-        finished_run=export.finished_run(config.output_dir),
+        finished_run=export.read_manifest(config.output_dir).get("run"),
         resume=config.resume,
         every=config.checkpoint_every,
         keep=config.keep_checkpoints,
         stop=lambda: signals.received,
         workers=workers,
-        warn=lambda text: watcher.say(text, "notice", message=text),
+        warn=lambda text: watcher.say(text, "notice"),
     )
 
 
@@ -344,14 +359,18 @@ def _save(
     start: float,
 ) -> None:
     """Writes the files, and says what came out."""
-    from trainer.report import span
-
     metrics = {name: values[-1] for name, values in history.items() if name != "seconds"}
     facts |= {"metrics": metrics, "seconds": round(time.monotonic() - start, 3)}
-    manifest = export.save(config.output_dir, model, history, facts)
+    _say_result(config, export.save(config.output_dir, model, history, facts), watcher)
+
+
+def _say_result(config: TrainConfig, manifest: dict, watcher: "report.Watcher") -> None:
+    from trainer.bar import span
+
+    metrics = manifest["metrics"]
     text = (
         f"test accuracy {metrics['val_accuracy']:.2%}, loss {metrics['val_loss']:.4f}, "
-        f"after {span(facts['seconds'])}\n"
+        f"after {span(manifest['seconds'])}\n"
         f"{config.output_dir / export.MODEL_FILE}  "
         f"{manifest['model']['bytes'] / 1e6:.1f} MB  "
         f"SHA-256 {manifest['model']['sha256']}"

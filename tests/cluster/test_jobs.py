@@ -5,8 +5,14 @@ import subprocess
 import sys
 
 import pytest
+from namespaces import ROOT, Namespace, fetch_pod
 
 SMALL = ("--epochs=2", "--train-limit=1024", "--test-limit=200")
+JOBS = ("digits", "digits-workers")
+KILLED = ("--grace-period=0", "--force")
+GPU = "nvidia.com/gpu"
+DAMAGED = "/output/mnist.npz"
+IMAGE = fetch_pod()["spec"]["containers"][0]["image"]  # the only one that need be there
 EAGER = (*SMALL, "--steps-per-execution=1", "--checkpoint-every=1")
 
 
@@ -29,27 +35,81 @@ def test_the_job_ends_with_a_model_that_stock_keras_loads(namespace, tmp_path):
     assert right.mean() == pytest.approx(manifest["metrics"]["val_accuracy"])
 
 
+def assert_failed_at_once(namespace, code, says, *, job="digits"):
+    """Asserts that a Job has failed by the exit code of its one pod, which says why."""
+    assert namespace.ended(job) == "Failed"
+    ((ended, message),) = namespace.messages(job)
+    assert ended == code
+    assert says in message
+    (condition,) = (
+        one for one in namespace.get("job", job)["status"]["conditions"] if one["type"] == "Failed"
+    )
+    assert condition["reason"] == "PodFailurePolicy"
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "says"),
     [
         (["--epoch=3"], 2, "Perhaps you meant --epochs"),
+        ([f"--data={DAMAGED}"], 65, DAMAGED),
         (["--data=/nowhere"], 66, "/nowhere"),
         ([*SMALL, "--optimizer=sgd", "--learning-rate=1e30"], 70, "Expected a finite loss"),
         (["--gpus=1"], 78, "Expected 1 GPUs"),
     ],
 )
-def test_an_error_of_the_users_fails_the_job_at_once_and_says_why(namespace, flags, code, says):
-    namespace.apply("job.yaml", *flags)
-    assert namespace.ended("digits") == "Failed"
-    ((ended, message),) = namespace.messages("digits")
-    assert ended == code
-    assert says in message
-    (condition,) = (
-        one
-        for one in namespace.get("job", "digits")["status"]["conditions"]
-        if one["type"] == "Failed"
-    )
-    assert condition["reason"] == "PodFailurePolicy"
+def test_an_error_of_the_users_fails_the_job_at_once_and_says_why(damaged, flags, code, says):
+    damaged.kubectl("delete", "jobs", "--all")
+    damaged.apply("job.yaml", *flags)
+    assert_failed_at_once(damaged, code, says)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A namespace whose claim has data with a changed byte."""
+    path = tmp_path_factory.mktemp("data") / "mnist.npz"
+    content = bytearray((ROOT / "trainer" / "assets" / "mnist.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with Namespace.make() as namespace:
+        namespace.kubectl("apply", "--filename", ROOT / "k8s" / "base" / "claim.yaml")
+        with namespace.pod(writable=True) as pod:
+            namespace.kubectl("cp", path, f"{pod}:{DAMAGED}")
+        yield namespace
+
+
+def test_what_is_wrong_on_one_worker_fails_both_jobs(damaged):
+    # The chief alone has the claim, and its data is damaged; the others find none.
+    damaged.kubectl("delete", "jobs", "--all")
+    damaged.apply("multiworker", f"--data={DAMAGED}")
+    codes = {job: damaged.ended(job) and damaged.messages(job)[0][0] for job in JOBS}
+    assert codes == {"digits": 65, "digits-workers": 66}
+
+
+def test_a_pod_for_gpus_waits_for_as_many_and_fails_without_them(namespace, pretended_gpus):
+    namespace.apply("gpu", *SMALL, gpus=pretended_gpus + 1, image=IMAGE)
+    reason = f"Insufficient {GPU}"
+    namespace.wait(lambda: reason in namespace.kubectl("describe", "pods"))
+    namespace.kubectl("delete", "job", "digits")
+    namespace.apply("gpu", *SMALL, gpus=pretended_gpus, image=IMAGE)
+    assert_failed_at_once(namespace, 78, f"Expected {pretended_gpus} GPUs")
+
+
+@pytest.fixture
+def pretended_gpus(namespace):
+    """Advertises GPUs on a node that has none; returns how many."""
+    nodes = namespace.get("nodes")["items"]
+    if any(GPU in node["status"]["capacity"] for node in nodes):
+        pytest.skip("this cluster has GPUs")
+    count = 4
+    node = nodes[0]["metadata"]["name"]
+    path = f"/status/capacity/{GPU.replace('/', '~1')}"
+    patch = ("patch", "node", node, "--subresource=status", "--type=json", "--patch")
+    add = {"op": "add", "path": path, "value": str(count)}
+    namespace.kubectl(*patch, json.dumps([add]))
+    namespace.wait(lambda: GPU in namespace.get("node", node)["status"]["allocatable"])
+    yield count
+    paths = [path, path.replace("capacity", "allocatable")]
+    namespace.kubectl(*patch, json.dumps([{"op": "remove", "path": one} for one in paths]))
 
 
 def steps(namespace):
@@ -69,14 +129,20 @@ def steps(namespace):
     )
 
 
-def digests(namespace):
+def digests(namespace, *, resumed):
     """Waits for the end of both Jobs; returns the weights' digest that each of them logged."""
     found = []
-    for job in ("digits", "digits-workers"):
+    for job in JOBS:
         assert namespace.ended(job) == "Complete"
-        (event,) = (one for one in namespace.events(job) if one["event"] == "weights")
+        events = namespace.events(job)
+        (event,) = (one for one in events if one["event"] == "weights")
         assert event["same"]
         found.append(event["weights_sha256"])
+        if job == "digits":
+            notices = [one["message"] for one in events if one["event"] == "notice"]
+            assert (
+                any(text.startswith("Resuming the unfinished run") for text in notices) == resumed
+            )
     return found
 
 
@@ -97,23 +163,45 @@ def local(tmp_path_factory):
 
 def test_two_workers_end_with_the_weights_of_two_on_one_machine(namespace, local):
     namespace.apply("multiworker", *SMALL)
-    assert digests(namespace) == [local, local]
+    assert digests(namespace, resumed=False) == [local, local]
+    (_, message), (_, other) = (namespace.messages(job)[0] for job in JOBS)
+    assert "test accuracy" in message
+    assert f"SHA-256 {local}" in other
 
 
-def test_a_worker_that_is_deleted_costs_nothing(namespace, local):
+def delete(namespace, job, how):
+    (pod,) = namespace.pods(job)
+    namespace.kubectl("delete", "pod", pod["metadata"]["name"], *how)
+
+
+def drain(namespace):
+    (pod,) = namespace.pods("digits")
+    node = pod["spec"]["nodeName"]
+    run = "--pod-selector=job-name in (digits,digits-workers)"  # None but the run's own pods.
+    try:
+        namespace.kubectl("drain", node, run, "--force", "--delete-emptydir-data")
+    finally:
+        namespace.kubectl("uncordon", node)
+
+
+def suspend(namespace, *jobs):
+    namespace.suspend(*jobs)
+    namespace.suspend(*jobs, to=False)
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        pytest.param(lambda run: delete(run, "digits-workers", KILLED), id="a worker is killed"),
+        pytest.param(lambda run: delete(run, "digits", KILLED), id="the chief is killed"),
+        pytest.param(lambda run: delete(run, "digits-workers", ()), id="a worker is preempted"),
+        pytest.param(drain, id="the node is drained"),
+        pytest.param(lambda run: suspend(run, *JOBS), id="the run is suspended"),
+        pytest.param(lambda run: suspend(run, JOBS[1]), id="the others alone are suspended"),
+    ],
+)
+def test_what_disturbs_a_run_changes_no_bit_of_it(namespace, local, disturb):
     namespace.apply("multiworker", *EAGER)
     namespace.wait(lambda: steps(namespace) >= 2)
-    (pod,) = namespace.pods("digits-workers")
-    namespace.kubectl("delete", "pod", pod["metadata"]["name"], "--grace-period=0", "--force")
-    assert digests(namespace) == [local, local]
-
-
-def test_a_run_that_is_suspended_goes_on(namespace, local):
-    namespace.apply("multiworker", *EAGER)
-    namespace.wait(lambda: steps(namespace) >= 2)
-    for suspend in ("true", "false"):
-        for job in ("digits", "digits-workers"):
-            namespace.kubectl("patch", "job", job, f"--patch={{spec: {{suspend: {suspend}}}}}")
-        if suspend == "true":
-            namespace.wait(lambda: not namespace.pods("digits") + namespace.pods("digits-workers"))
-    assert digests(namespace) == [local, local]
+    disturb(namespace)
+    assert digests(namespace, resumed=True) == [local, local]

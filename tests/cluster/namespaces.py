@@ -1,0 +1,160 @@
+"""A namespace of the cluster, and what a person does there with kubectl."""
+
+import contextlib
+import json
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+class Namespace:
+    """A namespace in which Pod Security "restricted" is enforced."""
+
+    def __init__(self):
+        self.name = f"digits-{uuid.uuid4().hex[:8]}"
+
+    @classmethod
+    @contextlib.contextmanager
+    def make(cls):
+        one = cls()
+        one.kubectl("create", "namespace", one.name)
+        label = "pod-security.kubernetes.io/enforce=restricted"
+        one.kubectl("label", "namespace", one.name, label)
+        try:
+            yield one
+        finally:
+            one.close()
+
+    def kubectl(self, *arguments, check=True, **options):
+        done = subprocess.run(
+            ["kubectl", "--namespace", self.name, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+            **options,
+        )
+        assert done.returncode == 0 or not check, done.stderr
+        return done.stdout
+
+    def get(self, *arguments):
+        return json.loads(self.kubectl("get", *arguments, "--output=json"))
+
+    def apply(self, manifest, *flags, image=None, gpus=None):
+        """Applies a kustomization, or a file, of ``k8s/``, with more flags of the command."""
+        path = ROOT / "k8s" / manifest
+        text = path.read_text() if path.is_file() else self.kubectl("kustomize", path)
+        objects = [one for one in yaml.safe_load_all(text) if one]
+        for one in objects:
+            if one["kind"] == "Job":
+                container = one["spec"]["template"]["spec"]["containers"][0]
+                container["args"] += map(str, flags)
+                if image:
+                    container["image"] = image
+                if gpus:
+                    container["args"].append(f"--gpus={gpus}")
+                    container["resources"]["limits"]["nvidia.com/gpu"] = gpus
+        self.kubectl("apply", "--filename=-", input=yaml.safe_dump_all(objects))
+
+    def wait(self, condition, *, seconds=300):
+        """Waits until a function of the namespace gives something, and returns that."""
+        end = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < end, self.kubectl("describe", "jobs,pods")
+            time.sleep(0.5)
+        return value
+
+    def ended(self, job):
+        """Waits until a Job is complete or failed; returns which."""
+
+        def condition():
+            for one in self.get("job", job)["status"].get("conditions", []):
+                if one["type"] in ("Complete", "Failed") and one["status"] == "True":
+                    return one["type"]
+            return None
+
+        return self.wait(condition, seconds=600)
+
+    def pods(self, job):
+        return self.get("pods", f"--selector=job-name={job}")["items"]
+
+    def messages(self, job):
+        """Returns the exit code and the termination message of every pod that has ended."""
+        states = [
+            status["state"].get("terminated")
+            for pod in self.pods(job)
+            for status in pod["status"].get("containerStatuses", [])
+        ]
+        return [(state["exitCode"], state.get("message", "")) for state in states if state]
+
+    def events(self, job):
+        """Returns what the pod has logged that has brought a Job to its end."""
+        (pod,) = (one for one in self.pods(job) if one["status"]["phase"] == "Succeeded")
+        lines = self.kubectl("logs", pod["metadata"]["name"]).splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def suspend(self, *jobs, to=True):
+        """Suspends Jobs, or lets them go on."""
+        patch = json.dumps({"spec": {"suspend": to}})
+        for job in jobs:
+            self.kubectl("patch", "job", job, "--patch", patch)
+        if to:
+            self.wait(lambda: not any(self.pods(job) for job in jobs))
+
+    def fetch(self, folder):
+        """Copies the files from the claim, as the README does."""
+        with self.pod() as pod:
+            self.kubectl("cp", f"{pod}:/output", folder)
+
+    @contextlib.contextmanager
+    def pod(self, *, writable=False):
+        """Runs the pod that reads the claim; ``writable``: one that may also write there."""
+        pod = fetch_pod(writable=writable)
+        self.kubectl("apply", "--filename=-", input=yaml.safe_dump(pod))
+        name = pod["metadata"]["name"]
+        self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=120s")
+        yield name
+        self.kubectl("delete", "pod", name, "--grace-period=0", "--force")
+
+    def close(self):
+        """Deletes all, and makes those volumes free again that outlive their claims."""
+        self.kubectl("delete", "jobs,pods,persistentvolumeclaims", "--all")
+        for volume in self.get("persistentvolumes")["items"]:
+            owner = volume["spec"].get("claimRef", {}).get("namespace")
+            if owner == self.name and volume["spec"]["persistentVolumeReclaimPolicy"] == "Retain":
+                self.free(volume["metadata"]["name"])
+                self.empty(volume)
+                self.free(volume["metadata"]["name"])
+        self.kubectl("delete", "namespace", self.name, "--wait=false")
+
+    def free(self, volume):
+        patch = json.dumps({"spec": {"claimRef": None}})
+        self.kubectl("patch", "persistentvolume", volume, "--patch", patch)
+
+    def empty(self, volume):
+        """Deletes the files in a volume, through the pod that reads them otherwise."""
+        claim = yaml.safe_load((ROOT / "k8s" / "base" / "claim.yaml").read_text())
+        claim["spec"]["volumeName"] = volume["metadata"]["name"]
+        claim["spec"]["storageClassName"] = volume["spec"].get("storageClassName", "")
+        claim["spec"]["accessModes"] = volume["spec"]["accessModes"]
+        pod = fetch_pod(writable=True)
+        find = ["find", "/output", "-mindepth", "1", "-delete"]
+        pod["spec"]["containers"][0]["command"] = find
+        self.kubectl("apply", "--filename=-", input=yaml.safe_dump_all([claim, pod]))
+        name = pod["metadata"]["name"]
+        ended = "--for=jsonpath={.status.phase}=Succeeded"
+        self.kubectl("wait", ended, f"pod/{name}", "--timeout=120s")
+        self.kubectl("delete", "pods,persistentvolumeclaims", "--all")
+
+
+def fetch_pod(*, writable=False):
+    pod = yaml.safe_load((ROOT / "k8s" / "fetch.yaml").read_text())
+    for mount in pod["spec"]["containers"][0]["volumeMounts"]:
+        if writable:
+            mount.pop("readOnly", None)
+    return pod

@@ -1,0 +1,303 @@
+"""python -m trainer.submit against a real cluster, as a user runs it."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+from namespaces import ROOT
+
+SMALL = ("--epochs=2", "--train-limit=1024", "--test-limit=200")
+# Long enough to do something to it meanwhile.
+SLOW = ("--epochs=2", "--train-limit=6000", "--test-limit=200", "--checkpoint-every=1s")
+OBJECTS = "jobs,pods,services,networkpolicies,persistentvolumeclaims"
+
+
+class Submit:
+    """The command, in a folder of its own; ``lines`` grows as it writes."""
+
+    def __init__(self, namespace, folder, *flags, kubeconfig=None, prefix=()):
+        self.folder = folder
+        self.lines = []
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if kubeconfig:
+            environ["KUBECONFIG"] = str(kubeconfig)
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "trainer.submit", "--namespace", namespace.name),
+                *map(str, flags),
+            ],
+            cwd=folder,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self):
+        with self.process.stdout as stream:
+            for line in stream:
+                self.lines.append(line.rstrip("\n"))
+
+    def until(self, *parts, seconds=120):
+        """Waits until one line has all the parts; returns it."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for line in list(self.lines):
+                if all(part in line for part in parts):
+                    return line
+            assert self.process.poll() is None, self.text
+            time.sleep(0.1)
+        raise AssertionError(self.text)
+
+    def end(self, *, seconds=300):
+        code = self.process.wait(seconds)
+        self.reader.join()
+        return code
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+
+@pytest.fixture
+def submit(namespace, tmp_path):
+    started = []
+
+    def start(*flags, **options):
+        started.append(Submit(namespace, tmp_path, *flags, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.end()
+
+
+def left(namespace):
+    """Waits until what is being deleted is gone; returns the names of what stays."""
+    found = []
+
+    def settled():
+        found[:] = namespace.get(OBJECTS)["items"]
+        return not any("deletionTimestamp" in one["metadata"] for one in found)
+
+    namespace.wait(settled)
+    return [f"{one['kind']}/{one['metadata']['name']}" for one in found]
+
+
+def assert_fetched(folder):
+    manifest = json.loads((folder / "mnist.json").read_text())
+    model = (folder / "mnist.h5").read_bytes()
+    assert len(model) == manifest["model"]["bytes"]
+    history = json.loads((folder / "history.json").read_text())
+    assert history["val_accuracy"][-1] == manifest["metrics"]["val_accuracy"]
+
+
+def test_two_workers_from_start_to_finish(namespace, submit, tmp_path):
+    run = submit("--workers", 2, "--", *SMALL)
+    assert run.end() == 0, run.text
+    assert "MultiWorkerMirroredStrategy over 2 workers" in run.text
+    assert "epoch 2/2  loss" in run.text
+    assert "mnist.h5  9.6 MB  SHA-256" in run.lines[-1]
+    assert_fetched(tmp_path)
+    assert left(namespace) == []
+
+
+def test_it_detaches_and_comes_back_whatever_the_connection_does(
+    namespace, submit, tmp_path, proxy
+):
+    run = submit("--", *SLOW)
+    name = run.until("Started").split()[1]
+    run.until("training and")
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(seconds=20) == 75
+    assert f"detached; {name} goes on. python -m trainer.submit --attach {name}" in run.lines[-1]
+
+    again = submit("--attach", name, kubeconfig=proxy.kubeconfig)
+    again.until("training and")  # the log from its beginning
+    proxy.cut()
+    again.until("The connection was lost, trying again")
+    again.until("epoch 1/2")
+    proxy.cut()
+    assert again.end() == 0, again.text
+    # No line of the log is lost or comes twice.
+    shown = [line.split("  ")[0] for line in again.lines if line.startswith("epoch")]
+    assert shown == ["epoch 1/2", "epoch 2/2"]
+    assert_fetched(tmp_path)
+    assert left(namespace) == []
+
+    gone = submit("--attach", name)
+    assert gone.end() == 66
+    assert "no Job of this name" in gone.lines[-1]
+
+
+def test_a_pod_that_is_lost_is_said_and_replaced(namespace, submit, tmp_path):
+    run = submit("--keep", "--", *SLOW)
+    name = run.until("Started").split()[1]
+    namespace.wait(lambda: run.process.poll() is not None or "training and" in run.text)
+    (pod,) = namespace.pods(name)
+    namespace.wait(lambda: "checkpoint" in listing(namespace, pod))
+    namespace.kubectl("delete", "pod", pod["metadata"]["name"])
+    run.until(pod["metadata"]["name"], "has ended with 75: stopped by SIGTERM at epoch")
+    run.until("Resuming the unfinished run")
+    assert run.end() == 0, run.text
+    assert_fetched(tmp_path)
+    assert left(namespace) == [
+        f"Job/{name}",
+        *pods_of(namespace, name),
+        f"PersistentVolumeClaim/{name}",
+    ]
+    assert "Everything stays. kubectl delete" in run.lines[-1]
+
+
+def listing(namespace, pod):
+    name = pod["metadata"]["name"]
+    return namespace.kubectl("exec", name, "--", "ls", "/output/checkpoints", check=False)
+
+
+def pods_of(namespace, name):
+    return [f"Pod/{pod['metadata']['name']}" for pod in namespace.pods(name)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says", "stays"),
+    [
+        (["--data=nowhere.npz"], 66, "nowhere.npz", False),
+        ([*SMALL, "--optimizer=sgd", "--learning-rate=1e30"], 70, "Expected a finite loss", True),
+    ],
+)
+def test_a_run_that_fails_says_why_and_loses_nothing(namespace, submit, flags, code, says, stays):
+    run = submit("--name", "mine", "--", *flags)
+    assert run.end() == code, run.text
+    assert run.lines[-1].startswith("python -m trainer.submit: error: ")
+    assert says in run.lines[-1]
+    assert left(namespace) == ["PersistentVolumeClaim/mine"] * stays
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--image", "registry.invalid/digits-trainer:0"], ["is pending: ", "ImagePull"]),
+        (["--gpus", 100], ["is pending: ", "Insufficient nvidia.com/gpu"]),
+    ],
+)
+def test_a_pod_that_does_not_start_says_why(namespace, submit, flags, reason):
+    run = submit(*flags)
+    run.until(*reason)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end(seconds=20) == 75
+
+
+def test_a_claim_that_is_not_bound_is_said(namespace, submit):
+    claim = yaml.safe_load((ROOT / "k8s" / "base" / "claim.yaml").read_text())
+    claim["metadata"]["name"] = "mine"
+    claim["spec"]["storageClassName"] = "no-such-class"
+    namespace.kubectl("apply", "--filename=-", input=yaml.safe_dump(claim))
+    run = submit("--name", "mine")
+    line = run.until("is pending: ", "PersistentVolumeClaim")
+    assert "unbound" in line
+
+
+def test_a_quota_is_said(namespace, submit):
+    namespace.kubectl("create", "quota", "few", "--hard=pods=0")
+    run = submit("--name", "mine")
+    run.until("Job mine: FailedCreate: ", "exceeded quota: few")
+    run.process.kill()
+
+    namespace.kubectl("delete", "jobs", "--all")
+    namespace.kubectl("create", "quota", "none", "--hard=count/jobs.batch=0")
+    refused = submit("--name", "other")
+    assert refused.end() == 78
+    assert "exceeded quota: none" in refused.lines[-1]
+    assert left(namespace) == ["PersistentVolumeClaim/mine"]  # of the other's nothing
+
+
+def test_a_cluster_that_cannot_be_reached_or_refuses_is_one_line(namespace, submit, tmp_path):
+    config = yaml.safe_load(namespace.kubectl("config", "view", "--raw", "--minify", "--flatten"))
+
+    absent = submit("--namespace", "no-such-namespace")
+    assert absent.end() == 78
+    assert 'namespaces "no-such-namespace" not found' in absent.lines[-1]
+
+    # A service account that nobody gave a right to.
+    token = namespace.kubectl("create", "token", "default").strip()
+    config["users"][0]["user"] = {"token": token}
+    forbidden = submit(kubeconfig=save(tmp_path / "forbidden", config))
+    assert forbidden.end() == 78
+    assert "403" in forbidden.lines[-1]
+    assert "cannot get resource" in forbidden.lines[-1]
+
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{closed.getsockname()[1]}"
+    unreachable = submit(kubeconfig=save(tmp_path / "unreachable", config))
+    assert unreachable.end(seconds=60) == 78
+    assert "Expected a Kubernetes API server at https://127.0.0.1" in unreachable.lines[-1]
+
+    for one in (absent, forbidden, unreachable):
+        assert len(one.lines) == 1
+    assert left(namespace) == []
+
+
+def save(path, config):
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class Proxy:
+    """Stands between a client and the API server, and cuts its connections when it is told to."""
+
+    def __init__(self, upstream):
+        self.upstream = upstream
+        self.open = set()
+        self.server = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self.server.accept()
+                threading.Thread(target=self._join, args=[client], daemon=True).start()
+
+    def _join(self, client):
+        with client, socket.create_connection(self.upstream) as server:
+            self.open |= {client, server}
+            with selectors.DefaultSelector() as ready, contextlib.suppress(OSError):
+                ready.register(client, selectors.EVENT_READ, server)
+                ready.register(server, selectors.EVENT_READ, client)
+                while True:
+                    for key, _ in ready.select():
+                        data = key.fileobj.recv(65536)
+                        if not data:
+                            return
+                        key.data.sendall(data)
+
+    def cut(self):
+        while self.open:
+            with contextlib.suppress(OSError):
+                self.open.pop().shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def proxy(namespace, tmp_path):
+    config = yaml.safe_load(namespace.kubectl("config", "view", "--raw", "--minify", "--flatten"))
+    cluster = config["clusters"][0]["cluster"]
+    server = urlsplit(cluster["server"])
+    one = Proxy((server.hostname, server.port or 443))
+    cluster["server"] = f"https://127.0.0.1:{one.server.getsockname()[1]}"
+    cluster.setdefault("tls-server-name", server.hostname)
+    one.kubeconfig = save(tmp_path / "proxied", config)
+    yield one
+    one.server.close()
+    one.cut()

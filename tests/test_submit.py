@@ -1,0 +1,144 @@
+"""What ``python -m trainer.submit`` does without a cluster; ``tests/cluster`` has the rest."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from trainer import manifests
+
+ASSETS = ROOT / "trainer" / "assets" / "k8s"
+
+
+@pytest.fixture
+def submit(command):
+    command.program = ["-m", "trainer.submit"]
+    command.env.pop("KUBECONFIG", None)
+    command.env["HOME"] = str(command.home)
+    return command
+
+
+def assert_refused(done, code, *parts):
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.count("\n") == 1
+    for part in ("python -m trainer.submit: error: ", *parts):
+        assert part in done.stderr
+
+
+def by_name(objects):
+    return {(one["kind"], one["metadata"]["name"]): one for one in objects}
+
+
+def container(job):
+    return job["spec"]["template"]["spec"]["containers"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ({}, "job"),
+        ({"gpus": 1}, "gpu"),
+        ({"workers": 2}, "multiworker"),
+        ({"workers": 2, "gpus": 1}, "multiworker-gpu"),
+    ],
+)
+def test_a_run_with_the_manifests_own_numbers_is_the_manifest(options, file):
+    expected = yaml.safe_load_all((ASSETS / f"{file}.yaml").read_text())
+    assert by_name(manifests.build("digits", **options)) == by_name(expected)
+
+
+def test_a_run_has_the_name_image_numbers_and_flags_that_it_is_given():
+    objects = manifests.build(
+        "mine", image="registry/x:1", workers=5, gpus=2, flags=["--epochs", "3"]
+    )
+    found = by_name(objects)
+    assert set(found) == {
+        ("PersistentVolumeClaim", "mine"),
+        ("Service", "mine"),
+        ("NetworkPolicy", "mine"),
+        ("Job", "mine"),
+        ("Job", "mine-workers"),
+    }
+    for name, pods in (("mine", 1), ("mine-workers", 4)):
+        job = found["Job", name]
+        assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (pods, pods)
+        trainer = container(job)
+        assert trainer["image"] == "registry/x:1"
+        assert trainer["args"][-3:] == ["--gpus=2", "--epochs", "3"]
+        assert trainer["resources"]["limits"]["nvidia.com/gpu"] == 2
+        environ = {entry["name"]: entry.get("value") for entry in trainer["env"]}
+        assert environ["TRAINER_WORKERS"] == "1+4"
+        assert environ["TRAINER_HOSTS"] == "mine-{index}.mine,mine-workers-{index}.mine"
+    # Not a word of another run is left, the program's own name aside.
+    assert "digits" not in manifests.dump(objects).replace("digits-trainer", "")
+
+
+def test_a_dry_run_prints_what_kubectl_takes(submit, tmp_path):
+    done = submit.run(
+        *("--dry-run", "--name", "mine", "--workers", 3, "--namespace", "research"),
+        *("--", "--epochs", 4),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    found = by_name(yaml.safe_load_all(done.stdout))
+    assert container(found["Job", "mine"])["args"][-2:] == ["--epochs", "4"]
+    assert all(one["metadata"]["namespace"] == "research" for one in found.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--workers", 0], "workers must be at least 1. Received: workers=0"),
+        (["--gpus", -1], "gpus must be at least 0"),
+        (["--name", "Mine"], "Received: name='Mine'"),
+        (["--name", "m" * 41], "at most 40"),
+        (["--", "--epoch", 3], "Perhaps you meant --epochs"),
+        (["--", "--epochs", 0], "Received: epochs=0"),
+        (["--", "--output-dir", "out"], "Expected --output-dir before --"),
+        (["--", "--gpus=2"], "Expected --gpus before --"),
+        (["--attach", "mine", "--", "--epochs", 3], "the run has begun"),
+    ],
+)
+def test_usage_is_2_and_asks_no_cluster(submit, flags, part):
+    assert_refused(submit.run(*flags), 2, part)
+
+
+def test_no_kubeconfig_is_78(submit):
+    assert_refused(submit.run(), 78, "kubeconfig", "Set KUBECONFIG")
+
+
+def test_a_context_that_does_not_exist_is_78(submit, tmp_path):
+    config = {"apiVersion": "v1", "kind": "Config", "contexts": [], "users": [], "clusters": []}
+    (tmp_path / "config").write_text(json.dumps(config))
+    submit.env["KUBECONFIG"] = str(tmp_path / "config")
+    assert_refused(submit.run("--context", "mine"), 78, "mine", "kubectl config get-contexts")
+
+
+def test_an_output_that_cannot_be_written_is_73_before_anything_is_started(submit, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    assert_refused(submit.run("--output-dir", "out"), 73, "out")
+
+
+def test_an_installation_without_the_extra_is_78(submit):
+    submit.program = [
+        "-c",
+        "import sys; sys.modules['kubernetes'] = sys.modules['yaml'] = None\n"
+        "from trainer.submit import main; sys.exit(main())",
+    ]
+    assert_refused(submit.run(), 78, "pip install 'digits-trainer[k8s]'")
+
+
+def test_help_loads_neither_tensorflow_nor_kubernetes():
+    program = (
+        "import sys; from trainer import submit\n"
+        "try: submit.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'tensorflow', 'keras', 'kubernetes', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "[]"

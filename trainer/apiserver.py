@@ -1,0 +1,246 @@
+"""What the package asks of a Kubernetes API server, in one namespace.
+
+    server = Server(namespace="research")
+    server.apply(manifest)
+    for change in server.changes("Pod", "app.kubernetes.io/instance=digits"): ...
+
+A refusal is a ``ConfigurationError`` in the server's own words.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import time
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from trainer.errors import ConfigurationError, TrainerError
+from trainer.manifests import MISSING
+
+Kind = Literal["Event", "Job", "NetworkPolicy", "PersistentVolumeClaim", "Pod", "Service"]
+
+# Each kind's class of the client, and its noun in the client's methods.
+_METHODS: dict[Kind, tuple[str, str]] = {
+    "Event": ("CoreV1Api", "event"),
+    "Job": ("BatchV1Api", "job"),
+    "NetworkPolicy": ("NetworkingV1Api", "network_policy"),
+    "PersistentVolumeClaim": ("CoreV1Api", "persistent_volume_claim"),
+    "Pod": ("CoreV1Api", "pod"),
+    "Service": ("CoreV1Api", "service"),
+}
+
+FIELD_MANAGER = "digits-trainer"
+CONNECT = 10.0  # Seconds in which a server answers.
+WATCH = 60  # Seconds after which a watch is begun anew: a dead connection is not noticed else.
+RETRY = 1.0  # Seconds between two tries of what goes on for ever.
+
+
+class Change(NamedTuple):
+    """A change in the cluster.
+
+    Attributes:
+        type: ``LISTED``: these are all there are; ``ADDED``, ``MODIFIED``, ``DELETED``: this one
+            was; ``LOST``: the connection was lost, and is tried again; nothing of it is missed.
+        objects: As the API server sends them.
+        reason: Why the connection was lost.
+    """
+
+    type: str
+    objects: list[dict]
+    reason: str = ""
+
+
+class NotFoundError(ConfigurationError):
+    """There is no such object in the namespace, or no such namespace."""
+
+
+class Server:
+    """A namespace of the cluster that a kubeconfig file names.
+
+    Args:
+        context: Of the kubeconfig file; None: its current one.
+        namespace: None: the context's.
+
+    Raises:
+        ConfigurationError: There is no kubeconfig file, or no such context, or the package is
+            installed without its extra ``k8s``.
+    """
+
+    def __init__(self, *, context: str | None = None, namespace: str | None = None) -> None:
+        try:
+            import kubernetes.client
+            import kubernetes.config
+            import kubernetes.stream
+            import kubernetes.watch
+            import urllib3
+        except ImportError as error:
+            raise ConfigurationError(MISSING.format(error=error)) from None
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # What it retries is said here.
+        self.kubernetes = kubernetes
+        self.failures = (kubernetes.client.ApiException, urllib3.exceptions.HTTPError, OSError)
+        self.configuration = kubernetes.client.Configuration()
+        self.configuration.retries = False
+        try:
+            kubernetes.config.load_kube_config(
+                context=context, client_configuration=self.configuration
+            )
+            contexts, current = kubernetes.config.list_kube_config_contexts()
+        except (kubernetes.config.ConfigException, OSError) as error:
+            raise ConfigurationError(
+                f"Expected a cluster to be named by a kubeconfig file. Received: {error} "
+                "Set KUBECONFIG, or --context to one of kubectl config get-contexts."
+            ) from None
+        if context:
+            current = next(one for one in contexts if one["name"] == context)
+        self.namespace = namespace or current["context"].get("namespace") or "default"
+        self.client = kubernetes.client.ApiClient(self.configuration)
+
+    def apply(self, manifest: dict) -> None:
+        """Creates an object or changes it, by server-side apply."""
+        self._call(
+            "patch",
+            manifest["kind"],
+            manifest["metadata"]["name"],
+            body=manifest,
+            field_manager=FIELD_MANAGER,
+            _content_type="application/apply-patch+yaml",
+        )
+
+    def get(self, kind: Kind, name: str) -> dict | None:
+        """Returns an object; None where there is none of this name."""
+        try:
+            return self._plain(self._call("read", kind, name))
+        except NotFoundError:
+            return None
+
+    def list(self, kind: Kind, selector: str) -> list[dict]:
+        """Returns the objects with these labels."""
+        return self._plain(self._call("list", kind, label_selector=selector))["items"]
+
+    def delete(self, kind: Kind, name: str, *, grace_seconds: int | None = None) -> None:
+        """Deletes an object and what belongs to it, if it is there."""
+        options = {} if grace_seconds is None else {"grace_period_seconds": grace_seconds}
+        with contextlib.suppress(NotFoundError):
+            self._call("delete", kind, name, propagation_policy="Background", **options)
+
+    def changes(self, kind: Kind, **selectors: str) -> Iterator[Change]:
+        """Yields what there is, and then each change, for ever: a watch that ends or drops is
+        begun anew.
+
+        Args:
+            kind: Of which objects.
+            selectors: ``label_selector`` and ``field_selector``, as the API has them.
+        """
+        while True:
+            try:
+                listed = self._plain(self._method("list", kind)(**selectors, **self._limits()))
+                yield Change("LISTED", listed["items"])
+                for event in self.kubernetes.watch.Watch().stream(
+                    self._method("list", kind),
+                    **selectors,
+                    resource_version=listed["metadata"]["resourceVersion"],
+                    timeout_seconds=WATCH,
+                    _request_timeout=(CONNECT, WATCH + CONNECT),
+                ):
+                    yield Change(event["type"], [event["raw_object"]])
+            except self.failures as error:
+                if getattr(error, "status", None) != 410:  # Gone: the list begins anew.
+                    yield Change("LOST", [], str(self._error(error)))
+                    time.sleep(RETRY)
+
+    def log_lines(self, pod: str) -> Iterator[str]:
+        """Yields what a pod's container has written and writes, until it has ended or is gone."""
+        seen = 0
+        while True:
+            with contextlib.suppress(*self.failures):
+                lines = self.kubernetes.watch.Watch().stream(
+                    self._method("read", "Pod", "log"),
+                    name=pod,
+                    _request_timeout=(CONNECT, WATCH + CONNECT),
+                )
+                for number, line in enumerate(lines):
+                    if number >= seen:  # The others were there before the connection was lost.
+                        seen += 1
+                        yield line
+            with contextlib.suppress(TrainerError):
+                found = self.get("Pod", pod)
+                if found is None or found["status"]["phase"] in ("Succeeded", "Failed"):
+                    return
+            time.sleep(RETRY)
+
+    def read_file(self, pod: str, path: str) -> bytes:
+        """Reads a file in a pod's container, which has ``cat``."""
+        # A client of its own: exec changes the one it is given for as long as it connects.
+        core = self.kubernetes.client.CoreV1Api(
+            self.kubernetes.client.ApiClient(self.configuration)
+        )
+        with self._errors():
+            connection = self.kubernetes.stream.stream(
+                core.connect_get_namespaced_pod_exec,
+                pod,
+                self.namespace,
+                command=["cat", path],
+                stdout=True,
+                stderr=True,
+                binary=True,
+                _preload_content=False,
+                _request_timeout=CONNECT,
+            )
+            parts = []
+            while connection.is_open():
+                connection.update(timeout=CONNECT)
+                parts.append(connection.read_stdout() if connection.peek_stdout() else b"")
+            said = connection.read_stderr() if connection.peek_stderr() else b""
+            connection.close()
+        if said:
+            raise ConfigurationError(
+                f"Expected {path} in the volume. Received: {said.decode(errors='replace').strip()}."
+            )
+        return b"".join(parts)
+
+    def _call(self, verb: str, kind: Kind, *names: str, **options: object) -> object:
+        with self._errors():
+            return self._method(verb, kind)(*names, **options, **self._limits())
+
+    def _method(self, verb: str, kind: Kind, *subresource: str):
+        """Returns a method of the client, bound to the namespace."""
+        group, noun = _METHODS[kind]
+        api = getattr(self.kubernetes.client, group)(self.client)
+        method = getattr(api, "_".join([verb, "namespaced", noun, *subresource]))
+        return functools.partial(method, namespace=self.namespace)
+
+    def _limits(self) -> dict:
+        return {"_request_timeout": (CONNECT, 3 * CONNECT)}
+
+    def _plain(self, answer: object) -> dict:
+        return self.client.sanitize_for_serialization(answer)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self.failures as error:
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> ConfigurationError:
+        """Says in one line why the server did not do it."""
+        status = getattr(error, "status", None)
+        if not status:
+            reason = getattr(error, "reason", None) or error
+            return ConfigurationError(
+                f"Expected a Kubernetes API server at {self.configuration.host}. Received: "
+                f"{' '.join(str(reason).split())}. kubectl cluster-info should answer; --context "
+                "names another."
+            )
+        try:
+            reason = json.loads(error.body)["message"]
+        except (TypeError, ValueError, KeyError):
+            reason = error.reason
+        remedy = {
+            401: " Log in to the cluster again.",
+            403: f" Ask for the permission, or another quota, in the namespace {self.namespace}.",
+            404: f" The namespace is {self.namespace}; --namespace names another.",
+        }.get(status, "")
+        kind = NotFoundError if status == 404 else ConfigurationError
+        return kind(f"Expected the API server to accept it. Received: {status}, {reason}.{remedy}")

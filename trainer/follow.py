@@ -1,0 +1,284 @@
+"""Watches a run in a cluster until it ends, and says what a person would want to know meanwhile:
+why a pod is pending, how the training goes, which pod was lost and why.
+
+    outcome = follow(server, "digits-a1b2c", screen, stop=lambda: signals.received)
+    outcome.code, outcome.text
+"""
+
+import json
+import queue
+import threading
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from trainer.apiserver import Change, Server
+from trainer.errors import StoppedError
+from trainer.manifests import workers_job
+
+TICK = 0.2  # Seconds between two looks at whether to stop.
+DRAIN = 5.0  # Seconds in which the last lines of a log come.
+
+# What else an event says that is known from the pod itself.
+_KNOWN = ("FailedScheduling", "Failed", "BackOff", "Evicted", "BackoffLimitExceeded")
+
+
+class Screen(Protocol):
+    """Where a person looks: ``trainer.bar.Bar`` on a terminal, lines elsewhere."""
+
+    def say(self, text: str) -> None:
+        """Writes a line that stays."""
+
+    def show(self, place: dict, logs: dict[str, float]) -> None:
+        """Shows where the run is, as ``trainer.bar.Bar.show``."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        code: 0, or an exit code: that of the pod that failed, of ``trainer.errors``.
+        text: Why, in the pod's words or the cluster's.
+    """
+
+    code: int
+    text: str
+
+
+def follow(
+    server: Server,
+    name: str,
+    screen: Screen,
+    *,
+    stop: Callable[[], str | None],
+    old_events: bool = True,
+) -> Outcome | None:
+    """Follows a run until its chief's Job is complete or one of its Jobs has failed.
+
+    Args:
+        server: Where the run is.
+        name: Of the run.
+        screen: Takes what there is to say.
+        stop: Tells whether to leave it alone.
+        old_events: Whether to say also what was wrong before this call.
+
+    Returns:
+        How it ended; None: it was told to stop.
+    """
+    watched = _Run(server, name, screen, old_events=old_events)
+    while not stop():
+        try:
+            kind, change = watched.changes.get(timeout=TICK)
+        except queue.Empty:
+            continue
+        watched.take(kind, change)
+        if watched.ended:
+            return watched.outcome(stop)
+    return None
+
+
+class _Run:
+    """What is known of a run, and what was said of it."""
+
+    def __init__(self, server: Server, name: str, screen: Screen, *, old_events: bool) -> None:
+        self.server = server
+        self.name = name
+        self.screen = screen
+        self.ended = ""  # the name of the Job that has ended it
+        self.jobs: dict[str, dict] = {}
+        self.pods: dict[str, dict] = {}
+        self.said: dict[tuple, str] = {}
+        self.logs: dict[str, threading.Thread] = {}
+        self.skip_events = not old_events
+        self.changes: queue.SimpleQueue = queue.SimpleQueue()
+        self.selector = f"app.kubernetes.io/instance={name}"
+        # Events have no labels; there are few warnings in a namespace.
+        for kind, selectors in (
+            ("Job", {"label_selector": self.selector}),
+            ("Pod", {"label_selector": self.selector}),
+            ("Event", {"field_selector": "type=Warning"}),
+        ):
+            threading.Thread(target=self._watch, args=[kind, selectors], daemon=True).start()
+
+    def _watch(self, kind: str, selectors: dict[str, str]) -> None:
+        for change in self.server.changes(kind, **selectors):
+            self.changes.put((kind, change))
+
+    def _read_log(self, pod: str) -> None:
+        for line in self.server.log_lines(pod):
+            self.changes.put(("line", line))
+
+    def take(self, kind: str, change: Change | str) -> None:
+        """Takes one change, or one line of the chief's log."""
+        if kind == "line":
+            self._line(change)
+        elif change.type == "LOST":
+            self._say_once(
+                ("connection",), f"The connection was lost, trying again: {change.reason}"
+            )
+        else:
+            self.said.pop(("connection",), None)
+            getattr(self, f"_{kind.lower()}s")(change)
+
+    def _jobs(self, change: Change) -> None:
+        self._update(self.jobs, change, gone=self._job_is_gone)
+        for job, found in self.jobs.items():
+            suspended = found["spec"].get("suspend", False)
+            if suspended or ("suspended", job) in self.said:
+                self._say_once(
+                    ("suspended", job), f"{job} {'is suspended' if suspended else 'goes on'}"
+                )
+            condition = _ending(found)
+            # The others' Job that is complete says nothing of the chief's.
+            if condition and (job == self.name or condition["type"] == "Failed"):
+                self.ended = self.ended or job
+
+    def _job_is_gone(self, job: str) -> None:
+        self.ended = self.ended or job
+
+    def _pods(self, change: Change) -> None:
+        self._update(self.pods, change, gone=self._pod_is_gone)
+        for pod, found in self.pods.items():
+            status = found["status"]
+            for condition in status.get("conditions", []):
+                if condition["type"] == "DisruptionTarget" and condition["status"] == "True":
+                    self._say_once(("disrupted", pod), f"{pod} is evicted: {condition['message']}")
+            if end := _end(found):
+                code, text = end
+                if code:
+                    self._say_once(("end", pod), f"{pod} has ended with {code}: {text}")
+            elif status["phase"] == "Running":
+                if self.said.get(("pending", pod)):
+                    self._say_once(("pending", pod), f"{pod} runs on {found['spec']['nodeName']}")
+            elif reason := pending(found):
+                self._say_once(("pending", pod), f"{pod} is pending: {reason}")
+            if (
+                found["metadata"]["labels"].get("job-name") == self.name
+                and _has_begun(found)
+                and pod not in self.logs
+            ):
+                self.logs[pod] = threading.Thread(target=self._read_log, args=[pod], daemon=True)
+                self.logs[pod].start()
+
+    def _pod_is_gone(self, pod: str) -> None:
+        if _end(self.pods[pod]) is None:
+            self.screen.say(f"{pod} is gone; its Job starts another")
+
+    def _events(self, change: Change) -> None:
+        skip, self.skip_events = self.skip_events and change.type == "LISTED", False
+        for event in change.objects:
+            about = event["involvedObject"]
+            mine = about["name"] == self.name or about["name"].startswith(f"{self.name}-")
+            if mine and event.get("reason") not in _KNOWN and change.type != "DELETED":
+                text = f"{about['kind']} {about['name']}: {event['reason']}: {event['message']}"
+                key = ("event", about["kind"], event["reason"])
+                if skip:
+                    self.said[key] = text
+                self._say_once(key, text)
+
+    def _line(self, line: str) -> None:
+        """Shows a line of the chief's log: an event of ``trainer.report``, or what it is not."""
+        try:
+            event = json.loads(line)
+            kind, text = event.pop("event"), event.pop("message")
+        except (ValueError, TypeError, AttributeError, KeyError):
+            # A pod's last word comes with its end.
+            if not line.startswith("python -m trainer.task: "):
+                self.screen.say(line)
+            return
+        if kind == "step":
+            means = {name: value for name, value in event.items() if name in ("loss", "accuracy")}
+            self.screen.show(event, means)
+        self.screen.say(text) if kind != "step" else None
+
+    def _update(self, known: dict[str, dict], change: Change, gone: Callable[[str], None]) -> None:
+        """Brings what is known to what is."""
+        changed = {one["metadata"]["name"]: one for one in change.objects}
+        if change.type == "DELETED":
+            lost = [name for name in changed if name in known]
+        else:
+            lost = [name for name in known if change.type == "LISTED" and name not in changed]
+            known |= changed
+        for name in lost:
+            gone(name)
+            del known[name]
+
+    def _say_once(self, about: tuple, text: str) -> None:
+        """Says something, unless it was the last that was said about this."""
+        if self.said.get(about) != text:
+            self.said[about] = text
+            self.screen.say(text)
+
+    def outcome(self, stop: Callable[[], str | None]) -> Outcome:
+        """Returns how the run ended, when what its chief wrote has been shown."""
+        if self.logs:
+            list(self.logs.values())[-1].join(DRAIN)
+        # The watches are not in step: the pods may have more to say.
+        pods = {one["metadata"]["name"]: one for one in self.server.list("Pod", self.selector)}
+        while not self.changes.empty():
+            self.take(*self.changes.get())
+        condition = _ending(self.jobs.get(self.ended, {}))
+        if condition is None:
+            return Outcome(
+                StoppedError.exit_code,
+                f"the Job {self.ended} was deleted. Its claim keeps the last checkpoint.",
+            )
+        if condition["type"] == "Complete":
+            return Outcome(0, "")
+        ends = [
+            (found["metadata"]["creationTimestamp"], *end)
+            for found in pods.values()
+            if found["metadata"]["labels"].get("job-name") == self.ended
+            and (end := _end(found))
+            and end[0]
+        ]
+        if condition["reason"] == "DeadlineExceeded" or not ends:
+            return Outcome(
+                StoppedError.exit_code,
+                f"the Job {self.ended} has failed: {condition['message']}",
+            )
+        _, code, text = max(ends)
+        return Outcome(code, text)
+
+
+def workers_of(server: Server, name: str) -> int:
+    """Returns how many workers a run in the cluster has."""
+    job = server.get("Job", workers_job(name))
+    return 1 + (job["spec"]["completions"] if job else 0)
+
+
+def _ending(job: dict) -> dict | None:
+    """Returns the condition in which a Job has ended."""
+    for condition in job.get("status", {}).get("conditions", []):
+        if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
+            return condition
+    return None
+
+
+def _container(pod: dict) -> dict:
+    return next(iter(pod["status"].get("containerStatuses", [])), {})
+
+
+def _has_begun(pod: dict) -> bool:
+    return not _container(pod).get("state", {"waiting": 1}).get("waiting")
+
+
+def _end(pod: dict) -> tuple[int, str] | None:
+    """Returns the exit code of a pod and its last word."""
+    ended = _container(pod).get("state", {}).get("terminated")
+    if not ended:
+        return None
+    text = " ".join(ended.get("message", "").split()) or ended.get("reason", "")
+    for opening in ("python -m trainer.task: ", "error: "):
+        text = text.removeprefix(opening)
+    return ended["exitCode"], text
+
+
+def pending(pod: dict) -> str | None:
+    """Returns why a pod does not run, in the scheduler's words or the kubelet's."""
+    waiting = _container(pod).get("state", {}).get("waiting", {})
+    if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+        return f"{waiting['reason']}: {waiting.get('message', '')}".removesuffix(": ")
+    for condition in pod["status"].get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return condition.get("message") or condition.get("reason")
+    return None
