@@ -29,7 +29,7 @@ class Screen(Protocol):
         """Writes a line that stays."""
 
     def show(self, place: dict, logs: dict[str, float]) -> None:
-        """Shows where the run is, as ``trainer.bar.Bar.show``."""
+        """Shows where the run is, as ``trainer.bar.Bar.show``; ``place`` has a ``message`` too."""
 
 
 class Outcome(NamedTuple):
@@ -112,9 +112,9 @@ class _Run:
         if kind == "line":
             self._line(change)
         elif change.type == "LOST":
-            self._say_once(
-                ("connection",), f"The connection was lost, trying again: {change.reason}"
-            )
+            if ("connection",) not in self.said:  # Each try has its own words.
+                lost = f"The connection was lost, trying again: {change.reason}"
+                self._say_once(("connection",), lost)
         else:
             self.said.pop(("connection",), None)
             getattr(self, f"_{kind.lower()}s")(change)
@@ -179,7 +179,7 @@ class _Run:
         """Shows a line of the chief's log: an event of ``trainer.report``, or what it is not."""
         try:
             event = json.loads(line)
-            kind, text = event.pop("event"), event.pop("message")
+            kind, text = event["event"], event["message"]
         except (ValueError, TypeError, AttributeError, KeyError):
             # A pod's last word comes with its end.
             if not line.startswith("python -m trainer.task: "):
@@ -188,7 +188,8 @@ class _Run:
         if kind == "step":
             means = {name: value for name, value in event.items() if name in ("loss", "accuracy")}
             self.screen.show(event, means)
-        self.screen.say(text) if kind != "step" else None
+        else:
+            self.screen.say(text)
 
     def _update(self, known: dict[str, dict], change: Change, gone: Callable[[str], None]) -> None:
         """Brings what is known to what is."""

@@ -196,7 +196,8 @@ def _apply(server: "Server", name: str, objects: Sequence[dict]) -> list[tuple["
             server.apply(one)
     except TrainerError:
         for place in created:
-            server.delete(*place)
+            with contextlib.suppress(TrainerError):  # The first error explains this one.
+                server.delete(*place)
         raise
     return created
 
@@ -221,7 +222,7 @@ class _Lines:
         print(text, flush=True)
 
     def show(self, place: dict, logs: dict[str, float]) -> None:
-        pass
+        self.say(place["message"])
 
     def note(self, facts: str) -> None:
         pass
