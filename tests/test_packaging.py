@@ -35,6 +35,8 @@ def test_the_wheel_holds_the_data_and_both_licences(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "trainer/assets/mnist.npz" in names
     assert "trainer/assets/LICENSE.mnist" in names
+    for manifest in (ROOT / "trainer" / "assets" / "k8s").iterdir():
+        assert f"trainer/assets/k8s/{manifest.name}" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not any(name.startswith("tests/") or name.endswith("bundle.py") for name in names)
 
@@ -54,6 +56,12 @@ def test_the_installed_wheel_is_the_same_command_with_its_data(wheel, tmp_path):
     assert without.returncode == 78
     assert "pip install 'digits-trainer[cpu]'" in without.stderr
     assert without.stderr.count("\n") == 1
+
+    # A run in a cluster needs no TensorFlow here.
+    submit = (python, "-m", "trainer.submit", "--workers", 2, "--dry-run")
+    assert "pip install 'digits-trainer[k8s]'" in run(*submit, **here, check=False).stderr
+    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[k8s]")
+    assert run(*submit, **here).stdout.count("kind: Job") == 2
 
     run(python, "-m", "pip", "install", "--quiet", f"{wheel}[cpu]")
     small = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)

@@ -74,11 +74,17 @@ class Server:
             import kubernetes.stream
             import kubernetes.watch
             import urllib3
+            import websocket
         except ImportError as error:
             raise ConfigurationError(MISSING.format(error=error)) from None
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # What it retries is said here.
         self.kubernetes = kubernetes
-        self.failures = (kubernetes.client.ApiException, urllib3.exceptions.HTTPError, OSError)
+        self.failures = (
+            kubernetes.client.ApiException,
+            urllib3.exceptions.HTTPError,
+            websocket.WebSocketException,
+            OSError,
+        )
         self.configuration = kubernetes.client.Configuration()
         self.configuration.retries = False
         try:
@@ -189,7 +195,11 @@ class Server:
             )
             parts = []
             while connection.is_open():
-                connection.update(timeout=CONNECT)
+                connection.update(timeout=WATCH)
+                if not connection.peek_stdout() and not connection.peek_stderr():
+                    if connection.is_open():
+                        raise TimeoutError(f"no more of {path} within {WATCH} s")
+                    break
                 parts.append(connection.read_stdout() if connection.peek_stdout() else b"")
             said = connection.read_stderr() if connection.peek_stderr() else b""
             connection.close()

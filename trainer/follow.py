@@ -5,6 +5,7 @@ why a pod is pending, how the training goes, which pod was lost and why.
     outcome.code, outcome.text
 """
 
+import contextlib
 import json
 import queue
 import threading
@@ -12,8 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from trainer.apiserver import Change, Server
-from trainer.errors import StoppedError
-from trainer.manifests import workers_job
+from trainer.errors import StoppedError, TrainerError
 
 TICK = 0.2  # Seconds between two looks at whether to stop.
 DRAIN = 5.0  # Seconds in which the last lines of a log come.
@@ -72,7 +72,7 @@ def follow(
             continue
         watched.take(kind, change)
         if watched.ended:
-            return watched.outcome(stop)
+            return watched.outcome()
     return None
 
 
@@ -100,15 +100,20 @@ class _Run:
             threading.Thread(target=self._watch, args=[kind, selectors], daemon=True).start()
 
     def _watch(self, kind: str, selectors: dict[str, str]) -> None:
-        for change in self.server.changes(kind, **selectors):
-            self.changes.put((kind, change))
+        try:
+            for change in self.server.changes(kind, **selectors):
+                self.changes.put((kind, change))
+        except Exception as error:  # a defect, which must not pass unseen in a thread
+            self.changes.put(("defect", error))
 
     def _read_log(self, pod: str) -> None:
         for line in self.server.log_lines(pod):
             self.changes.put(("line", line))
 
-    def take(self, kind: str, change: Change | str) -> None:
+    def take(self, kind: str, change: Change | str | Exception) -> None:
         """Takes one change, or one line of the chief's log."""
+        if kind == "defect":
+            raise change
         if kind == "line":
             self._line(change)
         elif change.type == "LOST":
@@ -165,15 +170,15 @@ class _Run:
 
     def _events(self, change: Change) -> None:
         skip, self.skip_events = self.skip_events and change.type == "LISTED", False
-        for event in change.objects:
-            about = event["involvedObject"]
-            mine = about["name"] == self.name or about["name"].startswith(f"{self.name}-")
-            if mine and event.get("reason") not in _KNOWN and change.type != "DELETED":
-                text = f"{about['kind']} {about['name']}: {event['reason']}: {event['message']}"
-                key = ("event", about["kind"], event["reason"])
+        for event in change.objects if change.type != "DELETED" else ():
+            about, reason = event["involvedObject"], event.get("reason")
+            name = about.get("name", "")
+            mine = name == self.name or name.startswith(f"{self.name}-")
+            if mine and reason not in _KNOWN:
+                text = f"{about['kind']} {name}: {reason}: {event.get('message')}"
                 if skip:
-                    self.said[key] = text
-                self._say_once(key, text)
+                    self.said["event", name, reason] = text
+                self._say_once(("event", name, reason), text)
 
     def _line(self, line: str) -> None:
         """Shows a line of the chief's log: an event of ``trainer.report``, or what it is not."""
@@ -209,25 +214,28 @@ class _Run:
             self.said[about] = text
             self.screen.say(text)
 
-    def outcome(self, stop: Callable[[], str | None]) -> Outcome:
+    def outcome(self) -> Outcome:
         """Returns how the run ended, when what its chief wrote has been shown."""
         if self.logs:
             list(self.logs.values())[-1].join(DRAIN)
         # The watches are not in step: the pods may have more to say.
-        pods = {one["metadata"]["name"]: one for one in self.server.list("Pod", self.selector)}
+        with contextlib.suppress(TrainerError):
+            self._pods(Change("LISTED", self.server.list("Pod", self.selector)))
         while not self.changes.empty():
             self.take(*self.changes.get())
+        # Whatever became of the others: the chief has its model.
+        done = _ending(self.jobs.get(self.name, {}))
+        if done and done["type"] == "Complete":
+            return Outcome(0, "")
         condition = _ending(self.jobs.get(self.ended, {}))
         if condition is None:
             return Outcome(
                 StoppedError.exit_code,
                 f"the Job {self.ended} was deleted. Its claim keeps the last checkpoint.",
             )
-        if condition["type"] == "Complete":
-            return Outcome(0, "")
         ends = [
             (found["metadata"]["creationTimestamp"], *end)
-            for found in pods.values()
+            for found in self.pods.values()
             if found["metadata"]["labels"].get("job-name") == self.ended
             and (end := _end(found))
             and end[0]
@@ -239,12 +247,6 @@ class _Run:
             )
         _, code, text = max(ends)
         return Outcome(code, text)
-
-
-def workers_of(server: Server, name: str) -> int:
-    """Returns how many workers a run in the cluster has."""
-    job = server.get("Job", workers_job(name))
-    return 1 + (job["spec"]["completions"] if job else 0)
 
 
 def _ending(job: dict) -> dict | None:

@@ -158,9 +158,9 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
         else:
             created = _apply(server, name, objects)
             image = objects[-1]["spec"]["template"]["spec"]["containers"][0]["image"]
-        run = _Run(config, server, name, image, created)
+        run = _Run(config, server, name, image, created, lambda: signals.received)
         with _screen() as screen:
-            run.follow(screen, lambda: signals.received)
+            run.follow(screen)
 
 
 def _check(config: SubmitConfig, flags: Sequence[str]) -> None:
@@ -238,29 +238,27 @@ class _Run:
         name: str,
         image: str,
         created: list[tuple["Kind", str]],
+        stop: Callable[[], str | None],
     ) -> None:
         self.config = config
         self.server = server
         self.name = name
         self.image = image
         self.created = created
+        self.stop = stop
         self.selector = f"app.kubernetes.io/instance={name}"
 
-    def follow(self, screen: "Screen", stop: Callable[[], str | None]) -> None:
+    def follow(self, screen: "Screen") -> None:
         """Follows it, fetches its files and cleans up."""
         from trainer.follow import follow
 
         begun = "Following" if self.config.attach else "Started"
         screen.say(f"{begun} {self.name} in the namespace {self.server.namespace}")
         outcome = follow(
-            self.server, self.name, screen, stop=stop, old_events=not self.config.attach
+            self.server, self.name, screen, stop=self.stop, old_events=not self.config.attach
         )
         if outcome is None:
-            where = f"--namespace {self.server.namespace}"
-            raise StoppedError(
-                f"detached; {self.name} goes on. {PROG} --attach {self.name} {where} comes back; "
-                f"{self._how_to_delete()} deletes it."
-            )
+            raise self._detached()
         if outcome.code:
             self._clean_up(screen, failed=outcome.code)
             raise errors.of(outcome.code, outcome.text)
@@ -274,30 +272,42 @@ class _Run:
         self._clean_up(screen)
 
     def _fetch(self, screen: "Screen") -> dict[str, bytes]:
-        """Reads the files of the run through a pod that mounts its claim."""
-        screen.note("fetching the files")
+        """Reads the files of the run, in the order to write them in."""
+        for tries_left in reversed(range(TRIES)):
+            screen.note("fetching the files")
+            try:
+                return self._read_files()
+            except (ConfigurationError, DataError) as error:
+                if not tries_left:
+                    raise type(error)(
+                        f"{error} Nothing is deleted: {PROG} --attach {self.name} tries again."
+                    ) from error
+                screen.say(f"Fetching the files failed, trying again: {error}")
+        raise AssertionError
+
+    def _read_files(self) -> dict[str, bytes]:
+        """Reads the files through a pod that mounts the claim."""
         pod = manifests.fetch_pod(self.name, image=self.image)
         name = pod["metadata"]["name"]
-        self.server.delete("Pod", name, grace_seconds=0)  # one that an earlier call left
+        self.server.delete("Pod", name, grace_seconds=0)  # one that an earlier try left
         self.server.apply(pod)
         try:
             self._await(name)
-            for _ in range(TRIES):
-                # In the order to write them in.
-                files = {
-                    file: self.server.read_file(name, f"/output/{file}") for file in export.FILES
-                }
-                with contextlib.suppress(ValueError, KeyError):
-                    expected = json.loads(files[export.MANIFEST_FILE])["model"]["sha256"]
-                    if hashlib.sha256(files[export.MODEL_FILE]).hexdigest() == expected:
-                        return files
+            files = {file: self.server.read_file(name, f"/output/{file}") for file in export.FILES}
         finally:
-            self.server.delete("Pod", name, grace_seconds=0)
-        raise DataError(
-            f"Expected {export.MODEL_FILE} to have the SHA-256 that {export.MANIFEST_FILE} names. "
-            f"Received: {len(files[export.MODEL_FILE]):,} bytes with another one, {TRIES} times. "
-            f"Nothing is deleted: {PROG} --attach {self.name} tries again."
-        )
+            with contextlib.suppress(TrainerError):
+                self.server.delete("Pod", name, grace_seconds=0)
+        try:
+            json.loads(files[export.HISTORY_FILE])
+            expected = json.loads(files[export.MANIFEST_FILE])["model"]["sha256"]
+        except (ValueError, KeyError, TypeError):
+            expected = None
+        if hashlib.sha256(files[export.MODEL_FILE]).hexdigest() != expected:
+            raise DataError(
+                f"Expected {export.MODEL_FILE} to have the SHA-256 that {export.MANIFEST_FILE} "
+                f"names. Received: {len(files[export.MODEL_FILE]):,} bytes with another one."
+            )
+        return files
 
     def _await(self, pod: str) -> None:
         """Waits until a pod runs."""
@@ -305,13 +315,23 @@ class _Run:
 
         until = time.monotonic() + FETCH
         while (found := self.server.get("Pod", pod)) and found["status"]["phase"] != "Running":
+            if self.stop():
+                raise self._detached()
             if time.monotonic() > until:
                 raise ConfigurationError(
                     f"Expected the pod {pod} to run within {FETCH:g} s, to fetch the files. "
-                    f"Received: {pending(found) or found['status']['phase']}. Nothing is deleted: "
-                    f"{PROG} --attach {self.name} tries again."
+                    f"Received: {pending(found) or found['status']['phase']}."
                 )
             time.sleep(1)
+
+    def _detached(self) -> StoppedError:
+        where = f"--namespace {self.server.namespace}"
+        if self.config.context:
+            where += f" --context {self.config.context}"
+        return StoppedError(
+            f"detached; {self.name} goes on. {PROG} --attach {self.name} {where} comes back; "
+            f"{self._how_to_delete()} deletes it."
+        )
 
     def _clean_up(self, screen: "Screen", *, failed: int = 0) -> None:
         """Deletes what the run has left; of one that failed not what it could go on with."""
