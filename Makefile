@@ -38,11 +38,12 @@ image:
 # The image for CPUs runs on ARM too; TensorFlow for GPUs and TPUs is made for x86 alone.
 lock: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m pip install --quiet uv
-	$(LOCK) --extra cpu --universal --output-file docker/requirements-cpu.txt
-	$(LOCK) --extra gpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-gpu.txt
-	$(LOCK) --extra tpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-tpu.txt
+	echo setuptools | $(LOCK) - --output-file docker/requirements-build.txt
+	$(LOCK) setup.py --extra cpu --universal --output-file docker/requirements-cpu.txt
+	$(LOCK) setup.py --extra gpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-gpu.txt
+	$(LOCK) setup.py --extra tpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-tpu.txt
 
-LOCK = $(RUN) -m uv pip compile setup.py --quiet --upgrade --python-version 3.13 \
+LOCK = $(RUN) -m uv pip compile --quiet --upgrade --python-version 3.13 \
     --generate-hashes --no-emit-index-url --no-header --no-annotate
 
 # What kustomize makes of k8s/, written out: the two files that are used alone, each under the comment

@@ -2,12 +2,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from trainer import export, model
-from trainer.errors import OutputError
+from trainer.errors import OutputError, StoppedError
 
 FACTS = {"metrics": {"val_accuracy": 0.5}}
 HISTORY = {"loss": [2.0, 1.0]}
@@ -40,6 +41,7 @@ def test_the_files_say_what_they_hold(tmp_path, cnn):
 # As where the package is not installed: an import of it fails.
 STOCK = """
 import sys
+import threading
 sys.modules["trainer"] = None
 import keras, numpy as np
 model = keras.models.load_model(sys.argv[1])
@@ -148,7 +150,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from trainer import export, model
-from trainer.errors import OutputError
+from trainer.errors import OutputError, StoppedError
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 cnn = model.build(optimizer="adadelta", learning_rate=1.0, seed=int(sys.argv[3]))
 if limit:
@@ -204,3 +206,23 @@ def test_a_disk_that_fills_up_leaves_the_old_files(tmp_path, cnn, command):
         assert_old_files_stand(command, folder)
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def test_a_folder_in_use_is_waited_for_until_it_is_too_long(tmp_path):
+    got = threading.Event()
+
+    def wait():
+        with export.claim(tmp_path, wait=60):
+            got.set()
+
+    waiting = threading.Thread(target=wait)
+    with export.claim(tmp_path):
+        with (
+            pytest.raises(StoppedError, match="no other run is using"),
+            export.claim(tmp_path, wait=0.1),
+        ):
+            pass
+        waiting.start()
+        assert not got.wait(1)
+    assert got.wait(30)
+    waiting.join()

@@ -448,7 +448,7 @@ def test_an_opening_comment_has_the_commands(name):
         r"describe pod -l .*=digits ",
         r"apply -[kf] k8s/fetch\b",
         r"cp digits-fetch:/output/mnist.h5",
-        r"delete (job|trainjob)[ s,]",
+        r"delete (job|trainjob)[ s,/]",
         r"delete pvc digits .*# the model with it",
     ):
         assert re.search(rf"kubectl {command}", comment), command

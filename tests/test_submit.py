@@ -99,6 +99,8 @@ def test_a_dry_run_prints_what_kubectl_takes(submit, tmp_path):
         (["--", "--epochs", 0], "Received: epochs=0"),
         (["--", "--output-dir", "out"], "Expected --output-dir before --"),
         (["--", "--gpus=2"], "Expected --gpus before --"),
+        (["--", "--output_dir=out"], "Expected --output-dir before --"),
+        (["--attach", "a\\1"], "Received: attach="),
         (["--attach", "mine", "--", "--epochs", 3], "the run has begun"),
     ],
 )
@@ -110,11 +112,14 @@ def test_no_kubeconfig_is_78(submit):
     assert_refused(submit.run(), 78, "kubeconfig", "Set KUBECONFIG")
 
 
-def test_a_context_that_does_not_exist_is_78(submit, tmp_path):
-    config = {"apiVersion": "v1", "kind": "Config", "contexts": [], "users": [], "clusters": []}
-    (tmp_path / "config").write_text(json.dumps(config))
+EMPTY = {"apiVersion": "v1", "kind": "Config", "contexts": [], "users": [], "clusters": []}
+
+
+@pytest.mark.parametrize("config", [json.dumps(EMPTY), "{", "[]", "contexts: 3"])
+def test_a_kubeconfig_that_names_no_such_context_is_78(submit, tmp_path, config):
+    (tmp_path / "config").write_text(config)
     submit.env["KUBECONFIG"] = str(tmp_path / "config")
-    assert_refused(submit.run("--context", "mine"), 78, "mine", "kubectl config get-contexts")
+    assert_refused(submit.run("--context", "mine"), 78, "kubectl config get-contexts")
 
 
 def test_an_output_that_cannot_be_written_is_73_before_anything_is_started(submit, tmp_path):

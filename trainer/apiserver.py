@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -55,6 +56,10 @@ class NotFoundError(ConfigurationError):
     """There is no such object in the namespace, or no such namespace."""
 
 
+class RefusedError(ConfigurationError):
+    """The server knows the user no more, or does not let them (401, 403)."""
+
+
 class Server:
     """A namespace of the cluster that a kubeconfig file names.
 
@@ -75,6 +80,7 @@ class Server:
             import kubernetes.watch
             import urllib3
             import websocket
+            import yaml
         except ImportError as error:
             raise ConfigurationError(MISSING.format(error=error)) from None
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # What it retries is said here.
@@ -91,16 +97,31 @@ class Server:
             kubernetes.config.load_kube_config(
                 context=context, client_configuration=self.configuration
             )
-            contexts, current = kubernetes.config.list_kube_config_contexts()
-        except (kubernetes.config.ConfigException, OSError) as error:
+            found = self._context(context)
+        # A damaged file ends in whatever it breaks.
+        except (
+            *(kubernetes.config.ConfigException, OSError, yaml.YAMLError),
+            *(AttributeError, KeyError, TypeError, ValueError),
+        ) as error:
             raise ConfigurationError(
-                f"Expected a cluster to be named by a kubeconfig file. Received: {error} "
-                "Set KUBECONFIG, or --context to one of kubectl config get-contexts."
+                f"Expected a cluster to be named by a kubeconfig file. Received: "
+                f"{' '.join(str(error).split())} Set KUBECONFIG, or --context to one of kubectl "
+                "config get-contexts."
             ) from None
-        if context:
-            current = next(one for one in contexts if one["name"] == context)
-        self.namespace = namespace or current["context"].get("namespace") or "default"
+        self.namespace = namespace or found.get("namespace") or "default"
         self.client = kubernetes.client.ApiClient(self.configuration)
+
+    def _context(self, name: str | None) -> dict:
+        """Returns what the kubeconfig file says of a context; None: of the current one."""
+        try:
+            contexts, current = self.kubernetes.config.list_kube_config_contexts()
+        except self.kubernetes.config.ConfigException:
+            if name is None:
+                raise
+            return {}  # It has no current one, and cannot be asked for another then.
+        if name is not None:
+            current = next(one for one in contexts if one["name"] == name)
+        return current["context"]
 
     def apply(self, manifest: dict) -> None:
         """Creates an object or changes it, by server-side apply."""
@@ -137,6 +158,9 @@ class Server:
         Args:
             kind: Of which objects.
             selectors: ``label_selector`` and ``field_selector``, as the API has them.
+
+        Raises:
+            RefusedError: Trying again does not help.
         """
         while True:
             try:
@@ -149,17 +173,26 @@ class Server:
                     timeout_seconds=WATCH,
                     _request_timeout=(CONNECT, WATCH + CONNECT),
                 ):
-                    yield Change(event["type"], [event["raw_object"]])
+                    if event:  # None: a line that was cut
+                        yield Change(event["type"], [event["raw_object"]])
             except self.failures as error:
+                known = self._error(error)
+                if isinstance(known, RefusedError):
+                    raise known from error
                 if getattr(error, "status", None) != 410:  # Gone: the list begins anew.
-                    yield Change("LOST", [], str(self._error(error)))
+                    yield Change("LOST", [], str(known))
                     time.sleep(RETRY)
 
     def log_lines(self, pod: str) -> Iterator[str]:
-        """Yields what a pod's container has written and writes, until it has ended or is gone."""
+        """Yields what a pod's container has written and writes, until it has ended or is gone.
+
+        Raises:
+            RefusedError: This user may not read it.
+        """
         seen = 0
         while True:
-            with contextlib.suppress(*self.failures):
+            whole = False
+            try:
                 lines = self.kubernetes.watch.Watch().stream(
                     self._method("read", "Pod", "log"),
                     name=pod,
@@ -169,14 +202,21 @@ class Server:
                     if number >= seen:  # The others were there before the connection was lost.
                         seen += 1
                         yield line
+                whole = True
+            except self.failures as error:
+                known = self._error(error)
+                if isinstance(known, RefusedError):
+                    raise known from error
             with contextlib.suppress(TrainerError):
                 found = self.get("Pod", pod)
-                if found is None or found["status"]["phase"] in ("Succeeded", "Failed"):
+                if found is None or (whole and found["status"]["phase"] in ("Succeeded", "Failed")):
                     return
             time.sleep(RETRY)
 
     def read_file(self, pod: str, path: str) -> bytes:
         """Reads a file in a pod's container, which has ``cat``."""
+        from kubernetes.stream.ws_client import ERROR_CHANNEL
+
         # A client of its own: exec changes the one it is given for as long as it connects.
         core = self.kubernetes.client.CoreV1Api(
             self.kubernetes.client.ApiClient(self.configuration)
@@ -191,16 +231,19 @@ class Server:
                 stderr=True,
                 binary=True,
                 _preload_content=False,
-                _request_timeout=CONNECT,
             )
+            connection.sock.settimeout(WATCH)
             parts = []
+            until = time.monotonic() + WATCH
             while connection.is_open():
-                connection.update(timeout=WATCH)
-                if not connection.peek_stdout() and not connection.peek_stderr():
-                    if connection.is_open():
-                        raise TimeoutError(f"no more of {path} within {WATCH} s")
+                connection.update(timeout=CONNECT)
+                if connection.peek_stdout():
+                    parts.append(connection.read_stdout())
+                    until = time.monotonic() + WATCH
+                elif connection.peek_channel(ERROR_CHANNEL):  # how the command has ended
                     break
-                parts.append(connection.read_stdout() if connection.peek_stdout() else b"")
+                elif time.monotonic() > until:
+                    raise TimeoutError(f"no more of {path} for {WATCH} s")
             said = connection.read_stderr() if connection.peek_stderr() else b""
             connection.close()
         if said:
@@ -235,22 +278,24 @@ class Server:
 
     def _error(self, error: Exception) -> ConfigurationError:
         """Says in one line why the server did not do it."""
-        status = getattr(error, "status", None)
+        status, reason = getattr(error, "status", None), getattr(error, "reason", None) or error
+        reason = " ".join(str(reason).split())
+        # An exec that is refused says it in the midst of its headers.
+        if refused := re.match(r"Handshake status (\d+) ([\w ]+)", reason):
+            status, reason = int(refused[1]), refused[2].strip()
         if not status:
-            reason = getattr(error, "reason", None) or error
             return ConfigurationError(
                 f"Expected a Kubernetes API server at {self.configuration.host}. Received: "
-                f"{' '.join(str(reason).split())}. kubectl cluster-info should answer; --context "
-                "names another."
+                f"{reason}. kubectl cluster-info should answer; --context names another."
             )
-        try:
+        with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
             reason = json.loads(error.body)["message"]
-        except (TypeError, ValueError, KeyError):
-            reason = error.reason
         remedy = {
             401: " Log in to the cluster again.",
             403: f" Ask for the permission, or another quota, in the namespace {self.namespace}.",
             404: f" The namespace is {self.namespace}; --namespace names another.",
         }.get(status, "")
-        kind = NotFoundError if status == 404 else ConfigurationError
+        kind = {401: RefusedError, 403: RefusedError, 404: NotFoundError}.get(
+            status, ConfigurationError
+        )
         return kind(f"Expected the API server to accept it. Received: {status}, {reason}.{remedy}")

@@ -12,11 +12,12 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import OutputError
+from trainer.errors import OutputError, StoppedError
 
 try:
     import fcntl
@@ -33,16 +34,22 @@ FILES = (MODEL_FILE, HISTORY_FILE, MANIFEST_FILE)
 
 
 @contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def claim(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Creates the folder where it does not exist, checks that it can be written, removes what a
     run that was killed while it saved has left there, and keeps other runs out until it ends.
 
+    Args:
+        folder: Where to write.
+        wait: Seconds to wait for a run that is using it and is about to end, such as that of a
+            pod that is being deleted.
+
     Raises:
         OutputError: It is a file, cannot be created or written, or another run is using it.
+        StoppedError: Another run is using it still, after the wait.
     """
     with _output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _locked(folder, wait):
         with _output_errors(folder):
             for name in FILES:
                 if (folder / name).is_dir():
@@ -194,25 +201,36 @@ def _temporary(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, wait: float) -> Iterator[None]:
     """Holds a lock on the folder, which the system releases even when the process is killed."""
     if fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+    until = time.monotonic() + wait
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"Expected a folder that no other run is using at {folder}. Received: one in use. "
-                "Wait for that run, or name another folder with --output-dir."
-            ) from None
-        except OSError:
-            pass  # A file system without locks (NFS has none for folders).
+        while not _lock(descriptor):
+            if time.monotonic() >= until:
+                error = StoppedError if wait else OutputError
+                raise error(
+                    f"Expected a folder that no other run is using at {folder}. Received: one in "
+                    "use. Wait for that run, or name another folder with --output-dir."
+                )
+            time.sleep(0.5)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks a folder; False where another process has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # A file system without locks (NFS has none for folders).
+    return True
 
 
 @contextlib.contextmanager

@@ -8,12 +8,14 @@ why a pod is pending, how the training goes, which pod was lost and why.
 import contextlib
 import json
 import queue
+import re
 import threading
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from trainer.apiserver import Change, Server
 from trainer.errors import StoppedError, TrainerError
+from trainer.manifests import selector
 
 TICK = 0.2  # Seconds between two looks at whether to stop.
 DRAIN = 5.0  # Seconds in which the last lines of a log come.
@@ -31,6 +33,9 @@ class Screen(Protocol):
     def show(self, place: dict, logs: dict[str, float]) -> None:
         """Shows where the run is, as ``trainer.bar.Bar.show``; ``place`` has a ``message`` too."""
 
+    def note(self, facts: str) -> None:
+        """Says for a while what is going on."""
+
 
 class Outcome(NamedTuple):
     """How a run ended.
@@ -38,10 +43,12 @@ class Outcome(NamedTuple):
     Attributes:
         code: 0, or an exit code: that of the pod that failed, of ``trainer.errors``.
         text: Why, in the pod's words or the cluster's.
+        begun: Whether it had begun to train, or may have: its log could not be read.
     """
 
     code: int
     text: str
+    begun: bool
 
 
 def follow(
@@ -63,8 +70,12 @@ def follow(
 
     Returns:
         How it ended; None: it was told to stop.
+
+    Raises:
+        RefusedError: The server does not let this user see Jobs or pods, or no more.
     """
-    watched = _Run(server, name, screen, old_events=old_events)
+    watched = Watched(server, name, screen, old_events=old_events)
+    watched.start()
     while not stop():
         try:
             kind, change = watched.changes.get(timeout=TICK)
@@ -76,7 +87,7 @@ def follow(
     return None
 
 
-class _Run:
+class Watched:
     """What is known of a run, and what was said of it."""
 
     def __init__(self, server: Server, name: str, screen: Screen, *, old_events: bool) -> None:
@@ -84,45 +95,58 @@ class _Run:
         self.name = name
         self.screen = screen
         self.ended = ""  # the name of the Job that has ended it
+        self.begun = False
         self.jobs: dict[str, dict] = {}
         self.pods: dict[str, dict] = {}
+        self.warnings: dict[str, dict] = {}  # events by their uid
+        self.lost: set[str] = set()  # the kinds of objects that cannot be watched now
         self.said: dict[tuple, str] = {}
         self.logs: dict[str, threading.Thread] = {}
         self.skip_events = not old_events
         self.changes: queue.SimpleQueue = queue.SimpleQueue()
-        self.selector = f"app.kubernetes.io/instance={name}"
+
+    def start(self) -> None:
+        """Begins to watch."""
+        labels = {"label_selector": selector(self.name)}
         # Events have no labels; there are few warnings in a namespace.
         for kind, selectors in (
-            ("Job", {"label_selector": self.selector}),
-            ("Pod", {"label_selector": self.selector}),
+            ("Job", labels),
+            ("Pod", labels),
             ("Event", {"field_selector": "type=Warning"}),
         ):
-            threading.Thread(target=self._watch, args=[kind, selectors], daemon=True).start()
+            self._spawn(kind, lambda kind=kind, by=selectors: self.server.changes(kind, **by))
 
-    def _watch(self, kind: str, selectors: dict[str, str]) -> None:
-        try:
-            for change in self.server.changes(kind, **selectors):
-                self.changes.put((kind, change))
-        except Exception as error:  # a defect, which must not pass unseen in a thread
-            self.changes.put(("defect", error))
+    def _spawn(self, kind: str, source: Callable) -> threading.Thread:
+        """Puts what a source yields into the queue, from a thread."""
 
-    def _read_log(self, pod: str) -> None:
-        for line in self.server.log_lines(pod):
-            self.changes.put(("line", line))
+        def put() -> None:
+            try:
+                for item in source():
+                    self.changes.put((kind, item))
+            except Exception as error:  # A thread must not end unseen.
+                self.changes.put((kind, error))
+
+        thread = threading.Thread(target=put, daemon=True)
+        thread.start()
+        return thread
 
     def take(self, kind: str, change: Change | str | Exception) -> None:
-        """Takes one change, or one line of the chief's log."""
-        if kind == "defect":
-            raise change
-        if kind == "line":
+        """Takes one change, one line of the chief's log, or why there will be no more of them."""
+        if isinstance(change, Exception):
+            if not isinstance(change, TrainerError) or kind in ("Job", "Pod"):
+                raise change
+            self.begun = self.begun or kind == "log"
+            self.screen.say(f"The {kind.lower()}s of {self.name} cannot be shown: {change}")
+        elif kind == "log":
             self._line(change)
         elif change.type == "LOST":
-            if ("connection",) not in self.said:  # Each try has its own words.
-                lost = f"The connection was lost, trying again: {change.reason}"
-                self._say_once(("connection",), lost)
+            if not self.lost:  # Each try has its own words.
+                self.screen.say(f"The connection was lost, trying again: {change.reason}")
+            self.lost.add(kind)
         else:
-            self.said.pop(("connection",), None)
+            self.lost.discard(kind)
             getattr(self, f"_{kind.lower()}s")(change)
+            self._say_warnings()
 
     def _jobs(self, change: Change) -> None:
         self._update(self.jobs, change, gone=self._job_is_gone)
@@ -143,53 +167,65 @@ class _Run:
     def _pods(self, change: Change) -> None:
         self._update(self.pods, change, gone=self._pod_is_gone)
         for pod, found in self.pods.items():
-            status = found["status"]
-            for condition in status.get("conditions", []):
+            for condition in found["status"].get("conditions", []):
                 if condition["type"] == "DisruptionTarget" and condition["status"] == "True":
-                    self._say_once(("disrupted", pod), f"{pod} is evicted: {condition['message']}")
+                    why = condition.get("message") or condition.get("reason")
+                    self._say_once(("disrupted", pod), f"{pod} is evicted: {why}")
             if end := _end(found):
                 code, text = end
                 if code:
                     self._say_once(("end", pod), f"{pod} has ended with {code}: {text}")
-            elif status["phase"] == "Running":
-                if self.said.get(("pending", pod)):
+            elif found["status"]["phase"] == "Running":
+                if ("pending", pod) in self.said:
                     self._say_once(("pending", pod), f"{pod} runs on {found['spec']['nodeName']}")
             elif reason := pending(found):
                 self._say_once(("pending", pod), f"{pod} is pending: {reason}")
-            if (
-                found["metadata"]["labels"].get("job-name") == self.name
-                and _has_begun(found)
-                and pod not in self.logs
-            ):
-                self.logs[pod] = threading.Thread(target=self._read_log, args=[pod], daemon=True)
-                self.logs[pod].start()
+            is_chief = found["metadata"]["labels"].get("job-name") == self.name
+            if is_chief and _has_begun(found) and pod not in self.logs:
+                self.logs[pod] = self._spawn("log", lambda pod=pod: self.server.log_lines(pod))
 
     def _pod_is_gone(self, pod: str) -> None:
         if _end(self.pods[pod]) is None:
-            self.screen.say(f"{pod} is gone; its Job starts another")
+            self.screen.say(f"{pod} is gone")
 
     def _events(self, change: Change) -> None:
-        skip, self.skip_events = self.skip_events and change.type == "LISTED", False
-        for event in change.objects if change.type != "DELETED" else ():
+        known = {one["metadata"]["uid"]: one for one in change.objects}
+        if change.type == "DELETED":
+            self.warnings = {uid: self.warnings[uid] for uid in self.warnings.keys() - known}
+        elif change.type == "LISTED":
+            self.warnings = known
+            if self.skip_events:
+                self.said |= {("old", uid): "" for uid in known}
+                self.skip_events = False
+        else:
+            self.warnings |= known
+
+    def _say_warnings(self) -> None:
+        """Says what the cluster warns of, of this run's own objects and not of a namesake's."""
+        mine = {
+            one["metadata"].get("uid") for one in (*self.jobs.values(), *self.pods.values())
+        } - {None}
+        for uid, event in self.warnings.items():
             about, reason = event["involvedObject"], event.get("reason")
-            name = about.get("name", "")
-            mine = name == self.name or name.startswith(f"{self.name}-")
-            if mine and reason not in _KNOWN:
-                text = f"{about['kind']} {name}: {reason}: {event.get('message')}"
-                if skip:
-                    self.said["event", name, reason] = text
-                self._say_once(("event", name, reason), text)
+            if about.get("uid") in mine and reason not in _KNOWN and ("old", uid) not in self.said:
+                message = event.get("message", "")
+                text = f"{about['kind']} {about['name']}: {reason}: {message}"
+                # The same of one pod after the other is the same.
+                key = ("event", about["uid"], reason, re.sub(r'"[^"]*"', "", message))
+                if key not in self.said:
+                    self._say_once(key, text)
 
     def _line(self, line: str) -> None:
         """Shows a line of the chief's log: an event of ``trainer.report``, or what it is not."""
         try:
             event = json.loads(line)
             kind, text = event["event"], event["message"]
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except (ValueError, TypeError, KeyError):
             # A pod's last word comes with its end.
             if not line.startswith("python -m trainer.task: "):
                 self.screen.say(line)
             return
+        self.begun = self.begun or kind == "start"
         if kind == "step":
             means = {name: value for name, value in event.items() if name in ("loss", "accuracy")}
             self.screen.show(event, means)
@@ -216,37 +252,44 @@ class _Run:
 
     def outcome(self) -> Outcome:
         """Returns how the run ended, when what its chief wrote has been shown."""
-        if self.logs:
-            list(self.logs.values())[-1].join(DRAIN)
         # The watches are not in step: the pods may have more to say.
         with contextlib.suppress(TrainerError):
-            self._pods(Change("LISTED", self.server.list("Pod", self.selector)))
+            self._pods(Change("LISTED", self.server.list("Pod", selector(self.name))))
+        for reader in self.logs.values():
+            reader.join(DRAIN)
         while not self.changes.empty():
             self.take(*self.changes.get())
         # Whatever became of the others: the chief has its model.
         done = _ending(self.jobs.get(self.name, {}))
         if done and done["type"] == "Complete":
-            return Outcome(0, "")
+            return Outcome(0, "", self.begun)
         condition = _ending(self.jobs.get(self.ended, {}))
         if condition is None:
-            return Outcome(
-                StoppedError.exit_code,
-                f"the Job {self.ended} was deleted. Its claim keeps the last checkpoint.",
-            )
+            text = f"the Job {self.ended} was deleted. Its claim keeps what was saved"
+            return Outcome(StoppedError.exit_code, text, self.begun)
         ends = [
-            (found["metadata"]["creationTimestamp"], *end)
+            # The reason before what followed from it, of these the last.
+            (end[0] != StoppedError.exit_code, found["metadata"]["creationTimestamp"], end)
             for found in self.pods.values()
             if found["metadata"]["labels"].get("job-name") == self.ended
             and (end := _end(found))
             and end[0]
         ]
-        if condition["reason"] == "DeadlineExceeded" or not ends:
-            return Outcome(
-                StoppedError.exit_code,
-                f"the Job {self.ended} has failed: {condition['message']}",
-            )
-        _, code, text = max(ends)
-        return Outcome(code, text)
+        if condition.get("reason") == "DeadlineExceeded" or not ends:
+            text = f"the Job {self.ended} has failed: {condition.get('message')}"
+            return Outcome(StoppedError.exit_code, text, self.begun)
+        return Outcome(*max(ends)[-1], self.begun)
+
+
+def pending(pod: dict) -> str | None:
+    """Returns why a pod does not run, in the scheduler's words or the kubelet's."""
+    waiting = _container(pod).get("state", {}).get("waiting", {})
+    if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+        return f"{waiting['reason']}: {waiting.get('message', '')}".removesuffix(": ")
+    for condition in pod["status"].get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return condition.get("message") or condition.get("reason")
+    return None
 
 
 def _ending(job: dict) -> dict | None:
@@ -269,19 +312,12 @@ def _end(pod: dict) -> tuple[int, str] | None:
     """Returns the exit code of a pod and its last word."""
     ended = _container(pod).get("state", {}).get("terminated")
     if not ended:
-        return None
+        if pod["status"].get("phase") != "Failed":
+            return None
+        # It never ran: the kubelet refused it.
+        status = pod["status"]
+        return 1, f"{status.get('reason')}: {status.get('message')}"
     text = " ".join(ended.get("message", "").split()) or ended.get("reason", "")
     for opening in ("python -m trainer.task: ", "error: "):
         text = text.removeprefix(opening)
     return ended["exitCode"], text
-
-
-def pending(pod: dict) -> str | None:
-    """Returns why a pod does not run, in the scheduler's words or the kubelet's."""
-    waiting = _container(pod).get("state", {}).get("waiting", {})
-    if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-        return f"{waiting['reason']}: {waiting.get('message', '')}".removesuffix(": ")
-    for condition in pod["status"].get("conditions", []):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return condition.get("message") or condition.get("reason")
-    return None

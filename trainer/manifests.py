@@ -78,6 +78,17 @@ def fetch_pod(name: str, *, image: str) -> dict:
     return pod
 
 
+def image() -> str:
+    """Returns the manifests' own image, ``digits-trainer:VERSION``."""
+    (pod,) = _load("fetch", "any")
+    return pod["spec"]["containers"][0]["image"]
+
+
+def selector(name: str) -> str:
+    """Returns the label selector of all objects and pods of a run, and of nothing else."""
+    return f"app.kubernetes.io/name=digits-trainer,app.kubernetes.io/instance={name}"
+
+
 def workers_job(name: str) -> str:
     """Names the Job of a run's workers after the first."""
     return f"{name}-workers"

@@ -24,6 +24,7 @@ from trainer.errors import (
     ConfigurationError,
     DataError,
     InputError,
+    OutputError,
     StoppedError,
     TrainerError,
     UsageError,
@@ -36,15 +37,14 @@ if TYPE_CHECKING:  # --help loads neither.
 PROG = "python -m trainer.submit"
 TASK = "python -m trainer.task"
 
-FETCH = 300.0  # Seconds in which the pod that reads the files begins.
-TRIES = 3  # How often a file is read whose digest is not the manifest's.
-_NOTHING_DONE = {
-    error.exit_code for error in (UsageError, DataError, InputError, ConfigurationError)
-}
-OWN = ("--output-dir", "--log-format", "--gpus")  # what the manifests say to the task
+_FETCH = 300.0  # Seconds in which the pod that reads the files begins.
+_TRIES = 3  # How often the files are read, when that fails.
+_OWN = ("--output-dir", "--log-format", "--gpus")  # what the manifests say to the task
 
-# What a run leaves in the cluster, in the order to delete it in; the claim, with the model, last.
-_KINDS: tuple["Kind", ...] = ("Job", "Pod", "Service", "NetworkPolicy", "PersistentVolumeClaim")
+# What this command makes in the cluster bears this label, and it deletes nothing else. In the order
+# to delete it in; the claim, with the model, last.
+_MADE = {"app.kubernetes.io/managed-by": "trainer.submit"}
+_KINDS: tuple["Kind", ...] = ("Job", "Service", "NetworkPolicy", "PersistentVolumeClaim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,13 +101,13 @@ class SubmitConfig:
                 )
         # What all names made of it allow: a Service's begins with a letter, a pod's host name
         # has 63 characters, "-workers-" and a number among them.
-        if self.name is not None and not re.fullmatch(
-            r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name
-        ):
-            raise UsageError(
-                "name must be at most 40 lower-case letters, digits and hyphens, a letter first. "
-                f"Received: name={self.name!r}. Leave it out for a new one."
-            )
+        for field in ("name", "attach"):
+            value = getattr(self, field)
+            if value is not None and not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", value):
+                raise UsageError(
+                    f"{field} must be at most 40 lower-case letters, digits and hyphens, a letter "
+                    f"first. Received: {field}={value!r}. Leave it out for a new run."
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,9 +131,10 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
     """
     _check(config, flags)
     name = config.attach or config.name or f"digits-{secrets.token_hex(3)}"
-    objects = manifests.build(
-        name, image=config.image, workers=config.workers, gpus=config.gpus, flags=flags
-    )
+    if not config.attach:
+        objects = manifests.build(
+            name, image=config.image, workers=config.workers, gpus=config.gpus, flags=flags
+        )
     if config.dry_run:
         for one in objects if config.namespace else ():
             one["metadata"]["namespace"] = config.namespace
@@ -145,30 +146,21 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
     with export.claim(config.output_dir), cli.Signals() as signals:
         server = Server(context=config.context, namespace=config.namespace)
         signals.defer()
-        if config.attach:
-            job = server.get("Job", name)
-            if job is None:
-                raise InputError(
-                    f"Expected a run {name} in the namespace {server.namespace}. Received: no Job "
-                    "of this name. kubectl get jobs -A -l app.kubernetes.io/name=digits-trainer "
-                    "lists them."
-                )
-            image = job["spec"]["template"]["spec"]["containers"][0]["image"]
-            created = []
-        else:
-            created = _apply(server, name, objects)
-            image = objects[-1]["spec"]["template"]["spec"]["containers"][0]["image"]
-        run = _Run(config, server, name, image, created, lambda: signals.received)
         with _screen() as screen:
-            run.follow(screen)
+            run = _Submitted(config, server, name, screen, lambda: signals.received)
+            if config.attach:
+                run.attach()
+            else:
+                run.start(objects)
 
 
 def _check(config: SubmitConfig, flags: Sequence[str]) -> None:
     """Finds what is wrong before anything is started."""
     for flag in flags:
-        if flag.split("=")[0] in OWN:
+        word = flag.split("=")[0].replace("_", "-")  # Both are understood.
+        if word in _OWN:
             raise UsageError(
-                f"Expected {flag.split('=')[0]} before --: it is this command's. Received: it "
+                f"Expected {word} before --: it is this command's. Received: it "
                 "among the flags of the training. --output-dir names the folder here, --gpus the "
                 "GPUs of each pod; the log is JSON."
             )
@@ -178,28 +170,6 @@ def _check(config: SubmitConfig, flags: Sequence[str]) -> None:
             "Expected --attach without --name, --dry-run and flags of the training: the run has "
             f"begun. Received: {' '.join(flags) or '--name or --dry-run'}. Leave them out."
         )
-
-
-def _apply(server: "Server", name: str, objects: Sequence[dict]) -> list[tuple["Kind", str]]:
-    """Creates the objects; returns what was not there before. All of them or none."""
-    if server.get("Job", name) is not None:
-        raise ConfigurationError(
-            f"Expected no run {name} in the namespace {server.namespace}. Received: one. "
-            f"--attach {name} comes back to it; another --name starts another."
-        )
-    created = []
-    try:
-        for one in objects:
-            place = one["kind"], one["metadata"]["name"]
-            if server.get(*place) is None:
-                created.append(place)
-            server.apply(one)
-    except TrainerError:
-        for place in created:
-            with contextlib.suppress(TrainerError):  # The first error explains this one.
-                server.delete(*place)
-        raise
-    return created
 
 
 @contextlib.contextmanager
@@ -228,61 +198,139 @@ class _Lines:
         pass
 
 
-class _Run:
-    """A run in the cluster, of which this command made ``created``."""
+class _Submitted:
+    """A run in the cluster, and what this command does with it."""
 
     def __init__(
         self,
         config: SubmitConfig,
         server: "Server",
         name: str,
-        image: str,
-        created: list[tuple["Kind", str]],
+        screen: "Screen",
         stop: Callable[[], str | None],
     ) -> None:
         self.config = config
         self.server = server
         self.name = name
-        self.image = image
-        self.created = created
+        self.screen = screen
         self.stop = stop
-        self.selector = f"app.kubernetes.io/instance={name}"
+        self.image = config.image or manifests.image()
+        self.created: list[tuple[Kind, str]] = []
+        where = f" -n {server.namespace}"
+        if config.context:
+            where += f" --context {config.context}"
+        self.how_to_delete = (
+            f"kubectl delete jobs,services,networkpolicies,pvc{where} -l {manifests.selector(name)}"
+        )
+        where = where.replace("-n", "--namespace")
+        self.how_to_come_back = f"{PROG} --attach {name}{where}"
 
-    def follow(self, screen: "Screen") -> None:
-        """Follows it, fetches its files and cleans up."""
+    def start(self, objects: Sequence[dict]) -> None:
+        """Begins it, and stays until its end."""
+        self.screen.say(f"Starting {self.name} in the namespace {self.server.namespace}")
+        self._apply(objects)
+        self.image = objects[-1]["spec"]["template"]["spec"]["containers"][0]["image"]
+        self._follow()
+
+    def attach(self) -> None:
+        """Comes back to it, or to what it has left."""
+        if job := self.server.get("Job", self.name):
+            self.image = job["spec"]["template"]["spec"]["containers"][0]["image"]
+            self.screen.say(f"Following {self.name} in the namespace {self.server.namespace}")
+            self._follow()
+        elif self.server.get(*self._claim):
+            # Of a Job that was complete, and is gone since.
+            self.screen.say(f"The Job {self.name} is gone; fetching what is in its claim")
+            self._bring_home()
+        else:
+            raise InputError(
+                f"Expected a run {self.name} in the namespace {self.server.namespace}. Received: "
+                "no Job and no claim of this name. kubectl get jobs -A -l "
+                "app.kubernetes.io/name=digits-trainer lists them."
+            )
+
+    @property
+    def _claim(self) -> tuple["Kind", str]:
+        return "PersistentVolumeClaim", self.name
+
+    def _apply(self, objects: Sequence[dict]) -> None:
+        """Creates the objects, all of them or none. A claim that is there is used as it is."""
+        places = [(one["kind"], one["metadata"]["name"]) for one in objects]
+        there = [place for place in places if self.server.get(*place)]
+        for kind, name in there:
+            if (kind, name) != self._claim:
+                raise ConfigurationError(
+                    f"Expected no {kind} {name} in the namespace {self.server.namespace}. "
+                    f"Received: one. {self.how_to_come_back} comes back to a run; another --name "
+                    "starts another."
+                )
+        try:
+            for place, one in zip(places, objects, strict=True):
+                if place not in there:
+                    one["metadata"].setdefault("labels", {}).update(_MADE)
+                    self.created.append(place)
+                    self.server.apply(one)
+        except BaseException:  # a second Ctrl-C, too
+            for place in self.created:
+                with contextlib.suppress(TrainerError):  # The first error explains this one.
+                    self.server.delete(*place)
+            raise
+
+    def _follow(self) -> None:
+        """Follows it to its end, and does what is to be done then."""
+        from trainer.apiserver import RefusedError
         from trainer.follow import follow
 
-        begun = "Following" if self.config.attach else "Started"
-        screen.say(f"{begun} {self.name} in the namespace {self.server.namespace}")
-        outcome = follow(
-            self.server, self.name, screen, stop=self.stop, old_events=not self.config.attach
-        )
+        try:
+            outcome = follow(
+                self.server,
+                self.name,
+                self.screen,
+                stop=self.stop,
+                old_events=not self.config.attach,
+            )
+        except RefusedError as error:
+            raise ConfigurationError(
+                f"{error} {self.name} goes on: {self.how_to_come_back}."
+            ) from error
         if outcome is None:
             raise self._detached()
         if outcome.code:
-            self._clean_up(screen, failed=outcome.code)
+            # What could be gone on with stays.
+            self._clean_up(but_the_claim=outcome.begun or self._claim not in self.created)
             raise errors.of(outcome.code, outcome.text)
-        files = self._fetch(screen)
-        export.write(self.config.output_dir, files)
+        self._bring_home()
+
+    def _bring_home(self) -> None:
+        """Fetches its files, and deletes it."""
+        files = self._fetch()
+        try:
+            export.write(self.config.output_dir, files)
+        except OutputError as error:
+            raise OutputError(
+                f"{error} The model is safe in the cluster: {self.how_to_come_back}."
+            ) from error
         model = json.loads(files[export.MANIFEST_FILE])["model"]
-        screen.say(
+        self.screen.say(
             f"{self.config.output_dir / export.MODEL_FILE}  {model['bytes'] / 1e6:.1f} MB  "
             f"SHA-256 {model['sha256']}, as in the cluster"
         )
-        self._clean_up(screen)
+        self._clean_up()
 
-    def _fetch(self, screen: "Screen") -> dict[str, bytes]:
-        """Reads the files of the run, in the order to write them in."""
-        for tries_left in reversed(range(TRIES)):
-            screen.note("fetching the files")
+    def _fetch(self) -> dict[str, bytes]:
+        """Reads its files, in the order to write them in."""
+        for tries_left in reversed(range(_TRIES)):
+            self.screen.note("fetching the files")
             try:
                 return self._read_files()
             except (ConfigurationError, DataError) as error:
+                if self.stop():
+                    raise self._detached() from error
                 if not tries_left:
                     raise type(error)(
-                        f"{error} Nothing is deleted: {PROG} --attach {self.name} tries again."
+                        f"{error} Nothing is deleted: {self.how_to_come_back} tries again."
                     ) from error
-                screen.say(f"Fetching the files failed, trying again: {error}")
+                self.screen.say(f"Fetching the files failed, trying again: {error}")
         raise AssertionError
 
     def _read_files(self) -> dict[str, bytes]:
@@ -310,52 +358,52 @@ class _Run:
         return files
 
     def _await(self, pod: str) -> None:
-        """Waits until a pod runs."""
+        """Waits until a pod runs, and says why it does not yet."""
         from trainer.follow import pending
 
-        until = time.monotonic() + FETCH
+        until = time.monotonic() + _FETCH
+        reason = None
         while (found := self.server.get("Pod", pod)) and found["status"]["phase"] != "Running":
             if self.stop():
                 raise self._detached()
-            if time.monotonic() > until:
+            before, reason = reason, pending(found) or found["status"].get("message")
+            if reason and reason != before:
+                self.screen.say(f"{pod} is pending: {reason}")
+            if found["status"]["phase"] == "Failed" or time.monotonic() > until:
                 raise ConfigurationError(
-                    f"Expected the pod {pod} to run within {FETCH:g} s, to fetch the files. "
-                    f"Received: {pending(found) or found['status']['phase']}."
+                    f"Expected the pod {pod} to run within {_FETCH:g} s, to fetch the files. "
+                    f"Received: {reason or found['status']['phase']}."
                 )
             time.sleep(1)
 
     def _detached(self) -> StoppedError:
-        where = f"--namespace {self.server.namespace}"
-        if self.config.context:
-            where += f" --context {self.config.context}"
         return StoppedError(
-            f"detached; {self.name} goes on. {PROG} --attach {self.name} {where} comes back; "
-            f"{self._how_to_delete()} deletes it."
+            f"detached; {self.name} goes on. {self.how_to_come_back} comes back; "
+            f"{self.how_to_delete} deletes it."
         )
 
-    def _clean_up(self, screen: "Screen", *, failed: int = 0) -> None:
-        """Deletes what the run has left; of one that failed not what it could go on with."""
+    def _clean_up(self, *, but_the_claim: bool = False) -> None:
+        """Deletes what this command, or an earlier call of it, has made for the run."""
         if self.config.keep:
-            screen.say(f"Everything stays. {self._how_to_delete()} deletes it.")
+            self.screen.say(f"Everything stays. {self.how_to_delete} deletes it.")
             return
-        claim = ("PersistentVolumeClaim", self.name)
-        keep = failed and (failed not in _NOTHING_DONE or claim not in self.created)
-        for kind in _KINDS:
-            for one in self.server.list(kind, self.selector):
-                place = kind, one["metadata"]["name"]
-                if not (keep and place == claim):
-                    self.server.delete(*place)
-        if keep:
-            screen.say(
-                f"The claim {self.name} stays, with its checkpoints: --name {self.name} goes on "
-                f"from them; kubectl delete pvc {self.name} -n {self.server.namespace} deletes it."
-            )
-
-    def _how_to_delete(self) -> str:
-        return (
-            "kubectl delete jobs,pods,services,networkpolicies,pvc "
-            f"-n {self.server.namespace} -l {self.selector}"
-        )
+        made = ",".join(f"{key}={value}" for key, value in _MADE.items())
+        stays = []
+        try:
+            for kind in _KINDS:
+                for one in self.server.list(kind, manifests.selector(self.name)):
+                    place = kind, one["metadata"]["name"]
+                    own = one["metadata"]["labels"].items() >= _MADE.items()
+                    if not own or (place == self._claim and but_the_claim):
+                        stays.append(" ".join(place))
+                    else:
+                        self.server.delete(*place)
+        except TrainerError as error:  # The run has ended as it has, all the same.
+            self.screen.say(f"Not everything could be deleted: {error} {self.how_to_delete}")
+            return
+        if stays:
+            why = "a run of the same --name goes on from it" if but_the_claim else f"not {made}"
+            self.screen.say(f"Stays: {', '.join(stays)} ({why}). {self.how_to_delete} deletes it.")
 
 
 if __name__ == "__main__":

@@ -454,7 +454,8 @@ class _Chief(_Supervisor):
             seconds = self.startup_timeout if done else 0 if self.running else TELL
             if done:
                 self._say_whom_it_waits_for(seconds)
-                await self._open()
+                if self.running:  # Else it is open still.
+                    await self._open()
         until = self.loop.time() + seconds
         while (self.peers or self.told != set(self.others)) and self.loop.time() < until:
             await asyncio.sleep(BEAT / 10)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # --help loads none of these.
 
 PROG = "python -m trainer.task"
 JOB = "TRAINER_JOB_UID"  # In a pod: what tells its Job from every other one.
+LINGER = 60.0  # Seconds that a pod takes at most to end which is being deleted, of a Job before.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,11 +75,13 @@ def train(
     """
     start = time.monotonic()
     chief = members is None or members.is_chief
-    folder = export.claim(config.output_dir) if chief else contextlib.nullcontext()
-    with folder, cli.Signals() as signals:
+    with cli.Signals() as signals, contextlib.ExitStack() as held:
         try:
-            if chief and _is_done(config):
-                return
+            if chief:
+                wait = LINGER if os.environ.get(JOB) else 0
+                held.enter_context(export.claim(config.output_dir, wait=wait))
+                if _is_done(config):
+                    return
             # The data comes first: what is wrong with it shows before TensorFlow, which takes
             # seconds to start.
             source, digits = _load(config)

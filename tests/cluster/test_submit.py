@@ -119,7 +119,7 @@ def test_it_detaches_and_comes_back_whatever_the_connection_does(
     namespace, submit, tmp_path, proxy
 ):
     run = submit("--", *SLOW)
-    name = run.until("Started").split()[1]
+    name = run.until("Starting").split()[1]
     run.until("training and")
     run.process.send_signal(signal.SIGINT)
     assert run.end(seconds=20) == 75
@@ -140,12 +140,12 @@ def test_it_detaches_and_comes_back_whatever_the_connection_does(
 
     gone = submit("--attach", name)
     assert gone.end() == 66
-    assert "no Job of this name" in gone.lines[-1]
+    assert "no Job and no claim of this name" in gone.lines[-1]
 
 
 def test_a_pod_that_is_lost_is_said_and_replaced(namespace, submit, tmp_path):
     run = submit("--keep", "--", *SLOW)
-    name = run.until("Started").split()[1]
+    name = run.until("Starting").split()[1]
     namespace.wait(lambda: run.process.poll() is not None or "training and" in run.text)
     (pod,) = namespace.pods(name)
     namespace.wait(lambda: "checkpoint" in listing(namespace, pod))
@@ -160,6 +160,26 @@ def test_a_pod_that_is_lost_is_said_and_replaced(namespace, submit, tmp_path):
         f"PersistentVolumeClaim/{name}",
     ]
     assert "Everything stays. kubectl delete" in run.lines[-1]
+
+
+def test_what_it_did_not_make_it_does_not_delete(namespace, submit, tmp_path):
+    claim = (ROOT / "k8s" / "base" / "claim.yaml").read_text().replace("1Gi", "2Gi")
+    namespace.kubectl("apply", "--filename=-", input=claim)
+    run = submit("--name", "digits", "--", *SMALL, "--epochs=1")
+    assert run.end() == 0, run.text
+    assert_fetched(tmp_path)
+    assert left(namespace) == ["PersistentVolumeClaim/digits"]
+
+    namespace.kubectl("create", "service", "externalname", "mine", "--external-name=example.org")
+    refused = submit("--name", "mine", "--workers", 2)
+    assert refused.end() == 78
+    assert "Expected no Service mine" in refused.lines[-1]
+
+    # The Job is gone, and its files are fetched from the claim.
+    (tmp_path / "mnist.h5").unlink()
+    assert submit("--attach", "digits").end() == 0
+    assert_fetched(tmp_path)
+    assert left(namespace) == ["Service/mine", "PersistentVolumeClaim/digits"]
 
 
 def listing(namespace, pod):
@@ -246,7 +266,7 @@ def test_a_cluster_that_cannot_be_reached_or_refuses_is_one_line(namespace, subm
     assert "Expected a Kubernetes API server at https://127.0.0.1" in unreachable.lines[-1]
 
     for one in (absent, forbidden, unreachable):
-        assert len(one.lines) == 1
+        assert len(one.lines) == 2  # the first says what is being started
     assert left(namespace) == []
 
 
