@@ -145,11 +145,10 @@ class Server:
         """Returns the objects with these labels."""
         return self._plain(self._call("list", kind, label_selector=selector))["items"]
 
-    def delete(self, kind: Kind, name: str, *, grace_seconds: int | None = None) -> None:
+    def delete(self, kind: Kind, name: str) -> None:
         """Deletes an object and what belongs to it, if it is there."""
-        options = {} if grace_seconds is None else {"grace_period_seconds": grace_seconds}
         with contextlib.suppress(NotFoundError):
-            self._call("delete", kind, name, propagation_policy="Background", **options)
+            self._call("delete", kind, name, propagation_policy="Background")
 
     def changes(self, kind: Kind, **selectors: str) -> Iterator[Change]:
         """Yields what there is, and then each change, for ever: a watch that ends or drops is

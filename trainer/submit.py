@@ -337,14 +337,16 @@ class _Submitted:
         """Reads the files through a pod that mounts the claim."""
         pod = manifests.fetch_pod(self.name, image=self.image)
         name = pod["metadata"]["name"]
-        self.server.delete("Pod", name, grace_seconds=0)  # one that an earlier try left
+        self.server.delete("Pod", name)  # one that an earlier try left
+        while self.server.get("Pod", name):
+            time.sleep(0.5)
         self.server.apply(pod)
         try:
             self._await(name)
             files = {file: self.server.read_file(name, f"/output/{file}") for file in export.FILES}
         finally:
             with contextlib.suppress(TrainerError):
-                self.server.delete("Pod", name, grace_seconds=0)
+                self.server.delete("Pod", name)
         try:
             json.loads(files[export.HISTORY_FILE])
             expected = json.loads(files[export.MANIFEST_FILE])["model"]["sha256"]

@@ -119,7 +119,7 @@ class Namespace:
         name = pod["metadata"]["name"]
         self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=120s")
         yield name
-        self.kubectl("delete", "pod", name, "--grace-period=0", "--force")
+        self.kubectl("delete", "pod", name)
 
     def close(self):
         """Deletes all, and makes those volumes free again that outlive their claims."""
