@@ -133,8 +133,10 @@ def test_it_detaches_and_comes_back_whatever_the_connection_does(
     proxy.cut()
     assert again.end() == 0, again.text
     # No line of the log is lost or comes twice.
-    shown = [line.split("  ")[0] for line in again.lines if line.startswith("epoch")]
-    assert shown == ["epoch 1/2", "epoch 2/2"]
+    epochs = [line.split("  ")[0] for line in again.lines if "val_loss" in line]
+    assert epochs == ["epoch 1/2", "epoch 2/2"]
+    steps = [line for line in again.lines if "  step " in line]
+    assert len(set(steps)) == len(steps)
     assert_fetched(tmp_path)
     assert left(namespace) == []
 
