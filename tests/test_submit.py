@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ROOT
 
 from trainer import manifests
+from trainer.submit import SubmitConfig, _Submitted
 
 ASSETS = ROOT / "trainer" / "assets" / "k8s"
 
@@ -134,6 +136,14 @@ def test_an_installation_without_the_extra_is_78(submit):
         "from trainer.submit import main; sys.exit(main())",
     ]
     assert_refused(submit.run(), 78, "pip install 'digits-trainer[k8s]'")
+
+
+def test_the_remedies_name_namespace_and_context_as_they_are():
+    config = SubmitConfig(context="a-n")
+    run = _Submitted(config, SimpleNamespace(namespace="team-north"), "mine", None, None)
+    where = "--namespace team-north --context a-n"
+    assert run.how_to_come_back == f"python -m trainer.submit --attach mine {where}"
+    assert f"pvc {where} -l " in run.how_to_delete
 
 
 def test_help_loads_neither_tensorflow_nor_kubernetes():

@@ -2,7 +2,7 @@
 
     server = Server(namespace="research")
     server.apply(manifest)
-    for change in server.changes("Pod", "app.kubernetes.io/instance=digits"): ...
+    for change in server.changes("Pod", label_selector=manifests.selector("digits")): ...
 
 A refusal is a ``ConfigurationError`` in the server's own words.
 """

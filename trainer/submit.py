@@ -8,12 +8,10 @@ Ctrl-C leaves them to go on, and ``--attach`` comes back to them.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 import secrets
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,8 +35,6 @@ if TYPE_CHECKING:  # --help loads neither.
 PROG = "python -m trainer.submit"
 TASK = "python -m trainer.task"
 
-_FETCH = 300.0  # Seconds in which the pod that reads the files begins.
-_TRIES = 3  # How often the files are read, when that fails.
 _OWN = ("--output-dir", "--log-format", "--gpus")  # what the manifests say to the task
 
 # What this command makes in the cluster bears this label, and it deletes nothing else. In the order
@@ -216,14 +212,14 @@ class _Submitted:
         self.stop = stop
         self.image = config.image or manifests.image()
         self.created: list[tuple[Kind, str]] = []
-        where = f" -n {server.namespace}"
+        where = f"--namespace {server.namespace}"
         if config.context:
             where += f" --context {config.context}"
         self.how_to_delete = (
-            f"kubectl delete jobs,services,networkpolicies,pvc{where} -l {manifests.selector(name)}"
+            f"kubectl delete jobs,services,networkpolicies,pvc {where} "
+            f"-l {manifests.selector(name)}"
         )
-        where = where.replace("-n", "--namespace")
-        self.how_to_come_back = f"{PROG} --attach {name}{where}"
+        self.how_to_come_back = f"{PROG} --attach {name} {where}"
 
     def start(self, objects: Sequence[dict]) -> None:
         """Begins it, and stays until its end."""
@@ -303,12 +299,19 @@ class _Submitted:
 
     def _bring_home(self) -> None:
         """Fetches its files, and deletes it."""
-        files = self._fetch()
+        from trainer.fetch import fetch
+
+        self.screen.note("fetching the files")
         try:
+            files = fetch(
+                self.server, self.name, image=self.image, screen=self.screen, stop=self.stop
+            )
+            if files is None:
+                raise self._detached()
             export.write(self.config.output_dir, files)
-        except OutputError as error:
-            raise OutputError(
-                f"{error} The model is safe in the cluster: {self.how_to_come_back}."
+        except (ConfigurationError, DataError, OutputError) as error:
+            raise type(error)(
+                f"{error} The model is safe in the cluster: {self.how_to_come_back} fetches it."
             ) from error
         model = json.loads(files[export.MANIFEST_FILE])["model"]
         self.screen.say(
@@ -316,67 +319,6 @@ class _Submitted:
             f"SHA-256 {model['sha256']}, as in the cluster"
         )
         self._clean_up()
-
-    def _fetch(self) -> dict[str, bytes]:
-        """Reads its files, in the order to write them in."""
-        for tries_left in reversed(range(_TRIES)):
-            self.screen.note("fetching the files")
-            try:
-                return self._read_files()
-            except (ConfigurationError, DataError) as error:
-                if self.stop():
-                    raise self._detached() from error
-                if not tries_left:
-                    raise type(error)(
-                        f"{error} Nothing is deleted: {self.how_to_come_back} tries again."
-                    ) from error
-                self.screen.say(f"Fetching the files failed, trying again: {error}")
-        raise AssertionError
-
-    def _read_files(self) -> dict[str, bytes]:
-        """Reads the files through a pod that mounts the claim."""
-        pod = manifests.fetch_pod(self.name, image=self.image)
-        name = pod["metadata"]["name"]
-        self.server.delete("Pod", name)  # one that an earlier try left
-        while self.server.get("Pod", name):
-            time.sleep(0.5)
-        self.server.apply(pod)
-        try:
-            self._await(name)
-            files = {file: self.server.read_file(name, f"/output/{file}") for file in export.FILES}
-        finally:
-            with contextlib.suppress(TrainerError):
-                self.server.delete("Pod", name)
-        try:
-            json.loads(files[export.HISTORY_FILE])
-            expected = json.loads(files[export.MANIFEST_FILE])["model"]["sha256"]
-        except (ValueError, KeyError, TypeError):
-            expected = None
-        if hashlib.sha256(files[export.MODEL_FILE]).hexdigest() != expected:
-            raise DataError(
-                f"Expected {export.MODEL_FILE} to have the SHA-256 that {export.MANIFEST_FILE} "
-                f"names. Received: {len(files[export.MODEL_FILE]):,} bytes with another one."
-            )
-        return files
-
-    def _await(self, pod: str) -> None:
-        """Waits until a pod runs, and says why it does not yet."""
-        from trainer.follow import pending
-
-        until = time.monotonic() + _FETCH
-        reason = None
-        while (found := self.server.get("Pod", pod)) and found["status"]["phase"] != "Running":
-            if self.stop():
-                raise self._detached()
-            before, reason = reason, pending(found) or found["status"].get("message")
-            if reason and reason != before:
-                self.screen.say(f"{pod} is pending: {reason}")
-            if found["status"]["phase"] == "Failed" or time.monotonic() > until:
-                raise ConfigurationError(
-                    f"Expected the pod {pod} to run within {_FETCH:g} s, to fetch the files. "
-                    f"Received: {reason or found['status']['phase']}."
-                )
-            time.sleep(1)
 
     def _detached(self) -> StoppedError:
         return StoppedError(

@@ -130,9 +130,8 @@ def _is_done(config: TrainConfig) -> bool:
     """Whether this is a pod in place of one that was lost after it had written its Job's files:
     then says once more what came out.
     """
-    manifest = export.read_manifest(config.output_dir)
     job = os.environ.get(JOB)
-    if not job or manifest.get("job") != job:
+    if not job or (manifest := export.read_manifest(config.output_dir)).get("job") != job:
         return False
     from trainer import report
 

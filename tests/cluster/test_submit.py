@@ -25,8 +25,7 @@ OBJECTS = "jobs,pods,services,networkpolicies,persistentvolumeclaims"
 class Submit:
     """The command, in a folder of its own; ``lines`` grows as it writes."""
 
-    def __init__(self, namespace, folder, *flags, kubeconfig=None, prefix=()):
-        self.folder = folder
+    def __init__(self, namespace, folder, *flags, kubeconfig=None):
         self.lines = []
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         if kubeconfig:

@@ -1,0 +1,106 @@
+"""Reads the files that a run has left in its claim, through a pod that lives for that long.
+
+files = fetch(server, "digits-a1b2c", image="digits-trainer:0.1.0", screen=screen, stop=stop)
+export.write(folder, files)
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable
+
+from trainer import export, manifests
+from trainer.apiserver import Server
+from trainer.errors import ConfigurationError, DataError, TrainerError
+from trainer.follow import Screen, pending
+
+BEGIN = 300.0  # Seconds in which the pod begins.
+TRIES = 3  # How often the files are read, when that fails.
+TICK = 0.5  # Seconds between two looks at the pod.
+
+
+def fetch(
+    server: Server, name: str, *, image: str, screen: Screen, stop: Callable[[], str | None]
+) -> dict[str, bytes] | None:
+    """Reads the files of a run.
+
+    Args:
+        server: Where the run is.
+        name: Of the run.
+        image: Of the pod, one that the cluster has.
+        screen: Takes what the pod waits for.
+        stop: Tells whether to leave it.
+
+    Returns:
+        Contents by name, as ``export.write`` takes them; None: it was told to stop.
+
+    Raises:
+        ConfigurationError: The pod does not begin, or the server refuses.
+        DataError: The model has not the SHA-256 that the manifest names.
+    """
+    tries = 0
+    while True:
+        try:
+            return _read(server, name, image, screen, stop)
+        except (ConfigurationError, DataError) as error:
+            tries += 1
+            if stop():
+                return None
+            if tries == TRIES:
+                raise
+            screen.say(f"Fetching the files failed, trying again: {error}")
+
+
+def _read(
+    server: Server, name: str, image: str, screen: Screen, stop: Callable[[], str | None]
+) -> dict[str, bytes] | None:
+    manifest = manifests.fetch_pod(name, image=image)
+    pod = manifest["metadata"]["name"]
+    server.delete("Pod", pod)  # one that an earlier try left
+    while server.get("Pod", pod):
+        time.sleep(TICK)
+    server.apply(manifest)
+    try:
+        if not _begins(server, pod, screen, stop):
+            return None
+        files = {file: server.read_file(pod, f"/output/{file}") for file in export.FILES}
+    finally:
+        with contextlib.suppress(TrainerError):
+            server.delete("Pod", pod)
+    _check(files)
+    return files
+
+
+def _begins(server: Server, pod: str, screen: Screen, stop: Callable[[], str | None]) -> bool:
+    """Waits until a pod runs, and says why it does not yet; False: it was told to stop."""
+    until = time.monotonic() + BEGIN
+    said = None
+    while (found := server.get("Pod", pod)) and found["status"]["phase"] != "Running":
+        if stop():
+            return False
+        reason = pending(found) or found["status"].get("message")
+        if reason and reason != said:
+            said = reason
+            screen.say(f"{pod} is pending: {reason}")
+        if found["status"]["phase"] == "Failed" or time.monotonic() > until:
+            raise ConfigurationError(
+                f"Expected the pod {pod} to run within {BEGIN:g} s, to fetch the files. Received: "
+                f"{reason or found['status']['phase']}."
+            )
+        time.sleep(TICK)
+    return True
+
+
+def _check(files: dict[str, bytes]) -> None:
+    model = files[export.MODEL_FILE]
+    try:
+        json.loads(files[export.HISTORY_FILE])
+        expected = json.loads(files[export.MANIFEST_FILE])["model"]["sha256"]
+    except (ValueError, KeyError, TypeError):
+        expected = None
+    if hashlib.sha256(model).hexdigest() != expected:
+        raise DataError(
+            f"Expected {export.MODEL_FILE} to have the SHA-256 that {export.MANIFEST_FILE} names. "
+            f"Received: {len(model):,} bytes with another one."
+        )
