@@ -311,7 +311,7 @@ class _Submitted:
             export.write(self.config.output_dir, files)
         except (ConfigurationError, DataError, OutputError) as error:
             raise type(error)(
-                f"{error} The model is safe in the cluster: {self.how_to_come_back} fetches it."
+                f"{error} Nothing is deleted in the cluster: {self.how_to_come_back} tries again."
             ) from error
         model = json.loads(files[export.MANIFEST_FILE])["model"]
         self.screen.say(
