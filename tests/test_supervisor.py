@@ -128,7 +128,9 @@ class Run:
         if parent:
             self.processes[index].send_signal(number)
         if child:
-            os.kill(self.pids[index], number)
+            # A parent that is killed, or goes on and finds its peers gone, may end it first.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pids[index], number)
 
     def end(self, index, *, within=20):
         """Waits for a worker's end; returns its exit code and what it said."""
