@@ -20,9 +20,9 @@ from trainer import (
     cluster,
     config,
     data,
-    export,
     loop,
     model,
+    output,
     pipeline,
     runtime,
     strategy,
@@ -121,7 +121,7 @@ def losses(chosen, *, examples, batch_size, **stop):
     return {
         "losses": [loss for loss, _ in steps],
         "history": history,
-        "weights": export.weights_sha256(cnn),
+        "weights": output.weights_sha256(cnn),
     }
 
 
@@ -153,8 +153,8 @@ def saved(chosen, *, examples, batch_size, folder):
     """Trains with dropout and saves the model; returns the weights' digest."""
     digits = data.load("bundled").first(examples, 100)
     cnn, history, _ = train(chosen, digits, batch_size=batch_size, dropout=True)
-    export.save(Path(folder), cnn, history, {})
-    return export.weights_sha256(cnn)
+    output.save(Path(folder), cnn, history, {})
+    return output.weights_sha256(cnn)
 
 
 def exchanged(chosen):
@@ -170,7 +170,7 @@ def exchanged(chosen):
     }
 
 
-def main(name, devices, arguments, output):
+def main(name, devices, arguments, path):
     members = cluster.resolve(os.environ)
     runtime.set_threads(1)
     cpu = tf.config.list_physical_devices("CPU")[0]
@@ -179,8 +179,8 @@ def main(name, devices, arguments, output):
     kind = "mirrored" if len(logical) > 1 else "auto"
     chosen = strategy.create(kind, cluster=members, gpus=None, startup_timeout=60).strategy
     result = globals()[name](chosen, **json.loads(arguments))
-    Path(f"{output}.part").write_text(json.dumps(result))
-    Path(f"{output}.part").rename(output)
+    Path(f"{path}.part").write_text(json.dumps(result))
+    Path(f"{path}.part").rename(path)
     sys.stdin.read()  # The others fetch from this process what all have reduced together.
     os._exit(0)
 

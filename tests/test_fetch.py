@@ -5,15 +5,15 @@ import json
 
 import pytest
 
-from trainer import export
+from trainer import output
 from trainer.errors import ConfigurationError, DataError
 from trainer.fetch import TRIES, fetch
 
 MODEL = b"a model"
 SOUND = {
-    export.MODEL_FILE: MODEL,
-    export.HISTORY_FILE: b"{}",
-    export.MANIFEST_FILE: json.dumps(
+    output.MODEL_FILE: MODEL,
+    output.HISTORY_FILE: b"{}",
+    output.MANIFEST_FILE: json.dumps(
         {"model": {"sha256": hashlib.sha256(MODEL).hexdigest()}}
     ).encode(),
 }
@@ -62,7 +62,7 @@ def test_sound_files_are_read_and_the_pod_is_deleted():
     assert server.pod is None
 
 
-@pytest.mark.parametrize("file", export.FILES)
+@pytest.mark.parametrize("file", output.FILES)
 def test_what_was_cut_off_is_read_again(file):
     cut = {**SOUND, file: SOUND[file][:-1]}
     files, lines = read(Server(cut, SOUND))
@@ -72,7 +72,7 @@ def test_what_was_cut_off_is_read_again(file):
 
 
 def test_a_model_that_stays_another_is_an_error():
-    server = Server(*[{**SOUND, export.MODEL_FILE: b"another"}] * TRIES)
+    server = Server(*[{**SOUND, output.MODEL_FILE: b"another"}] * TRIES)
     with pytest.raises(DataError, match="7 bytes with another one"):
         read(server)
     assert server.pod is None

@@ -5,7 +5,7 @@ import pytest
 
 from trainer import loop, model, pipeline
 from trainer.errors import NotFiniteError
-from trainer.export import weights_sha256
+from trainer.output import weights_sha256
 from trainer.runtime import keras, tf
 
 STRATEGY = tf.distribute.get_strategy()

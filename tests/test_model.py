@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from trainer import model
-from trainer.export import weights_sha256
+from trainer.output import weights_sha256
 
 
 def build(seed=0, optimizer="adadelta", learning_rate=1.0):

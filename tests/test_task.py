@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import save_npz
 
-from trainer import export
+from trainer import output
 
 # As small as a run can be: a few seconds, most of them TensorFlow's start.
 SMALL = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)
@@ -47,7 +47,7 @@ def test_a_run_ends_with_the_files_and_says_so(command, tmp_path, tmp_path_facto
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(word.read_text())
     assert "test accuracy" in word.read_text()
-    assert {path.name for path in tmp_path.iterdir()} == set(export.FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(output.FILES)
     made = manifest(tmp_path)
     assert f"SHA-256 {made['model']['sha256']}" in done.stdout
     assert f"test accuracy {made['metrics']['val_accuracy']:.2%}" in done.stdout
@@ -134,14 +134,14 @@ def test_an_unreachable_tensorflow_dataset_is_66(command, tmp_path):
 
 
 def test_a_loss_that_becomes_nan_is_70_and_keeps_the_files(command, tmp_path):
-    for name in export.FILES:
+    for name in output.FILES:
         (tmp_path / name).write_text("of an earlier run")
     done = command.run(*SMALL, "--optimizer", "sgd", "--learning-rate", 1e30)
     assert done.returncode == 70
     assert done.stderr.count("\n") == 1
     assert "in epoch 1, step" in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == set(export.FILES)
-    assert all((tmp_path / name).read_text() == "of an earlier run" for name in export.FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(output.FILES)
+    assert all((tmp_path / name).read_text() == "of an earlier run" for name in output.FILES)
 
 
 def test_an_output_that_cannot_be_written_is_73(command, tmp_path):
@@ -155,7 +155,7 @@ def test_an_output_that_cannot_be_written_is_73(command, tmp_path):
 
 
 def test_a_folder_in_use_is_73(command, tmp_path):
-    with export.claim(tmp_path):
+    with output.claim(tmp_path):
         assert_one_line(command.run(), 73, "no other run is using", "Wait for that run")
 
 
@@ -265,7 +265,7 @@ def kill_in_save(command, folder, seed):
     start = (folder / "mnist.h5").stat().st_mtime_ns
     wait_for(
         lambda: (
-            any((folder / f".{name}.tmp").exists() for name in export.FILES)
+            any((folder / f".{name}.tmp").exists() for name in output.FILES)
             or (folder / "mnist.h5").stat().st_mtime_ns != start
             or run.poll() is not None
         )
@@ -297,7 +297,7 @@ def test_killed_at_any_moment_the_old_model_or_the_new_one_loads(command, tmp_pa
         assert kill_in_save(command, tmp_path, seed) in (-signal.SIGKILL, 0)
         assert_loads(tmp_path)
     assert command.run(*ANEW).returncode == 0  # and what is left is in nobody's way
-    assert {path.name for path in tmp_path.iterdir()} == set(export.FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(output.FILES)
 
 
 @pytest.mark.full

@@ -1,7 +1,7 @@
 """Reads the files that a run has left in its claim, through a pod that lives for that long.
 
 files = fetch(server, "digits-a1b2c", image="digits-trainer:0.1.0", screen=screen, stop=stop)
-export.write(folder, files)
+output.write(folder, files)
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable
 
-from trainer import export, manifests
+from trainer import manifests, output
 from trainer.apiserver import Server
 from trainer.errors import ConfigurationError, DataError, TrainerError
 from trainer.follow import Screen, pending
@@ -33,7 +33,7 @@ def fetch(
         stop: Tells whether to leave it.
 
     Returns:
-        Contents by name, as ``export.write`` takes them; None: it was told to stop.
+        Contents by name, as ``output.write`` takes them; None: it was told to stop.
 
     Raises:
         ConfigurationError: The pod does not begin, or the server refuses.
@@ -64,7 +64,7 @@ def _read(
     try:
         if not _begins(server, pod, screen, stop):
             return None
-        files = {file: server.read_file(pod, f"/output/{file}") for file in export.FILES}
+        files = {file: server.read_file(pod, f"/output/{file}") for file in output.FILES}
     finally:
         with contextlib.suppress(TrainerError):
             server.delete("Pod", pod)
@@ -93,14 +93,14 @@ def _begins(server: Server, pod: str, screen: Screen, stop: Callable[[], str | N
 
 
 def _check(files: dict[str, bytes]) -> None:
-    model = files[export.MODEL_FILE]
+    model = files[output.MODEL_FILE]
     try:
-        json.loads(files[export.HISTORY_FILE])
-        expected = json.loads(files[export.MANIFEST_FILE])["model"]["sha256"]
+        json.loads(files[output.HISTORY_FILE])
+        expected = json.loads(files[output.MANIFEST_FILE])["model"]["sha256"]
     except (ValueError, KeyError, TypeError):
         expected = None
     if hashlib.sha256(model).hexdigest() != expected:
         raise DataError(
-            f"Expected {export.MODEL_FILE} to have the SHA-256 that {export.MANIFEST_FILE} names. "
+            f"Expected {output.MODEL_FILE} to have the SHA-256 that {output.MANIFEST_FILE} names. "
             f"Received: {len(model):,} bytes with another one."
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import cli, errors, export, manifests
+from trainer import cli, errors, manifests, output
 from trainer.config import TrainConfig
 from trainer.errors import (
     ConfigurationError,
@@ -139,7 +139,7 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
 
     from trainer.apiserver import Server
 
-    with export.claim(config.output_dir), cli.Signals() as signals:
+    with output.claim(config.output_dir), cli.Signals() as signals:
         server = Server(context=config.context, namespace=config.namespace)
         signals.defer()
         with _screen() as screen:
@@ -308,14 +308,14 @@ class _Submitted:
             )
             if files is None:
                 raise self._detached()
-            export.write(self.config.output_dir, files)
+            output.write(self.config.output_dir, files)
         except (ConfigurationError, DataError, OutputError) as error:
             raise type(error)(
                 f"{error} Nothing is deleted in the cluster: {self.how_to_come_back} tries again."
             ) from error
-        model = json.loads(files[export.MANIFEST_FILE])["model"]
+        model = json.loads(files[output.MANIFEST_FILE])["model"]
         self.screen.say(
-            f"{self.config.output_dir / export.MODEL_FILE}  {model['bytes'] / 1e6:.1f} MB  "
+            f"{self.config.output_dir / output.MODEL_FILE}  {model['bytes'] / 1e6:.1f} MB  "
             f"SHA-256 {model['sha256']}, as in the cluster"
         )
         self._clean_up()

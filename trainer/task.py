@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trainer
-from trainer import cli, cluster, export
+from trainer import cli, cluster, output
 from trainer.config import TrainConfig
 from trainer.errors import StoppedError, UsageError
 
@@ -79,7 +79,7 @@ def train(
         try:
             if chief:
                 wait = LINGER if os.environ.get(JOB) else 0
-                held.enter_context(export.claim(config.output_dir, wait=wait))
+                held.enter_context(output.claim(config.output_dir, wait=wait))
                 if _is_done(config):
                     return
             # The data comes first: what is wrong with it shows before TensorFlow, which takes
@@ -131,7 +131,7 @@ def _is_done(config: TrainConfig) -> bool:
     then says once more what came out.
     """
     job = os.environ.get(JOB)
-    if not job or (manifest := export.read_manifest(config.output_dir)).get("job") != job:
+    if not job or (manifest := output.read_manifest(config.output_dir)).get("job") != job:
         return False
     from trainer import report
 
@@ -321,7 +321,7 @@ def _keeper(
     return Keeper(
         config.output_dir,
         facts,
-        finished_run=export.read_manifest(config.output_dir).get("run"),
+        finished_run=output.read_manifest(config.output_dir).get("run"),
         resume=config.resume,
         every=config.checkpoint_every,
         keep=config.keep_checkpoints,
@@ -335,7 +335,7 @@ def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "report.
     """Says what weights this worker has ended with, and whether all have the same."""
     if workers.count == 1:
         return
-    sha256 = export.weights_sha256(model)
+    sha256 = output.weights_sha256(model)
     same = workers.have_equal(bytes.fromhex(sha256))
     others = "the same weights as the others, bit for bit"
     if not same:
@@ -363,7 +363,7 @@ def _save(
     """Writes the files, and says what came out."""
     metrics = {name: values[-1] for name, values in history.items() if name != "seconds"}
     facts |= {"metrics": metrics, "seconds": round(time.monotonic() - start, 3)}
-    _say_result(config, export.save(config.output_dir, model, history, facts), watcher)
+    _say_result(config, output.save(config.output_dir, model, history, facts), watcher)
 
 
 def _say_result(config: TrainConfig, manifest: dict, watcher: "report.Watcher") -> None:
@@ -373,7 +373,7 @@ def _say_result(config: TrainConfig, manifest: dict, watcher: "report.Watcher") 
     text = (
         f"test accuracy {metrics['val_accuracy']:.2%}, loss {metrics['val_loss']:.4f}, "
         f"after {span(manifest['seconds'])}\n"
-        f"{config.output_dir / export.MODEL_FILE}  "
+        f"{config.output_dir / output.MODEL_FILE}  "
         f"{manifest['model']['bytes'] / 1e6:.1f} MB  "
         f"SHA-256 {manifest['model']['sha256']}"
     )

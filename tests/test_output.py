@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from trainer import export, model
+from trainer import model, output
 from trainer.errors import OutputError, StoppedError
 
 FACTS = {"metrics": {"val_accuracy": 0.5}}
@@ -20,13 +20,13 @@ def cnn():
 
 
 def save(folder, cnn, **facts):
-    with export.claim(folder):
-        return export.save(folder, cnn, HISTORY, {**FACTS, **facts})
+    with output.claim(folder):
+        return output.save(folder, cnn, HISTORY, {**FACTS, **facts})
 
 
 def test_the_files_say_what_they_hold(tmp_path, cnn):
     manifest = save(tmp_path, cnn)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(export.FILES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(output.FILES)
     assert json.loads((tmp_path / "history.json").read_text()) == HISTORY
     assert json.loads((tmp_path / "mnist.json").read_text()) == manifest
     shown = subprocess.run(
@@ -80,7 +80,7 @@ def test_a_trained_model_loads_with_its_weights_and_can_go_on(tmp_path):
     trained.fit(x, y, verbose=0)
     save(tmp_path, trained)
     loaded = keras.models.load_model(tmp_path / "mnist.h5")
-    assert export.weights_sha256(loaded) == export.weights_sha256(trained)
+    assert output.weights_sha256(loaded) == output.weights_sha256(trained)
     loaded.fit(x, y, verbose=0)
 
 
@@ -122,26 +122,26 @@ def test_the_folder_is_created(tmp_path, cnn):
 )
 def test_a_folder_that_cannot_be_used_is_found_at_once(tmp_path, make, message):
     make(tmp_path / "out")
-    with pytest.raises(OutputError, match=message), export.claim(tmp_path / "out"):
+    with pytest.raises(OutputError, match=message), output.claim(tmp_path / "out"):
         pytest.fail("the folder was taken")
 
 
 def test_two_runs_cannot_use_one_folder(tmp_path):
     with (
-        export.claim(tmp_path),
+        output.claim(tmp_path),
         pytest.raises(OutputError, match="no other run is using"),
-        export.claim(tmp_path),
+        output.claim(tmp_path),
     ):
         pytest.fail("the folder was taken twice")
-    with export.claim(tmp_path):
+    with output.claim(tmp_path):
         pass  # and afterwards it is free again
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path, cnn):
     save(tmp_path, cnn)
     (tmp_path / ".mnist.h5.tmp").write_bytes(b"half a file")
-    with export.claim(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(export.FILES)
+    with output.claim(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(output.FILES)
 
 
 # The folder is full, or a file may not grow: each at several sizes, so that the model, and then
@@ -149,15 +149,15 @@ def test_what_a_killed_run_left_is_removed(tmp_path, cnn):
 FULL = """
 import resource, sys
 from pathlib import Path
-from trainer import export, model
+from trainer import model, output
 from trainer.errors import OutputError, StoppedError
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 cnn = model.build(optimizer="adadelta", learning_rate=1.0, seed=int(sys.argv[3]))
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    with export.claim(folder):
-        export.save(folder, cnn, {}, {})
+    with output.claim(folder):
+        output.save(folder, cnn, {}, {})
 except OutputError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -175,14 +175,14 @@ def save_in_process(command, folder, limit, seed):
 
 
 def assert_old_files_stand(command, folder, limit=0):
-    old = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in export.FILES}
-    assert sorted(old) == sorted(export.FILES)
+    old = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in output.FILES}
+    assert sorted(old) == sorted(output.FILES)
     done = save_in_process(command, folder, limit, seed=2)
     assert done.returncode == 73, done.stderr
     assert "Make room or permission there" in done.stdout
     for name, content in old.items():
         assert (folder / name).read_bytes() == content
-    assert {path.name for path in folder.iterdir()} - set(export.FILES) <= {"filler"}
+    assert {path.name for path in folder.iterdir()} - set(output.FILES) <= {"filler"}
 
 
 @pytest.mark.parametrize("limit", [5_000_000, 9_530_000])
@@ -212,14 +212,14 @@ def test_a_folder_in_use_is_waited_for_until_it_is_too_long(tmp_path):
     got = threading.Event()
 
     def wait():
-        with export.claim(tmp_path, wait=60):
+        with output.claim(tmp_path, wait=60):
             got.set()
 
     waiting = threading.Thread(target=wait)
-    with export.claim(tmp_path):
+    with output.claim(tmp_path):
         with (
             pytest.raises(StoppedError, match="no other run is using"),
-            export.claim(tmp_path, wait=0.1),
+            output.claim(tmp_path, wait=0.1),
         ):
             pass
         waiting.start()
