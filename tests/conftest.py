@@ -1,5 +1,6 @@
 """What several test modules need: the command as a user runs it, and small data."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -63,6 +64,24 @@ def mnist():
     from trainer import data
 
     return data.load("bundled")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a run over all training images, once. It takes a minute or two, and so is one
+    for all of pytest's processes.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    with (root / "trained.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = root / "trained"
+        if not (folder / "mnist.json").exists():
+            folder.mkdir(exist_ok=True)
+            done = Command(folder, folder).run("--epochs", 1, "--test-limit", 1000, timeout=900)
+            assert done.returncode == 0, done.stderr
+    return folder
 
 
 def save_npz(path: Path, train: int = 60, test: int = 20, **arrays) -> Path:
@@ -148,6 +167,21 @@ def assert_gradients_alike(several: Path, one: Path) -> None:
         for name in b.files:
             difference = np.linalg.norm(np.float64(a[name]) - b[name])
             assert difference <= 1e-5 * np.linalg.norm(b[name]), name
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Reads the scalars in a folder of TensorBoard's event files: by tag, steps and values."""
+    from trainer.runtime import tf
+
+    (path,) = folder.iterdir()
+    seen: dict[str, list[tuple[int, float]]] = {}
+    for record in tf.data.TFRecordDataset(str(path)):
+        event = tf.compat.v1.Event.FromString(record.numpy())
+        for value in event.summary.value:
+            assert value.metadata.plugin_data.plugin_name == "scalars"
+            number = tf.make_ndarray(value.tensor).item()
+            seen.setdefault(value.tag, []).append((event.step, number))
+    return seen
 
 
 def outcome(folder: Path) -> tuple[str, dict]:

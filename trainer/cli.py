@@ -21,6 +21,7 @@ from trainer.errors import StoppedError, TrainerError, UsageError
 Config = TypeVar("Config")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
+CLOSED = 141  # 128 + SIGPIPE
 
 
 def run(
@@ -39,7 +40,7 @@ def run(
         argv: The arguments; None: those of the process.
 
     Returns:
-        0, or the exit code of the error; 130 after Ctrl-C.
+        0, or the exit code of the error; 130 after Ctrl-C; 141 where nobody reads the output.
     """
     try:
         command(parse(prog, kind, sys.argv[1:] if argv is None else argv))
@@ -49,6 +50,9 @@ def run(
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
         line, code = f"{prog}: interrupted.{reason}", INTERRUPTED
+    except BrokenPipeError:  # Whoever read the output has enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
     else:
         return 0
     print(line, file=sys.stderr, flush=True)

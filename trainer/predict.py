@@ -1,0 +1,286 @@
+"""The command: says which digits pictures show.
+
+    python -m trainer.predict mnist.h5 seven.jpg scans/ "photos/*.heic"
+
+Each line has the file, the digit and its probability. What cannot be read is said, and the others
+go on.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import Positional
+
+from trainer import cli, reader
+from trainer.config import available_cpus
+from trainer.errors import OutputError, TrainerError, UsageError
+
+if TYPE_CHECKING:  # --help loads none of these.
+    import numpy as np
+
+    from trainer.images import Digits, Seen
+
+PROG = "python -m trainer.predict"
+
+# Below it an answer is "unsure". bench/foreign.py shows a model of 99.20% pictures that are not
+# MNIST's: it is unsure of one in 20, and right in 99.5% of the others.
+THRESHOLD = 0.9
+
+STDIN = "-"
+FIRST, LATER = 16, 64  # Pictures at once: few, for an answer soon; then more.
+SHOWN = 448  # Pixels of the original's longest side in what --show writes.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Says which digits pictures show: file, digit, probability.
+
+    Raises:
+        UsageError: A value is outside its range; the message names field, value and remedy.
+    """
+
+    model: Positional[Path]
+    """An mnist.h5, as python -m trainer.task writes it."""
+
+    images: Positional[tuple[str, ...]]
+    """Files, folders, patterns such as "scans/*.png", or -
+    for a picture on standard input. PNG, JPEG, BMP, GIF,
+    TIFF, WebP, AVIF; HEIC with the package pillow-heif."""
+
+    digits: Literal["one", "many"] = "one"
+    """one: a picture shows one digit; many: several, apart
+    from each other, read line by line, left to right."""
+
+    threshold: float = THRESHOLD
+    """Least probability of an answer that is not called
+    unsure."""
+
+    show: Path | None = None
+    """Folder for pictures of what the model saw beside the
+    original; created where it does not exist."""
+
+    json: bool = False
+    """Print a JSON object for each picture."""
+
+    threads: int = dataclasses.field(default_factory=available_cpus)
+    """Pictures read at a time, and threads inside one
+    TensorFlow operation; as many as this process may use."""
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise UsageError("Expected at least one image. Received: none. Name a file or folder.")
+        if not 0 <= self.threshold <= 1:
+            raise UsageError(
+                f"threshold must lie between 0 and 1. Received: threshold={self.threshold!r}. "
+                f"Use {THRESHOLD}, the default."
+            )
+        if self.threads < 1:
+            raise UsageError(
+                f"threads must be a whole number of at least 1. Received: threads={self.threads}. "
+                "Leave it out to use every CPU."
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code (``trainer.errors`` lists them)."""
+    return cli.run(PROG, PredictConfig, predict, argv)
+
+
+def predict(config: PredictConfig) -> None:
+    """Prints what a model says of pictures.
+
+    Raises:
+        TrainerError: One of its kinds, for whatever a user can cause or meet; of several pictures
+            that cannot be read, the first one's kind, when all others are done.
+    """
+    names = list(_expand(config.images))
+    if config.show:
+        _make_folder(config.show)
+    failures = []
+    for number, answer in enumerate(_answers(config, names), start=1):
+        if config.json:
+            print(json.dumps(_as_dict(config, answer)), flush=True)
+        elif not answer.error:
+            print(_as_text(config, answer), flush=True)
+        if answer.error:
+            failures.append(answer.error)
+            if len(names) > 1:
+                print(f"{PROG}: error: {answer.error}", file=sys.stderr, flush=True)
+        elif config.show:
+            # 48: what a file system allows, whatever the letters.
+            _show(config.show / f"{number:04}-{Path(answer.name).stem[:48]}.png", answer)
+    if failures and len(names) == 1:
+        raise failures[0]
+    if failures:
+        raise type(failures[0])(
+            f"Expected digits in all of {len(names):,} pictures. Received: {len(failures):,} "
+            "without, each named above. Mend them, or leave them out."
+        )
+
+
+@dataclasses.dataclass
+class _Answer:
+    """What is known of a picture: the last of these that has a value."""
+
+    name: str
+    error: TrainerError | None = None
+    grey: "np.ndarray | None" = None  # uint8 (h, w)
+    seen: "Sequence[Seen]" = ()
+    probabilities: "np.ndarray | None" = None  # float32 (digits, 10)
+
+
+def _expand(names: Iterable[str]) -> Iterator[str]:
+    """Yields the files of folders and patterns; what is not there remains, for its error."""
+    from trainer.images import suffixes
+
+    for name in names:
+        found = []
+        with contextlib.suppress(OSError, ValueError):  # Which opening it will meet again.
+            if Path(name).is_dir():
+                paths = Path(name).iterdir()
+                found = sorted(str(path) for path in paths if path.suffix.lower() in suffixes())
+            elif not Path(name).exists():
+                found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (may be absolute)
+        yield from found or [name]
+
+
+def _answers(config: PredictConfig, names: Sequence[str]) -> Iterator[_Answer]:
+    """Yields what is said of each picture, in their order."""
+    groups = [names[:FIRST], *(names[at : at + LATER] for at in range(FIRST, len(names), LATER))]
+    with reader.readers(config.threads) as start:
+
+        def read(group: Sequence[str]) -> list[tuple[str, Future]]:
+            return [_read(start, name, config.digits) for name in group]
+
+        ahead = read(groups[0])  # While TensorFlow starts; those after it, while it computes.
+        classify = _classifier(config)
+        for group in (*groups[1:], []):
+            answers = [_answer(*asked) for asked in ahead]
+            ahead = read(group)
+            seen = [digit.pixels for answer in answers for digit in answer.seen]
+            said = iter(classify(seen))
+            for answer in answers:
+                answer.probabilities = list(itertools.islice(said, len(answer.seen)))
+                yield answer
+
+
+def _read(read: reader.Read, name: str, digits: "Digits") -> tuple[str, Future]:
+    """Returns what a picture is called, and what its process will say of it."""
+    if name != STDIN:
+        return (called := _printable(name)), read(Path(name), called, digits)
+    from trainer import images
+
+    content = sys.stdin.buffer.read(images.MAX_BYTES + 1) if sys.stdin else b""
+    return "standard input", read(content, "standard input", digits)
+
+
+def _answer(called: str, read: Future) -> _Answer:
+    try:
+        return _Answer(called, None, *read.result())
+    except TrainerError as error:
+        return _Answer(called, error)
+
+
+def _classifier(config: PredictConfig) -> "Callable[[list[np.ndarray]], np.ndarray]":
+    """Loads the model; returns what makes float32 (n, 10) of n pictures, uint8 (28, 28)."""
+    import numpy as np
+
+    from trainer import runtime, saved
+
+    runtime.set_threads(config.threads)
+    cnn = saved.load(config.model)
+
+    def classify(pictures: list[np.ndarray]) -> np.ndarray:
+        if not pictures:
+            return np.empty((0, 10), np.float32)
+        inputs = np.float32(pictures)[..., np.newaxis] / 255
+        return cnn(inputs, training=False).numpy()
+
+    return classify
+
+
+def _as_dict(config: PredictConfig, answer: _Answer) -> dict:
+    if answer.error:
+        return {"file": answer.name, "error": str(answer.error), "code": answer.error.exit_code}
+    digits = [
+        {
+            "digit": int(said.argmax()),
+            "probability": float(said.max()),
+            "unsure": seen.several or bool(said.max() < config.threshold),
+            "box": seen.box,
+        }
+        for seen, said in zip(answer.seen, answer.probabilities, strict=True)
+    ]
+    return {"file": answer.name, "digits": digits}
+
+
+def _as_text(config: PredictConfig, answer: _Answer) -> str:
+    lines = []
+    for digit in _as_dict(config, answer)["digits"]:
+        lines.append(f"{answer.name}  {digit['digit']}  {digit['probability']:.1%}")
+        if digit["unsure"]:
+            lines[-1] += "  unsure"
+    if answer.seen[0].several:
+        lines[-1] += ", it looks like several digits: --digits many"
+    return "\n".join(lines)
+
+
+def _printable(name: str) -> str:
+    r"""Returns a name that is one line, and does nothing to a terminal.
+
+    >>> _printable("7.png"), _printable(chr(27))
+    ('7.png', "'\\x1b'")
+    """
+    return name if name.isprintable() else repr(name)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _show(path: Path, answer: _Answer) -> None:
+    """Draws a picture with the digits that were found in it, and beside it what the model saw."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = answer.grey.shape
+    zoom = SHOWN / max(height, width)
+    original = Image.fromarray(answer.grey).convert("RGB")
+    original = original.resize((max(1, round(width * zoom)), max(1, round(height * zoom))))
+    tile, label = SHOWN // 2, 24
+    columns = -(-len(answer.seen) // 2)
+    sheet = Image.new("RGB", (SHOWN + 8 + columns * (tile + 8), SHOWN + 2 * label), "white")
+    sheet.paste(original)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for number, (seen, said) in enumerate(zip(answer.seen, answer.probabilities, strict=True)):
+        draw.rectangle([round(edge * zoom) for edge in seen.box], outline="#b03a00", width=2)
+        row, column = divmod(number, columns)
+        left, top = SHOWN + 8 + column * (tile + 8), row * (tile + label)
+        sheet.paste(Image.fromarray(seen.pixels).resize((tile, tile), 0), (left, top))
+        text = f"{said.argmax()}  {said.max():.1%}"
+        draw.text((left, top + tile + 2), text, fill="black", font=font)
+    try:
+        sheet.save(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"Expected to write to {path}. Received: {error.strerror or error}. Make room or "
+        "permission there, or leave out --show."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
