@@ -216,7 +216,7 @@ def test_an_unfinished_run_of_another_kind_is_refused(tmp_path, unbroken, change
 
 def test_what_decides_nothing_may_change(tmp_path, unbroken):
     train_until_stopped(tmp_path, 3)
-    other = {"output_dir": "moved", "log_format": "json", "steps_per_execution": 5, "threads": 9}
+    other = {"output_dir": "moved", "log_format": "json", "tensorboard": True, "threads": 9}
     facts = {**FACTS, "config": {**FACTS["config"], **other}}
     assert train(keeper(tmp_path, facts=facts)) == unbroken
 

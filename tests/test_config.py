@@ -60,6 +60,12 @@ def test_the_rates_are_those_of_keras_except_for_adadelta():
         assert (default == pytest.approx(rate)) is (name != "adadelta")
 
 
+def test_what_decides_no_result_is_off_unless_it_is_asked_for():
+    config = TrainConfig()
+    assert (config.tensorboard, config.tensorflow_logs) == (False, False)
+    assert TrainConfig(tensorboard=True).as_dict()["tensorboard"] is True
+
+
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().epochs = 3

@@ -17,6 +17,10 @@ SOUND = {
         {"model": {"sha256": hashlib.sha256(MODEL).hexdigest()}}
     ).encode(),
 }
+DRAWN = {
+    output.PAGE_FILE: b"<html></html>\n",
+    output.CURVES_FILE: b"\x89PNG IEND\xaeB`\x82",
+}
 
 
 class Server:
@@ -39,7 +43,12 @@ class Server:
         self.pod = None
 
     def read_file(self, pod, path):
-        return self.files[path.removeprefix("/output/")]
+        try:
+            return self.files[path.removeprefix("/output/")]
+        except KeyError:  # as apiserver.Server says it
+            raise ConfigurationError(
+                f"Expected {path} in the volume. Received: cat: {path}: No such file or directory."
+            ) from None
 
 
 class Screen:
@@ -62,13 +71,26 @@ def test_sound_files_are_read_and_the_pod_is_deleted():
     assert server.pod is None
 
 
+def test_what_was_drawn_of_the_run_comes_with_it():
+    files, lines = read(Server({**SOUND, **DRAWN}))
+    assert (files, lines) == ({**SOUND, **DRAWN}, [])
+    assert list(files)[-1] == output.MANIFEST_FILE
+
+
 @pytest.mark.parametrize("file", output.FILES)
+def test_a_run_is_not_without_its_files(file):
+    incomplete = {name: content for name, content in SOUND.items() if name != file}
+    with pytest.raises(ConfigurationError, match=f"{file}: No such file or directory"):
+        read(Server(*[incomplete] * TRIES))
+
+
+@pytest.mark.parametrize("file", [*output.FILES, *output.REPORT_FILES])
 def test_what_was_cut_off_is_read_again(file):
-    cut = {**SOUND, file: SOUND[file][:-1]}
-    files, lines = read(Server(cut, SOUND))
-    assert files == SOUND
+    sound = {**SOUND, **DRAWN}
+    files, lines = read(Server({**sound, file: sound[file][:-1]}, sound))
+    assert files == sound
     (line,) = lines
-    assert line.startswith("Fetching the files failed, trying again: Expected mnist.h5 to have")
+    assert line.startswith("Fetching the files failed, trying again: Expected ")
 
 
 def test_a_model_that_stays_another_is_an_error():

@@ -139,7 +139,8 @@ def test_two_runs_cannot_use_one_folder(tmp_path):
 
 def test_what_a_killed_run_left_is_removed(tmp_path, cnn):
     save(tmp_path, cnn)
-    (tmp_path / ".mnist.h5.tmp").write_bytes(b"half a file")
+    for name in (".mnist.h5.tmp", ".report.html.tmp", ".curves.png.tmp"):
+        (tmp_path / name).write_bytes(b"half a file")
     with output.claim(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(output.FILES)
 
@@ -206,6 +207,15 @@ def test_a_disk_that_fills_up_leaves_the_old_files(tmp_path, cnn, command):
         assert_old_files_stand(command, folder)
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def test_what_is_removed_is_gone_or_said_to_stay(tmp_path):
+    (tmp_path / "report.html").write_text("of an earlier run")
+    output.remove(tmp_path, output.REPORT_FILES)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(OutputError, match="Make room or permission there"):
+        output.remove(tmp_path, output.REPORT_FILES)
 
 
 def test_a_folder_in_use_is_waited_for_until_it_is_too_long(tmp_path):

@@ -12,12 +12,14 @@ import time
 
 import numpy as np
 import pytest
-from conftest import save_npz
+from conftest import events, save_npz
 
 from trainer import output
 
 # As small as a run can be: a few seconds, most of them TensorFlow's start.
 SMALL = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)
+
+FILES = {*output.FILES, *output.REPORT_FILES}
 
 
 def assert_one_line(done, code, *parts):
@@ -47,7 +49,7 @@ def test_a_run_ends_with_the_files_and_says_so(command, tmp_path, tmp_path_facto
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(word.read_text())
     assert "test accuracy" in word.read_text()
-    assert {path.name for path in tmp_path.iterdir()} == set(output.FILES)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
     made = manifest(tmp_path)
     assert f"SHA-256 {made['model']['sha256']}" in done.stdout
     assert f"test accuracy {made['metrics']['val_accuracy']:.2%}" in done.stdout
@@ -248,6 +250,82 @@ def test_a_terminal_sees_a_bar(command):
     assert "test accuracy" in text
 
 
+def test_event_files_are_written_without_the_package_tensorboard(command, tmp_path):
+    (tmp_path / "empty" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "empty" / "tensorboard" / "__init__.py").write_text("raise ModuleNotFoundError")
+    command.env["PYTHONPATH"] += os.pathsep + str(tmp_path / "empty")
+    out = tmp_path / "out"
+    done = command.run(*SMALL, "--tensorboard", "--output-dir", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path.name for path in out.iterdir()} == {*FILES, "tensorboard"}
+    assert_events_are_the_history(out)
+
+
+def assert_events_are_the_history(folder):
+    history = json.loads((folder / "history.json").read_text())
+    epochs = range(len(history["loss"]))
+    for part, prefix in (("train", ""), ("validation", "val_")):
+        seen = events(folder / "tensorboard" / part)
+        rates = seen.pop("epoch_learning_rate", None)
+        assert (rates == [(epoch, 1.0) for epoch in epochs]) == (part == "train")
+        assert seen == {
+            f"epoch_{name}": [
+                (epoch, np.float32(history[prefix + name][epoch])) for epoch in epochs
+            ]
+            for name in ("loss", "accuracy")
+        }
+
+
+@pytest.mark.full
+def test_a_stopped_runs_event_files_go_on_where_it_does(command, tmp_path):
+    flags = ("--epochs", 4, *SMALL[2:], "--tensorboard", "--steps-per-execution", 1)
+    for _ in range(2):
+        run = command.start(*flags, "--log-format", "json")
+        for line in run.stdout:
+            if json.loads(line)["event"] == "epoch":
+                break
+        run.send_signal(signal.SIGTERM)
+        _, stderr = run.communicate(timeout=60)
+        assert run.returncode == 75, stderr
+    assert command.run(*flags).returncode == 0
+    assert_events_are_the_history(tmp_path)
+    # A new run does not go on with them, nor with what does not belong to it.
+    assert command.run("--epochs", 1, *flags[2:]).returncode == 0
+    assert_events_are_the_history(tmp_path)
+
+
+@pytest.mark.full
+def test_a_folder_of_events_that_cannot_be_written_is_73(command, tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    done = command.run(*SMALL, "--tensorboard")
+    assert done.returncode == 73
+    assert "Expected to write event files in tensorboard. Received: " in done.stderr
+    assert done.stderr.endswith("or leave out --tensorboard.\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_while_the_report_is_drawn_costs_the_report_alone(
+    command, tmp_path, number, times
+):
+    # So large a batch that the second comes while the first is not looked at yet.
+    run = command.start("--epochs", 1, "--train-limit", 2000, "--batch-size", 2000)
+    wait_for((tmp_path / "mnist.json").exists)
+    time.sleep(0.3)
+    for _ in range(times):
+        run.send_signal(number)
+        time.sleep(0.05)
+    stdout, stderr = run.communicate(timeout=60)
+    assert (run.returncode, stderr) == (0, "")
+    notice = f"No report.html: stopped by {number.name}. mnist.h5 is complete."
+    assert notice in stdout.splitlines()
+    assert stdout.splitlines()[-2].startswith("test accuracy ")
+    assert {path.name for path in tmp_path.iterdir()} == set(output.FILES)
+    assert_loads(tmp_path)
+
+
 @pytest.mark.full
 def test_tensorflow_speaks_when_it_is_asked_to(command):
     done = command.run(*SMALL, "--tensorflow-logs", "--output-dir", "out")
@@ -297,7 +375,7 @@ def test_killed_at_any_moment_the_old_model_or_the_new_one_loads(command, tmp_pa
         assert kill_in_save(command, tmp_path, seed) in (-signal.SIGKILL, 0)
         assert_loads(tmp_path)
     assert command.run(*ANEW).returncode == 0  # and what is left is in nobody's way
-    assert {path.name for path in tmp_path.iterdir()} == set(output.FILES)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
 @pytest.mark.full

@@ -59,7 +59,7 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Trains the digits CNN and writes mnist.h5, history.json and mnist.json.
+    """Trains the digits CNN and writes mnist.h5, history.json, mnist.json, and a report.
 
     Raises:
         UsageError: A value is outside its range; the message names field, value and remedy.
@@ -75,8 +75,9 @@ class TrainConfig:
     Datasets, with the extra tfds)."""
 
     output_dir: Path = Path()
-    """Folder for mnist.h5, history.json and mnist.json;
-    created where it does not exist."""
+    """Folder for mnist.h5, history.json, mnist.json,
+    report.html and curves.png; created where it does not
+    exist."""
 
     epochs: int = 10
     """Passes over the training images."""
@@ -149,9 +150,14 @@ class TrainConfig:
     it than without.)"""
 
     log_format: LogFormat = "auto"
-    """How progress shows. auto: a bar on a terminal and
-    plain lines elsewhere; plain: a line every ten seconds
-    and one an epoch; json: the same as JSON objects."""
+    """How progress shows. auto: a bar on a terminal or in
+    a notebook, plain lines elsewhere; plain: a line every
+    ten seconds and one an epoch; json: the same as JSON
+    objects."""
+
+    tensorboard: bool = False
+    """Write event files for TensorBoard, too, one point an
+    epoch: output_dir/tensorboard/train and validation."""
 
     tensorflow_logs: bool = False
     """Show what TensorFlow logs while it starts."""

@@ -19,6 +19,9 @@ BEGIN = 300.0  # Seconds in which the pod begins.
 TRIES = 3  # How often the files are read, when that fails.
 TICK = 0.5  # Seconds between two looks at the pod.
 
+# No manifest names their SHA-256.
+_ENDS = {output.PAGE_FILE: b"</html>\n", output.CURVES_FILE: b"IEND\xaeB`\x82"}
+
 
 def fetch(
     server: Server, name: str, *, image: str, screen: Screen, stop: Callable[[], str | None]
@@ -37,7 +40,7 @@ def fetch(
 
     Raises:
         ConfigurationError: The pod does not begin, or the server refuses.
-        DataError: The model has not the SHA-256 that the manifest names.
+        DataError: The model has not the SHA-256 that the manifest names, or the report is cut off.
     """
     tries = 0
     while True:
@@ -64,7 +67,9 @@ def _read(
     try:
         if not _begins(server, pod, screen, stop):
             return None
-        files = {file: server.read_file(pod, f"/output/{file}") for file in output.FILES}
+        files = _report(server, pod)
+        # The manifest is the last, as output.write has it.
+        files |= {file: server.read_file(pod, f"/output/{file}") for file in output.FILES}
     finally:
         with contextlib.suppress(TrainerError):
             server.delete("Pod", pod)
@@ -92,6 +97,18 @@ def _begins(server: Server, pod: str, screen: Screen, stop: Callable[[], str | N
     return True
 
 
+def _report(server: Server, pod: str) -> dict[str, bytes]:
+    """Reads what was drawn of the run: nothing, where its pod was stopped before."""
+    files = {}
+    for file in output.REPORT_FILES:
+        try:
+            files[file] = server.read_file(pod, f"/output/{file}")
+        except ConfigurationError as error:
+            if "No such file" not in str(error):
+                raise
+    return files
+
+
 def _check(files: dict[str, bytes]) -> None:
     model = files[output.MODEL_FILE]
     try:
@@ -104,3 +121,6 @@ def _check(files: dict[str, bytes]) -> None:
             f"Expected {output.MODEL_FILE} to have the SHA-256 that {output.MANIFEST_FILE} names. "
             f"Received: {len(model):,} bytes with another one."
         )
+    for file, end in _ENDS.items():
+        if not files.get(file, end).endswith(end):
+            raise DataError(f"Expected {file} to be whole. Received: a part of it.")

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,11 @@ MODEL_FILE = "mnist.h5"
 HISTORY_FILE = "history.json"
 MANIFEST_FILE = "mnist.json"
 FILES = (MODEL_FILE, HISTORY_FILE, MANIFEST_FILE)
+
+# What is drawn of a run when those are safe, and can be missing: ``trainer.page``.
+PAGE_FILE = "report.html"
+CURVES_FILE = "curves.png"
+REPORT_FILES = (PAGE_FILE, CURVES_FILE)
 
 
 @contextlib.contextmanager
@@ -51,7 +56,7 @@ def claim(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, wait):
         with _output_errors(folder):
-            for name in FILES:
+            for name in (*FILES, *REPORT_FILES):
                 if (folder / name).is_dir():
                     raise OutputError(
                         f"Expected a file or nothing at {folder / name}. Received: a folder. "
@@ -112,10 +117,25 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
                 _write(_temporary(folder / name), content)
             for name in files:  # Renamed when all are on disk.
                 _temporary(folder / name).replace(folder / name)
-            _flush(folder)
+            flush(folder)
         finally:
             for name in files:
                 _temporary(folder / name).unlink(missing_ok=True)
+
+
+def remove(folder: Path, names: Iterable[str]) -> None:
+    """Removes files, where they are there.
+
+    Args:
+        folder: A folder under ``claim``.
+        names: Of the files.
+
+    Raises:
+        OutputError: One cannot be removed.
+    """
+    with _output_errors(folder):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -177,14 +197,14 @@ def _hdf5(model: "keras.Model") -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    _flush(path)
+    flush(path)
 
 
 def _json(value: dict) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder.
         return

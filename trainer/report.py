@@ -1,4 +1,4 @@
-"""What a person watches while a run goes on: a bar on a terminal, lines in a log, JSON.
+"""What a person watches while a run goes on: a bar on a terminal or in a notebook, lines, JSON.
 
     with progress("auto", batch_size=128) as watcher:
         loop.fit(..., callbacks=[watcher])
@@ -7,19 +7,23 @@ Each watcher is a Keras callback and writes to stdout.
 """
 
 import contextlib
+import html
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 
 from trainer.bar import Bar, means, span
 from trainer.config import LogFormat
-from trainer.runtime import keras
+from trainer.errors import OutputError
+from trainer.runtime import keras, tf
 
+EVENTS_FOLDER = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -47,6 +51,9 @@ def progress(
         yield Quiet(kind(batch_size, stream, clock))
     elif log_format == "json":
         yield JsonLines(batch_size, stream, clock)
+    elif log_format == "auto" and stream is sys.stdout and Console().is_jupyter:
+        with Notebook(batch_size, stream, clock) as notebook:
+            yield notebook
     elif log_format == "plain" or not Console(file=stream).is_terminal:
         yield PlainLines(batch_size, stream, clock)
     else:
@@ -128,9 +135,7 @@ class PlainLines(Watcher):
         if self.clock() - self.last >= SECONDS_BETWEEN_LINES:
             self.last = self.clock()
             self.say(
-                f"epoch {place['epoch']}/{place['epochs']}  "
-                f"step {place['step']}/{place['steps']}  {means(logs)}  "
-                f"{place['images_per_second']:,.0f} images/s  {span(place['seconds_left'])} left",
+                _sentence(place, logs),
                 "step",
                 **place,
                 **logs,
@@ -191,5 +196,140 @@ class Terminal(Watcher):
     def on_test_begin(self, logs: dict | None = None) -> None:
         self.bar.note("evaluating")
 
+    def on_predict_begin(self, logs: dict | None = None) -> None:
+        self.bar.note("drawing the report")
+
     def say(self, text: str, event: str, **facts: object) -> None:
         self.bar.say(text)
+
+
+class Notebook(Watcher):
+    """For a notebook: a bar that fills with each epoch, under the lines of the epochs so far. It is
+    all one output, replaced as it changes, so that a notebook stores its last state alone.
+    """
+
+    def __enter__(self) -> "Notebook":
+        from IPython.display import DisplayHandle
+
+        self.lines: list[str] = []
+        self.handle = DisplayHandle()
+        self.handle.display(self._content("starting"), raw=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception == (None, None, None):  # Else it shows how far it came.
+            self._show()
+
+    def on_step(self, place: dict, logs: dict[str, float]) -> None:
+        self._show(_sentence(place, logs), place["step"] / place["steps"])
+
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        self._show("evaluating")
+
+    def on_predict_begin(self, logs: dict | None = None) -> None:
+        self._show("drawing the report")
+
+    def say(self, text: str, event: str, **facts: object) -> None:
+        self.lines.append(text)
+        self._show()
+
+    def _show(self, now: str = "", share: float | None = None) -> None:
+        self.handle.update(self._content(now, share), raw=True)
+
+    def _content(self, now: str, share: float | None = None) -> dict[str, str]:
+        """Returns what is shown, by MIME type; ``share`` is how full the bar is, None: unknown."""
+        value = "" if share is None else f' value="{share:.3f}"'
+        bar = f"<progress{value}></progress>  {html.escape(now)}" if now else ""
+        lines = "".join(f"{html.escape(line)}\n" for line in self.lines)
+        return {
+            "text/html": f"<pre>{lines}{bar}</pre>",
+            "text/plain": "\n".join([*self.lines, now]).rstrip(),
+        }
+
+
+class Events(keras.callbacks.Callback):
+    """For TensorBoard: event files with the scalars of each epoch, named as
+    ``keras.callbacks.TensorBoard`` names them.
+
+    That callback does not know what a resumed run did before, and needs the package tensorboard,
+    which TensorFlow 2.21 installs no more and which only a reader needs. This one writes the files
+    anew when it begins: first the epochs before, so that none is there twice, or missing.
+
+    Args:
+        output_dir: The run's; the files are in ``tensorboard/train`` and ``tensorboard/validation``
+            there.
+        learning_rate: Of all epochs.
+        before: Gives the history of the epochs before, as ``loop.fit`` returns it.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        learning_rate: float,
+        before: Callable[[], Mapping[str, Sequence[float]]],
+    ) -> None:
+        super().__init__()
+        self.folder = output_dir / EVENTS_FOLDER
+        self.learning_rate = learning_rate
+        self.before = before
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        with self._errors():
+            for path in self.folder.glob("*/events.out.tfevents.*"):
+                path.unlink()
+            self.writers = {
+                name: tf.summary.create_file_writer(str(self.folder / name))
+                for name in ("train", "validation")
+            }
+            history = {name: values for name, values in self.before().items() if name != "seconds"}
+            for epoch, values in enumerate(zip(*history.values(), strict=True)):
+                self._write(epoch, dict(zip(history, values, strict=True)))
+            self._flush()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        with self._errors():
+            self._write(epoch, logs)
+            self._flush()
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        with self._errors():
+            for writer in self.writers.values():
+                writer.close()
+
+    def _write(self, epoch: int, logs: Mapping[str, float]) -> None:
+        # As tf.summary.scalar writes it, which calls the package tensorboard.
+        kind = tf.compat.v1.SummaryMetadata(data_class="DATA_CLASS_SCALAR")
+        kind.plugin_data.plugin_name = "scalars"
+        for name, value in {**logs, "learning_rate": self.learning_rate}.items():
+            part = "validation" if name.startswith("val_") else "train"
+            with self.writers[part].as_default():
+                tf.summary.write(
+                    f"epoch_{name.removeprefix('val_')}",
+                    tf.constant(value, tf.float32),
+                    step=epoch,
+                    metadata=kind,
+                )
+
+    def _flush(self) -> None:
+        for writer in self.writers.values():
+            writer.flush()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, tf.errors.OpError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise OutputError(
+                f"Expected to write event files in {self.folder}. Received: {reason}. Make room "
+                "or permission there, or leave out --tensorboard."
+            ) from error
+
+
+def _sentence(place: dict, logs: dict[str, float]) -> str:
+    return (
+        f"epoch {place['epoch']}/{place['epochs']}  "
+        f"step {place['step']}/{place['steps']}  {means(logs)}  "
+        f"{place['images_per_second']:,.0f} images/s  {span(place['seconds_left'])} left"
+    )

@@ -308,6 +308,8 @@ class _Submitted:
             )
             if files is None:
                 raise self._detached()
+            # That of another run would be taken for this one's.
+            output.remove(self.config.output_dir, set(output.REPORT_FILES) - files.keys())
             output.write(self.config.output_dir, files)
         except (ConfigurationError, DataError, OutputError) as error:
             raise type(error)(

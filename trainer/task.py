@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import trainer
 from trainer import cli, cluster, output
 from trainer.config import TrainConfig
-from trainer.errors import StoppedError, UsageError
+from trainer.errors import StoppedError, TrainerError, UsageError
 
 if TYPE_CHECKING:  # --help loads none of these.
     import keras
@@ -110,15 +111,26 @@ def train(
                 replicas = chosen.strategy.num_replicas_in_sync
                 watcher.say(chosen.reason, "strategy", replicas=replicas)
                 keeper = _keeper(config, facts, chosen.strategy, signals, watcher)
+                callbacks = [watcher]
+                if config.tensorboard and chief:
+                    callbacks.append(
+                        report.Events(
+                            config.output_dir,
+                            learning_rate=config.learning_rate,
+                            before=lambda: keeper.saved.history,
+                        )
+                    )
                 model, history = fit(
-                    config, digits, callbacks=[watcher], keeper=keeper, strategy=chosen.strategy
+                    config, digits, callbacks=callbacks, keeper=keeper, strategy=chosen.strategy
                 )
                 _compare_weights(model, keeper.workers, watcher)
                 if link:
                     link.tell("trained")
                 if chief:
-                    _save(config, model, history, facts, watcher, start)
+                    manifest = _save(config, model, history, facts, start)
                     keeper.finish()
+                    _draw(config, model, digits, manifest, history, signals, watcher)
+                    _say_result(config, manifest, watcher)
         except KeyboardInterrupt as interrupt:  # Nothing was under way, or it was the second one.
             left = f"What is in {config.output_dir} is as it was."
             if str(interrupt) == "SIGTERM":
@@ -357,13 +369,69 @@ def _save(
     model: "keras.Model",
     history: dict[str, list[float]],
     facts: dict,
-    watcher: "report.Watcher",
     start: float,
-) -> None:
-    """Writes the files, and says what came out."""
+) -> dict:
+    """Writes the files; returns the manifest."""
     metrics = {name: values[-1] for name, values in history.items() if name != "seconds"}
     facts |= {"metrics": metrics, "seconds": round(time.monotonic() - start, 3)}
-    _say_result(config, output.save(config.output_dir, model, history, facts), watcher)
+    return output.save(config.output_dir, model, history, facts)
+
+
+def _draw(
+    config: TrainConfig,
+    model: "keras.Model",
+    digits: "data.Digits",
+    manifest: dict,
+    history: dict[str, list[float]],
+    signals: cli.Signals,
+    watcher: "report.Watcher",
+) -> None:
+    """Draws the report of a run whose files are written. Whatever goes wrong with it is said, and
+    changes no exit code: 0 is for the model, and that is there.
+    """
+
+    def go_on() -> None:
+        if signals.received:
+            raise StoppedError(f"stopped by {signals.received}")
+
+    watcher.on_predict_begin()
+    try:
+        # That of an earlier run would be taken for this one's.
+        output.remove(config.output_dir, output.REPORT_FILES)
+        go_on()
+        from trainer import evaluate, page
+        from trainer.runtime import keras
+
+        # A copy outside the strategy, under which each pass would need every worker.
+        plain = keras.models.clone_model(model)
+        plain.set_weights(model.get_weights())
+        files = page.render(
+            manifest,
+            history,
+            images=digits.x_test,
+            labels=digits.y_test,
+            probabilities=evaluate.probabilities(
+                plain,
+                digits.x_test,
+                batch_size=config.batch_size // manifest["environment"]["replicas"],
+                after_batch=go_on,
+            ),
+            after_picture=go_on,
+        )
+        output.write(config.output_dir, files)
+    except (Exception, KeyboardInterrupt) as error:
+        reason = " ".join(str(error).split())
+        if signals.received:
+            reason = f"stopped by {signals.received}"
+        elif isinstance(error, ImportError) and not isinstance(error, TrainerError):
+            reason += " (pip install matplotlib)"
+        elif not isinstance(error, TrainerError):  # A defect: where it is, at least.
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {reason} ({where.filename}, line {where.lineno})"
+        watcher.say(
+            f"No {output.PAGE_FILE}: {reason.rstrip('.')}. {output.MODEL_FILE} is complete.",
+            "notice",
+        )
 
 
 def _say_result(config: TrainConfig, manifest: dict, watcher: "report.Watcher") -> None:

@@ -1,0 +1,149 @@
+"""The command as a user runs it, on a model of a run that is as small as one can be."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import Command, save_npz
+
+from trainer import evaluate, scores
+from trainer.errors import NotFiniteError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with what a run leaves."""
+    folder = tmp_path_factory.mktemp("run")
+    done = Command(folder, folder).run(
+        "--epochs", 1, "--train-limit", 512, "--test-limit", 300, "--output-dir", folder
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def measure(command, folder):
+    command.program = ["-m", "trainer.evaluate", folder / "mnist.h5"]
+    return command
+
+
+def test_it_measures_what_training_measured(measure, folder):
+    metrics = json.loads((folder / "mnist.json").read_text())["metrics"]
+    done = measure.run("--test-limit", 300, "--json", "--batch-size", 77)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    assert said["accuracy"] == metrics["val_accuracy"]
+    assert said["loss"] == pytest.approx(metrics["val_loss"], rel=1e-5)
+    assert (said["data"], said["examples"]) == ("bundled", 300)
+    confusion = np.array(said["confusion"])
+    assert confusion.shape == (10, 10)
+    assert confusion.trace() == pytest.approx(300 * said["accuracy"])
+    assert [digit["digit"] for digit in said["digits"]] == list(range(10))
+    assert [digit["examples"] for digit in said["digits"]] == confusion.sum(axis=1).tolist()
+    assert 0 <= said["expected_calibration_error"] <= 1
+
+    # And the tables say the same.
+    lines = measure.run("--test-limit", 300).stdout.splitlines()
+    assert lines[0] == f"{folder / 'mnist.h5'} on 300 test images (bundled)"
+    assert lines[1].startswith(f"accuracy {said['accuracy']:.2%} (")
+    assert lines[1].endswith(
+        f"loss {said['loss']:.4f}, expected calibration error "
+        f"{said['expected_calibration_error']:.4f}"
+    )
+    table = [line.split() for line in lines[4:14]]
+    assert [row[:2] for row in table] == [
+        [str(digit["digit"]), str(digit["examples"])] for digit in said["digits"]
+    ]
+    matrix = [line.replace(".", "0").split()[1:] for line in lines[-10:]]
+    np.testing.assert_array_equal(np.array(matrix, int), confusion)
+    assert len({len(line) for line in lines[-11:]}) == 1  # aligned
+
+
+@pytest.mark.full
+def test_other_data_is_measured_as_well(measure, tmp_path):
+    save_npz(tmp_path / "noise.npz", test=30)
+    done = measure.run("--data", "noise.npz", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    assert (said["examples"], said["data"]) == (30, "noise.npz")
+    assert [digit["examples"] for digit in said["digits"]] == [3] * 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "part"),
+    [
+        ([], 2, "required"),
+        (["mnist.h5", "--test-limit", "0"], 2, "Received: test_limit=0"),
+        (["mnist.h5", "--batch-size", "-1"], 2, "Received: batch_size=-1"),
+        (["mnist.h5", "--test-limit", "10001"], 2, "at most the 10000 examples"),
+        (["mnist.h5", "--data", "nowhere.npz"], 66, "nowhere.npz"),
+        (["mnist.h5", "--data", "damaged.npz"], 65, "Fetch or make it again"),
+        (["nowhere.h5"], 66, "nowhere.h5"),
+        pytest.param(["damaged.npz"], 65, "damaged.npz", marks=pytest.mark.full),
+    ],
+)
+def test_what_is_wrong_is_one_line(command, tmp_path, flags, code, part):
+    save_npz(tmp_path / "damaged.npz")
+    (tmp_path / "damaged.npz").write_bytes((tmp_path / "damaged.npz").read_bytes()[:-1])
+    command.program = ["-m", "trainer.evaluate"]
+    done = command.run(*flags)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("python -m trainer.evaluate: error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert part in done.stderr
+
+
+def test_help_loads_neither_tensorflow_nor_numpy(command):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "trainer.evaluate", "--help"],
+        env=command.env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "trainer.config" in loaded
+    assert not loaded & {"tensorflow", "keras", "numpy", "trainer.data"}
+    assert done.stdout.startswith("usage: python -m trainer.evaluate")
+
+
+def build(scale=1.0):
+    from trainer import model
+
+    cnn = model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
+    cnn.set_weights([scale * weights for weights in cnn.get_weights()])
+    return cnn
+
+
+def test_probabilities_do_not_depend_on_the_batches(mnist):
+    cnn, calls = build(), []
+    images = mnist.x_test[:50]
+    one = evaluate.probabilities(cnn, images, batch_size=50)
+    several = evaluate.probabilities(
+        cnn, images, batch_size=20, after_batch=lambda: calls.append(None)
+    )
+    assert len(calls) == 3
+    assert one.shape == (50, 10)
+    np.testing.assert_allclose(one, several, rtol=1e-5)
+    np.testing.assert_allclose(
+        one, cnn.predict(images[..., None].astype("float32") / 255, verbose=0), rtol=1e-5
+    )
+
+
+def test_weights_that_overflow_are_named(mnist):
+    with pytest.raises(NotFiniteError, match="for 5 of 5 images"):
+        evaluate.probabilities(build(1e15), mnist.x_test[:5], batch_size=5)
+
+
+def test_what_cannot_be_divided_is_a_dash_and_null():
+    found = scores.score(np.array([3]), np.eye(10)[[3]])
+    assert evaluate.as_dict(found)["digits"][4] == {
+        "digit": 4,
+        "examples": 0,
+        "precision": None,
+        "recall": None,
+    }
+    json.dumps(evaluate.as_dict(found), allow_nan=False)
+    assert "    4       0          -        -" in evaluate.as_text(found)
