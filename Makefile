@@ -4,6 +4,7 @@
 # make test-cluster  the manifests on the cluster of KUBECONFIG, with the image loaded there
 # make lock      the exact versions of the image's packages, anew
 # make manifests k8s/job.yaml and all that is written out from k8s/, by kubectl
+# make notebook  digitclassification-model.ipynb anew: executed, and stored with its outputs
 # make lint      ruff: rules and format; hadolint
 # make bench     measurements
 # PYTHON=... names the Python to use, EXTRA=cpu|gpu|tpu the TensorFlow to install.
@@ -17,7 +18,7 @@ IMAGE ?= digits-trainer:$(VERSION)$(if $(filter-out cpu,$(TARGET)),-$(TARGET))
 IMAGE_BUILD ?= docker build
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)
 
-.PHONY: train test test-full test-cluster lint format bench image lock manifests clean
+.PHONY: train test test-full test-cluster lint format bench notebook image lock manifests clean
 
 train: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m trainer.task $(ARGS)
@@ -70,6 +71,9 @@ format: $(VENV)/.installed-$(EXTRA)-test
 bench: $(VENV)/.installed-$(EXTRA)
 	$(RUN) bench/pipeline.py
 	$(RUN) bench/checkpoint.py
+
+notebook: $(VENV)/.installed-$(EXTRA)-test
+	$(RUN) tests/execute_notebook.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
