@@ -80,7 +80,7 @@ def test_other_data_is_measured_as_well(measure, tmp_path):
         (["mnist.h5", "--test-limit", "10001"], 2, "at most the 10000 examples"),
         (["mnist.h5", "--data", "nowhere.npz"], 66, "nowhere.npz"),
         (["mnist.h5", "--data", "damaged.npz"], 65, "Fetch or make it again"),
-        (["nowhere.h5"], 66, "nowhere.h5"),
+        pytest.param(["nowhere.h5"], 66, "nowhere.h5", marks=pytest.mark.full),
         pytest.param(["damaged.npz"], 65, "damaged.npz", marks=pytest.mark.full),
     ],
 )

@@ -285,6 +285,7 @@ def test_a_home_that_cannot_be_written_is_no_matter(command):
 SMALL = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)
 
 
+@pytest.mark.full
 def test_a_run_without_matplotlib_says_so_and_is_done(command, tmp_path):
     (tmp_path / "empty" / "matplotlib").mkdir(parents=True)
     (tmp_path / "empty" / "matplotlib" / "__init__.py").write_text(

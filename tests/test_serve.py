@@ -58,6 +58,7 @@ def assert_one_line(done, code, *words):
         assert word in done.stderr
 
 
+@pytest.mark.full
 def test_a_missing_model_is_66(command):
     command.program = ["-m", "trainer.serve"]
     assert_one_line(command.run("nowhere.h5", "--port", 0), 66, "nowhere.h5")
@@ -138,13 +139,8 @@ sys.addaudithook(note)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    done = Command(folder, folder).run(
-        "--epochs", 2, "--train-limit", 12_000, "--test-limit", 1000, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "mnist.h5"
+def model(trained):
+    return trained / "mnist.h5"
 
 
 @pytest.fixture(scope="module")

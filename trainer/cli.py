@@ -42,6 +42,8 @@ def run(
     Returns:
         0, or the exit code of the error; 130 after Ctrl-C; 141 where nobody reads the output.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A name of a file may be in no encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command(parse(prog, kind, sys.argv[1:] if argv is None else argv))
     except TrainerError as error:

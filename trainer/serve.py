@@ -3,7 +3,7 @@
     python -m trainer.serve mnist.h5        # http://127.0.0.1:7860
 
 The page is Gradio's; it needs no network but the way from the browser to this machine. Pictures
-are read by ``trainer.images``, after ``Gate`` has looked at what comes.
+are read by ``trainer.reader``, after ``Gate`` has looked at what comes.
 """
 
 import base64
@@ -12,21 +12,19 @@ import dataclasses
 import errno
 import html
 import importlib.util
-import io
 import json
 import logging
 import os
 import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from trainer import cli
+from trainer import cli, reader
 from trainer.errors import ConfigurationError, DataError, TrainerError, UsageError
 
 if TYPE_CHECKING:  # --help loads none of them.
@@ -94,8 +92,9 @@ def serve(config: ServeConfig) -> None:
         contextlib.suppress(KeyboardInterrupt),  # The usual end.
         _listen(config) as listener,
         _folder() as folder,
+        reader.readers(1) as read,
     ):
-        page = build(_compile(config.model), config.model.name)
+        page = build(read, _compile(config.model), config.model.name)
         app = _mount(page, folder, config.max_upload_mb * 2**20)
         print(f"{config.model} answers at {_url(listener)}  (Ctrl-C ends it)", flush=True)
         _run(app, listener)
@@ -153,24 +152,19 @@ def _compile(path: Path) -> Classify:
     return lambda pixels: probabilities(pixels).numpy()
 
 
-def build(classify: Classify, name: str) -> "gr.Blocks":
+def build(read: reader.Read, classify: Classify, name: str) -> "gr.Blocks":
     """Builds the page, and its endpoint ``predict``.
 
     Args:
+        read: Has a picture read, one at a time, however many ask (``trainer.reader``).
         classify: Gives the ten probabilities of uint8 (28, 28), 0 for paper and 255 for ink.
         name: What the page calls the model.
     """
     import gradio as gr
 
-    from trainer import images
-
-    turn = threading.Lock()  # One picture at a time, however many ask.
-
     def see(picture: object) -> tuple["np.ndarray", "np.ndarray"]:
-        source, called = _source(picture)
-        with turn:
-            [found] = images.find(images.open_image(source, called))
-            return classify(found.pixels), found.pixels
+        _, [found] = read(*_source(picture), "one").result()
+        return classify(found.pixels), found.pixels
 
     def show(picture: object) -> tuple:
         if not picture:  # Cleared.
@@ -222,14 +216,13 @@ def build(classify: Classify, name: str) -> "gr.Blocks":
     return page.queue(max_size=32)
 
 
-def _source(picture: object) -> tuple[Path | BinaryIO, str]:
+def _source(picture: object) -> tuple[Path | bytes, str]:
     """Returns a picture as it can be read, and what to call it.
 
     Args:
         picture: ``{"path": ...}``, an uploaded file, or a text ``data:...;base64,...``.
 
-    >>> stream, name = _source("data:text/plain;base64,c2V2ZW4=")
-    >>> stream.read(), name
+    >>> _source("data:text/plain;base64,c2V2ZW4=")
     (b'seven', 'data:text/plain;base64')
     """
     if isinstance(picture, dict) and isinstance(path := picture.get("path"), str):
@@ -237,7 +230,7 @@ def _source(picture: object) -> tuple[Path | BinaryIO, str]:
     if isinstance(picture, str) and ";base64," in picture:
         kind, _, content = picture.partition(",")
         with contextlib.suppress(ValueError):
-            return io.BytesIO(base64.b64decode(content)), kind[:40]
+            return base64.b64decode(content), kind[:40]
     raise DataError(
         'Expected a picture as {"path": ...}, once it is uploaded, or as "data:image/png;base64,'
         f'...". Received: {str(picture)[:100]!r}.'
