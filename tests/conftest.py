@@ -79,7 +79,9 @@ def trained(tmp_path_factory):
         folder = root / "trained"
         if not (folder / "mnist.json").exists():
             folder.mkdir(exist_ok=True)
-            done = Command(folder, folder).run("--epochs", 1, "--test-limit", 1000, timeout=900)
+            done = Command(folder, folder).run(
+                "--epochs", 1, "--test-limit", 1000, "--no-report", timeout=900
+            )
             assert done.returncode == 0, done.stderr
     return folder
 

@@ -17,7 +17,15 @@ def folder(tmp_path_factory):
     """A folder with what a run leaves."""
     folder = tmp_path_factory.mktemp("run")
     done = Command(folder, folder).run(
-        "--epochs", 1, "--train-limit", 512, "--test-limit", 300, "--output-dir", folder
+        "--epochs",
+        1,
+        "--train-limit",
+        512,
+        "--test-limit",
+        300,
+        "--no-report",
+        "--output-dir",
+        folder,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -29,6 +37,7 @@ def measure(command, folder):
     return command
 
 
+@pytest.mark.full
 def test_it_measures_what_training_measured(measure, folder):
     metrics = json.loads((folder / "mnist.json").read_text())["metrics"]
     done = measure.run("--test-limit", 300, "--json", "--batch-size", 77)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from trainer import export, model, output, saved
 from trainer.errors import UsageError
@@ -20,33 +22,9 @@ NAMES = {
     "litert": "mnist.tflite",
 }
 
-# README.md has these: they are all that a user needs.
-SNIPPETS = {
-    "keras": """
-import keras
-
-model = keras.models.load_model("mnist.keras")
-probabilities = model.predict(images)
-""",
-    "savedmodel": """
-import tensorflow as tf
-
-model = tf.saved_model.load("mnist_savedmodel")
-probabilities = model.serve(images)["probabilities"].numpy()
-""",
-    "onnx": """
-import onnxruntime
-
-session = onnxruntime.InferenceSession("mnist.onnx")
-(probabilities,) = session.run(["probabilities"], {"digits": images})
-""",
-    "litert": """
-from ai_edge_litert.interpreter import Interpreter
-
-classify = Interpreter("mnist.tflite").get_signature_runner()
-probabilities = classify(digits=images)["probabilities"]
-""",
-}
+# What the documentation says is all that a user needs.
+_SECTION = (ROOT / "docs" / "using.md").read_text().partition("## Other formats")[2]
+SNIPPETS = dict(zip(NAMES, re.findall("```python\n(.*?)```", _SECTION, re.DOTALL), strict=False))
 
 # As where neither the package nor TensorFlow is installed.
 ALONE = """
@@ -112,7 +90,10 @@ def answers(code, images, folder, alone):
     return {part: np.load(folder / f"{part}-said.npy") for part in images}
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize(
+    "kind",
+    [name if name == "litert" else pytest.param(name, marks=pytest.mark.full) for name in NAMES],
+)
 def test_its_own_runtime_says_what_keras_says(here, capfd, images, kind):
     assert export.main(["mnist.h5", "--format", kind]) == 0
     printed = capfd.readouterr()

@@ -327,6 +327,7 @@ def predict_all(
     return done
 
 
+@pytest.mark.full
 def test_hostile_pictures_are_named_and_the_others_read(command, cnn, sound, mnist, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -11,7 +11,17 @@ from conftest import Command, outcome
 
 from trainer.launch import free_ports
 
-RUN = ("--epochs", 1, "--train-limit", 1024, "--test-limit", 200, "--output-dir", "out")
+RUN = (
+    "--epochs",
+    1,
+    "--train-limit",
+    1024,
+    "--test-limit",
+    200,
+    "--no-report",
+    "--output-dir",
+    "out",
+)
 EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1)
 
 
@@ -61,6 +71,7 @@ def undisturbed(tmp_path_factory):
     return outcome(folder / "out")
 
 
+@pytest.mark.full
 def test_workers_are_started_again_from_the_last_checkpoint(launch, command, undisturbed):
     run = launch("--workers", 2, "--max-restarts", 1).start(*EAGER)
     wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
@@ -117,7 +128,7 @@ def test_nothing_is_left_of_one_that_is_killed(launch, command):
 @pytest.mark.full
 @pytest.mark.parametrize(("count", "batch_size"), [(2, 128), (3, 126)])
 def test_after_an_epoch_all_workers_hold_the_same_weights(launch, command, count, batch_size):
-    flags = ("--train-limit", 5120, "--batch-size", batch_size)
+    flags = ("--train-limit", 5120, "--batch-size", batch_size, "--no-report")
     done = launch("--workers", count).run(*RUN, *flags)
     assert (done.returncode, done.stderr) == (0, "")
     for index in range(count):

@@ -18,7 +18,9 @@ from trainer.errors import UsageError
 def model(tmp_path_factory):
     """A model that knows some of the digits, and is not sure of all."""
     folder = tmp_path_factory.mktemp("run")
-    done = Command(folder, folder).run("--epochs", 1, "--train-limit", 1000, "--test-limit", 100)
+    done = Command(folder, folder).run(
+        "--epochs", 1, "--train-limit", 1000, "--test-limit", 100, "--no-report"
+    )
     assert done.returncode == 0, done.stderr
     return folder / "mnist.h5"
 
@@ -95,6 +97,7 @@ def test_many_digits_are_shown_as_the_model_saw_them(ask, model, pictures, tmp_p
     assert np.array_equal(sheet[248:472, 456:680], enlarged)
 
 
+@pytest.mark.full
 def test_what_cannot_be_read_is_named_and_the_others_go_on(ask, pictures, tmp_path):
     shutil.copy(pictures / "1.png", tmp_path / "good [1].png")
     content = (pictures / "2.png").read_bytes()

@@ -196,7 +196,17 @@ def test_the_command_trains_on_several_logical_devices(command, tmp_path):
         "sys.exit(task.main())"
     )
     command.program = ["-c", start]
-    flags = ("--strategy", "mirrored", "--epochs", 1, "--train-limit", 256, "--test-limit", 100)
+    flags = (
+        "--strategy",
+        "mirrored",
+        "--epochs",
+        1,
+        "--train-limit",
+        256,
+        "--test-limit",
+        100,
+        "--no-report",
+    )
     done = command.run(*flags, "--log-format", "json")
     assert (done.returncode, done.stderr) == (0, "")
     events = [json.loads(line) for line in done.stdout.splitlines()]

@@ -17,9 +17,10 @@ from conftest import events, save_npz
 from trainer import output
 
 # As small as a run can be: a few seconds, most of them TensorFlow's start.
-SMALL = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)
+DRAWN = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)
+SMALL = (*DRAWN, "--no-report")
 
-FILES = {*output.FILES, *output.REPORT_FILES}
+FILES = set(output.FILES)
 
 
 def assert_one_line(done, code, *parts):
@@ -45,11 +46,11 @@ def wait_for(condition, *, seconds=120):
 def test_a_run_ends_with_the_files_and_says_so(command, tmp_path, tmp_path_factory):
     word = tmp_path_factory.mktemp("dev") / "termination-log"
     command.env["TRAINER_TERMINATION_LOG"] = str(word)
-    done = command.run(*SMALL)
+    done = command.run(*DRAWN)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(word.read_text())
     assert "test accuracy" in word.read_text()
-    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, *output.REPORT_FILES}
     made = manifest(tmp_path)
     assert f"SHA-256 {made['model']['sha256']}" in done.stdout
     assert f"test accuracy {made['metrics']['val_accuracy']:.2%}" in done.stdout
@@ -250,6 +251,7 @@ def test_a_terminal_sees_a_bar(command):
     assert "test accuracy" in text
 
 
+@pytest.mark.full
 def test_event_files_are_written_without_the_package_tensorboard(command, tmp_path):
     (tmp_path / "empty" / "tensorboard").mkdir(parents=True)
     (tmp_path / "empty" / "tensorboard" / "__init__.py").write_text("raise ModuleNotFoundError")

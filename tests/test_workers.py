@@ -21,7 +21,7 @@ from trainer.cluster import Cluster
 from trainer.launch import free_ports
 from trainer.supervisor import STANDS
 
-RUN = ("--epochs", 2, "--train-limit", 768, "--test-limit", 100, "--threads", 1)
+RUN = ("--epochs", 2, "--train-limit", 768, "--test-limit", 100, "--threads", 1, "--no-report")
 EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1, "--log-format", "json")
 
 
@@ -212,13 +212,16 @@ def stop(workers, folder, number, *, in_save=False):
     return True
 
 
-@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(
-    "signals",
+    ("count", "signals"),
     [
-        [signal.SIGKILL, signal.SIGTERM],
-        pytest.param([signal.SIGKILL] * 10, marks=pytest.mark.full),
-        pytest.param([signal.SIGTERM] * 10, marks=pytest.mark.full),
+        (1, [signal.SIGKILL, signal.SIGTERM]),
+        (2, [signal.SIGKILL]),
+        *(
+            pytest.param(count, [number] * 10, marks=pytest.mark.full)
+            for count in (1, 2)
+            for number in (signal.SIGKILL, signal.SIGTERM)
+        ),
     ],
 )
 def test_a_run_stopped_at_any_step_ends_with_the_same_bits(
@@ -304,7 +307,7 @@ def test_a_worker_lost_at_the_very_end_costs_nothing(group, command):
 @pytest.mark.full
 def test_pods_in_place_of_some_that_were_lost_after_the_end_say_what_came_out(group, command):
     command.env["TRAINER_JOB_UID"] = "this job"
-    small = ("--epochs", 1, "--train-limit", 128, "--test-limit", 100)
+    small = ("--epochs", 1, "--train-limit", 128, "--test-limit", 100, "--no-report")
     alone = command.run(*small, "--output-dir", "out")
     model = command.folder / "out" / "mnist.h5"
     before = model.stat()

@@ -49,6 +49,7 @@ FREE_FIELDS = (
     "resume",
     "startup_timeout",
     "log_format",
+    "report",
     "tensorboard",
     "tensorflow_logs",
 )

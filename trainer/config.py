@@ -155,6 +155,10 @@ class TrainConfig:
     ten seconds and one an epoch; json: the same as JSON
     objects."""
 
+    report: bool = True
+    """report.html and curves.png, which are drawn when the
+    run is done, and take some seconds."""
+
     tensorboard: bool = False
     """Write event files for TensorBoard, too, one point an
     epoch: output_dir/tensorboard/train and validation."""

@@ -394,10 +394,12 @@ def _draw(
         if signals.received:
             raise StoppedError(f"stopped by {signals.received}")
 
-    watcher.on_predict_begin()
     try:
         # That of an earlier run would be taken for this one's.
         output.remove(config.output_dir, output.REPORT_FILES)
+        if not config.report:
+            return
+        watcher.on_predict_begin()
         go_on()
         from trainer import evaluate, page
         from trainer.runtime import keras
