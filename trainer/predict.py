@@ -139,12 +139,12 @@ class _Answer:
 
 def _expand(names: Iterable[str]) -> Iterator[str]:
     """Yields the files of folders and patterns; what is not there remains, for its error."""
-    from trainer.images import suffixes
-
     for name in names:
         found = []
         with contextlib.suppress(OSError, ValueError):  # Which opening it will meet again.
             if Path(name).is_dir():
+                from trainer.images import suffixes
+
                 paths = Path(name).iterdir()
                 found = sorted(str(path) for path in paths if path.suffix.lower() in suffixes())
             elif not Path(name).exists():
@@ -155,7 +155,7 @@ def _expand(names: Iterable[str]) -> Iterator[str]:
 def _answers(config: PredictConfig, names: Sequence[str]) -> Iterator[_Answer]:
     """Yields what is said of each picture, in their order."""
     groups = [names[:FIRST], *(names[at : at + LATER] for at in range(FIRST, len(names), LATER))]
-    with reader.readers(config.threads) as start:
+    with reader.readers(min(config.threads, len(names))) as start:
 
         def read(group: Sequence[str]) -> list[tuple[str, Future]]:
             return [_read(start, name, config.digits) for name in group]

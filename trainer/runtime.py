@@ -48,6 +48,28 @@ def _check_backend() -> None:
         )
 
 
+@contextlib.contextmanager
+def _hidden(*names: str) -> Iterator[None]:
+    """Has modules that are installed be missing for a moment."""
+    names = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(names))
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+def _unused() -> tuple[str, ...]:
+    """Names what Keras 3.15 imports where it is installed, in a second or two, and works without:
+    no command of this package needs it. In another program Keras is left as it is.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec and spec.name.startswith("trainer."):
+        return "matplotlib.pyplot", "pandas", "sklearn"
+    return ()
+
+
 def _start() -> contextlib.AbstractContextManager:
     _check_backend()
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
@@ -57,7 +79,7 @@ def _start() -> contextlib.AbstractContextManager:
 
 
 try:
-    with _start():
+    with _start(), _hidden(*_unused()):
         import tensorflow as tf
 except ModuleNotFoundError as error:
     if error.name != "tensorflow":
