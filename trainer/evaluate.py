@@ -87,10 +87,9 @@ def evaluate(config: EvaluateConfig) -> None:
 
     digits = data.load(config.data).first(None, config.test_limit)
 
-    from trainer import runtime, saved, scores
+    from trainer import saved, scores
 
-    runtime.set_threads(config.threads)
-    cnn = saved.load(config.model)
+    cnn = saved.load(config.model, threads=config.threads)
     said = probabilities(cnn, digits.x_test, batch_size=config.batch_size)
     found = scores.score(digits.y_test, said)
     if config.json:

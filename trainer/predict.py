@@ -193,10 +193,9 @@ def _classifier(config: PredictConfig) -> "Callable[[list[np.ndarray]], np.ndarr
     """Loads the model; returns what makes float32 (n, 10) of n pictures, uint8 (28, 28)."""
     import numpy as np
 
-    from trainer import runtime, saved
+    from trainer import saved
 
-    runtime.set_threads(config.threads)
-    cnn = saved.load(config.model)
+    cnn = saved.load(config.model, threads=config.threads)
 
     def classify(pictures: list[np.ndarray]) -> np.ndarray:
         if not pictures:

@@ -66,7 +66,7 @@ def _unused() -> tuple[str, ...]:
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec and spec.name.startswith("trainer."):
-        return "matplotlib.pyplot", "pandas", "sklearn"
+        return "matplotlib", "pandas", "sklearn"
     return ()
 
 

@@ -38,11 +38,12 @@ _DECISIVE = (
 )
 
 
-def load(path: Path) -> "keras.Sequential":
+def load(path: Path, *, threads: int | None = None) -> "keras.Sequential":
     """Returns the network with the weights of a file.
 
     Args:
         path: A model or its weights in Keras' HDF5 format (``mnist.h5``).
+        threads: Inside one operation (``runtime.set_threads``); None: as it is.
 
     Returns:
         A model as ``trainer.model.build`` makes it, compiled. Input: float32 (n, 28, 28, 1), 0 to
@@ -52,11 +53,14 @@ def load(path: Path) -> "keras.Sequential":
         InputError: The file is missing or cannot be read.
         DataError: It is not HDF5, truncated, damaged, of another network, or has weights that are
             not finite.
+        ConfigurationError: There is no TensorFlow, or it runs with other threads.
     """
     with _start(path) as reading:
         # The file is read while TensorFlow starts.
-        from trainer import model
+        from trainer import model, runtime
 
+        if threads is not None:
+            runtime.set_threads(threads)
         try:
             content, received = reading.communicate(timeout=DEADLINE)
         except subprocess.TimeoutExpired:
