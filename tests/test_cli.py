@@ -35,7 +35,8 @@ def test_every_field_is_a_flag_with_help(capsys):
     assert exited.value.code == 0
     printed = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')} " in printed
+        no = "no-" if field.default is True else ""
+        assert f"--{no}{field.name.replace('_', '-')} " in printed
     assert "bit for bit" in printed  # the fields' docstrings are in it
 
 
@@ -66,3 +67,23 @@ def test_an_interrupt_says_what_it_left(capsys):
 
     assert cli.run("prog", TrainConfig, fail, []) == 130
     assert capsys.readouterr().err == "prog: interrupted. Nothing was written.\n"
+
+
+# What takes a fifth of a second and more to load, of what the commands use.
+HEAVY = (
+    {"PIL", "gradio", "h5py", "keras", "kubernetes", "matplotlib", "numpy", "onnx", "rich"}
+    | {"scipy", "skimage", "tensorflow", "tf2onnx"}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["evaluate", "export", "launch", "predict", "serve", "submit", "task"]
+)
+def test_help_loads_nothing_that_takes_its_time(command, name):
+    command.program = ["-X", "importtime", "-m", f"trainer.{name}"]
+    done = command.run("--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: python -m trainer.{name} ")
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert {"tyro", "trainer.cli"} <= loaded
+    assert not loaded & HEAVY

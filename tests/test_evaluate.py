@@ -1,8 +1,6 @@
 """The command as a user runs it, on a model of a run that is as small as one can be."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -102,20 +100,6 @@ def test_what_is_wrong_is_one_line(command, tmp_path, flags, code, part):
     assert done.stderr.startswith("python -m trainer.evaluate: error: ")
     assert done.stderr.count("\n") == 1, done.stderr
     assert part in done.stderr
-
-
-def test_help_loads_neither_tensorflow_nor_numpy(command):
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "trainer.evaluate", "--help"],
-        env=command.env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "trainer.config" in loaded
-    assert not loaded & {"tensorflow", "keras", "numpy", "trainer.data"}
-    assert done.stdout.startswith("usage: python -m trainer.evaluate")
 
 
 def build(scale=1.0):

@@ -367,17 +367,3 @@ def test_sigterm_leaves_what_was_there_and_nothing_temporary(here, command, tmp_
     assert (here / "mnist.onnx").read_text() == "old"
     assert names(here) == ["mnist.h5", "mnist.onnx"]
     assert not list(temporary.glob("trainer-export-*"))
-
-
-def test_help_loads_neither_tensorflow_nor_numpy(command):
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "trainer.export", "--help"],
-        env=command.env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "trainer.output" in loaded
-    assert not loaded & {"tensorflow", "keras", "numpy", "onnx", "tf2onnx"}
-    assert done.stdout.startswith("usage: python -m trainer.export")

@@ -155,15 +155,6 @@ def test_a_wrong_flag_is_2_and_starts_nothing(launch, command, own, flags, part)
     assert list(command.folder.iterdir()) == []
 
 
-def test_help_is_quick_and_names_the_flags(launch, command):
-    command.program = ["-X", "importtime", "-m", "trainer.launch"]
-    done = command.run("--help")
-    assert done.returncode == 0
-    assert "--max-restarts" in done.stdout
-    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert not loaded & {"tensorflow", "keras", "numpy"}
-
-
 def test_free_ports_are_free_and_different():
     ports = free_ports(50)
     assert len(set(ports)) == 50

@@ -174,15 +174,6 @@ def test_a_wrong_flag_is_one_line(argv, message):
         cli.parse(predict.PROG, predict.PredictConfig, argv)
 
 
-def test_help_loads_neither_tensorflow_nor_the_pictures_packages(command):
-    command.program = ["-X", "importtime", "-m", "trainer.predict"]
-    done = command.run("--help")
-    assert done.returncode == 0
-    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "trainer.config" in loaded
-    assert not loaded & {"tensorflow", "keras", "numpy", "scipy", "skimage", "PIL"}
-
-
 @pytest.mark.full
 def test_a_missing_model_ends_it_whatever_the_pictures_are(command, pictures):
     command.program = ["-m", "trainer.predict"]

@@ -41,16 +41,6 @@ def test_flags_make_the_configuration():
     assert serve.ServeConfig().host == "127.0.0.1"  # No other machine, unless asked for.
 
 
-def test_help_loads_neither_gradio_nor_tensorflow(command):
-    command.program = ["-X", "importtime", "-m", "trainer.serve"]
-    done = command.run("--help")
-    assert done.returncode == 0
-    assert "--max-upload-mb" in done.stdout
-    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "tyro" in loaded
-    assert not loaded & {"gradio", "tensorflow", "keras", "numpy", "PIL"}
-
-
 def assert_one_line(done, code, *words):
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.count("\n") == 1

@@ -1,8 +1,6 @@
 """What ``python -m trainer.submit`` does without a cluster; ``tests/cluster`` has the rest."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -144,16 +142,3 @@ def test_the_remedies_name_namespace_and_context_as_they_are():
     where = "--namespace team-north --context a-n"
     assert run.how_to_come_back == f"python -m trainer.submit --attach mine {where}"
     assert f"pvc {where} -l " in run.how_to_delete
-
-
-def test_help_loads_neither_tensorflow_nor_kubernetes():
-    program = (
-        "import sys; from trainer import submit\n"
-        "try: submit.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'tensorflow', 'keras', 'kubernetes', 'numpy'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout.splitlines()[-1] == "[]"

@@ -7,7 +7,6 @@ import random
 import select
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -214,20 +213,6 @@ def test_a_signal_during_training_is_75_and_leaves_a_checkpoint(command, tmp_pat
     assert stderr.startswith(f"python -m trainer.task: stopped by {number.name} at epoch 1, step ")
     assert stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
-
-
-def test_help_loads_neither_tensorflow_nor_numpy(command):
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "trainer.task", "--help"],
-        env=command.env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "trainer.config" in loaded
-    assert not loaded & {"tensorflow", "keras", "numpy", "h5py", "rich", "trainer.data"}
-    assert done.stdout.startswith("usage: python -m trainer.task")
 
 
 def test_a_terminal_sees_a_bar(command):
