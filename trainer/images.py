@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import errno
 import io
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
@@ -29,13 +28,10 @@ if TYPE_CHECKING:
     from skimage.measure._regionprops import RegionProperties
 
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "HEIF")
-MAX_PIXELS = 40_000_000  # Decoded, 160 MB at most.
+MAX_PIXELS = 40_000_000  # Reading as many takes up to 0.75 GB.
 MAX_BYTES = 64_000_000
 MAX_SCANS = 500  # Of a progressive JPEG: each can take as long as the picture; ten are usual.
-LARGE = 4_000_000  # Of more pixels, one picture at a time is decoded, to bound the memory.
-LONGEST = (
-    640  # Pixels of the longest side that digits are looked for in: enough for a page of them.
-)
+LONGEST = 640  # Pixels of the longest side that digits are looked for in; a page of them fits.
 SHORTEST = 112  # Smaller pictures are enlarged to it: four times MNIST's own.
 
 SIZE, BOX = 28, 20  # The picture of a digit, and what its ink is scaled into.
@@ -48,7 +44,6 @@ NORMAL = 1.4826  # A median absolute deviation times this is a normal standard d
 
 Digits = Literal["one", "many"]
 
-_one_large = threading.Lock()
 Box = tuple[int, int, int, int]  # top, left, bottom, right, as scikit-image has it
 
 
@@ -110,8 +105,7 @@ def open_image(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
                 raise DataError(_expected(name, f"{width}×{height} pixels; {most}"))
             if content.count(b"\xff\xda") > MAX_SCANS and image.format in ("JPEG", "MPO"):
                 raise DataError(_expected(name, f"a JPEG of more than {MAX_SCANS} scans"))
-            with _one_large if width * height > LARGE else contextlib.nullcontext():
-                return np.asarray(_upright(_grey(image)))
+            return np.asarray(_upright(_grey(image)))
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -278,7 +272,8 @@ def _light(picture: np.ndarray) -> np.ndarray:
         # Least squares by its normal equations: np.linalg.lstsq starts threads, which on a busy
         # machine wait for each other.
         these = terms[near]
-        coefficients = np.linalg.solve(these.T @ these, these.T @ values[near])
+        squares = these.T @ these + 1e-6 * np.eye(6)  # Never singular.
+        coefficients = np.linalg.solve(squares, these.T @ values[near])
         surface = terms @ coefficients
         distance = np.abs(values - surface)
         near = distance <= max(2.5 * NORMAL * float(np.median(distance)), 2.0)
