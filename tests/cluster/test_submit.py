@@ -102,6 +102,8 @@ def assert_fetched(folder):
     assert len(model) == manifest["model"]["bytes"]
     history = json.loads((folder / "history.json").read_text())
     assert history["val_accuracy"][-1] == manifest["metrics"]["val_accuracy"]
+    assert manifest["model"]["sha256"] in (folder / "report.html").read_text()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_two_workers_from_start_to_finish(namespace, submit, tmp_path):
