@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from trainer import data, evaluate, images, predict, saved
+from trainer import data, evaluate, predict, saved, segmentation
 from trainer.errors import DataError
 
 SIDE = 240  # Pixels of a picture that is drawn here.
@@ -217,7 +217,7 @@ def plain(grey: np.ndarray) -> np.ndarray:
 def cut_out(grey: np.ndarray) -> np.ndarray:
     """What the network sees of a picture; nothing, where no digit is found."""
     try:
-        return images.find(grey)[0].pixels
+        return segmentation.find(grey)[0].pixels
     except DataError:
         return np.zeros((28, 28), np.uint8)
 

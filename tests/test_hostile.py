@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT, Command
 from PIL import Image, ImageDraw
 
-from trainer import images, output, reader, saved
+from trainer import images, output, reader, saved, segmentation
 from trainer.errors import DataError, InputError
 
 GIGABYTE = 10**9
@@ -295,7 +295,7 @@ def digits(mnist, folder: Path, cnn) -> dict[str, str]:
         path = folder / f"{'0mz~é'[number]}-good.png"
         picture = Image.fromarray(255 - mnist.x_test[number])
         picture.resize((112, 112)).save(path)
-        [seen] = images.find(images.open_image(path))
+        [seen] = segmentation.find(images.open_image(path))
         [answer] = cnn(seen.pixels[np.newaxis, ..., np.newaxis] / np.float32(255)).numpy()
         lines[path.name] = f"{path}  {answer.argmax()}  {answer.max():.1%}"
     return lines

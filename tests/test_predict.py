@@ -10,7 +10,7 @@ import pytest
 from conftest import Command
 from PIL import Image
 
-from trainer import cli, images, predict
+from trainer import cli, images, predict, segmentation
 from trainer.errors import UsageError
 
 
@@ -46,7 +46,7 @@ def expected(model, paths) -> np.ndarray:
     """Says what stock Keras makes of the pictures."""
     import keras
 
-    seen = np.stack([images.find(images.open_image(path))[0].pixels for path in paths])
+    seen = np.stack([segmentation.find(images.open_image(path))[0].pixels for path in paths])
     return keras.models.load_model(model).predict(seen[..., None] / 255.0, verbose=0)
 
 
@@ -73,7 +73,7 @@ def test_json_has_all_of_it(ask, model, pictures):
     assert digit["digit"] == said.argmax()
     assert digit["probability"] == pytest.approx(said.max(), abs=1e-5)
     assert digit["unsure"]  # Nothing is sure enough for 1, but what is rounded to it.
-    [seen] = images.find(images.open_image(pictures / "3.png"))
+    [seen] = segmentation.find(images.open_image(pictures / "3.png"))
     assert tuple(digit["box"]) == seen.box
     assert second["code"] == 66
     assert second["error"].startswith(f"Expected an image at {pictures / 'nowhere.png'}. Received:")
@@ -91,7 +91,7 @@ def test_many_digits_are_shown_as_the_model_saw_them(ask, model, pictures, tmp_p
     [shown] = (tmp_path / "seen" / "here").iterdir()
     assert shown.name == "0001-407.png"
     sheet = np.asarray(Image.open(shown).convert("L"))
-    seen = images.find(images.open_image(tmp_path / "407.png"), digits="many")[2]
+    seen = segmentation.find(images.open_image(tmp_path / "407.png"), digits="many")[2]
     enlarged = np.kron(seen.pixels, np.ones((8, 8), np.uint8))
     # Beside the original, under the first of the two above it.
     assert np.array_equal(sheet[248:472, 456:680], enlarged)

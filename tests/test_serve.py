@@ -251,10 +251,10 @@ def upload(page, content: bytes) -> None:
 @pytest.mark.full
 def test_the_endpoint_answers_as_keras_does(server, model, mnist):
     keras = pytest.importorskip("keras")
-    from trainer import images
+    from trainer import segmentation
 
     digits = one_of_each(mnist)
-    seen = np.stack([images.find(digit)[0].pixels for digit in digits])
+    seen = np.stack([segmentation.find(digit)[0].pixels for digit in digits])
     expected = keras.models.load_model(model).predict(seen[..., None] / 255.0, verbose=0)
     assert (expected.argmax(axis=1) == range(10)).sum() >= 8
     for digit, probabilities in zip(digits, expected, strict=True):

@@ -46,6 +46,8 @@ def run(
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command(parse(prog, kind, sys.argv[1:] if argv is None else argv))
+        if sys.stdout:
+            sys.stdout.flush()
     except TrainerError as error:
         label = "" if isinstance(error, StoppedError) else "error: "
         line, code = f"{prog}: {label}{' '.join(str(error).split())}", error.exit_code

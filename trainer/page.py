@@ -1,7 +1,7 @@
 """The report of a run: one page that needs nothing but itself, and its curves as a picture.
 
-    files = page.render(manifest, history, images=x, labels=y, probabilities=said)
-    output.write(folder, files)                  # report.html, curves.png
+    page.draw(config, model, digits, manifest, history, stopped=…, watcher=…)
+    # report.html, curves.png
 
 The page holds its style and its pictures (``data:`` URIs). It has no script, and a policy of its
 own (CSP) forbids it to load anything.
@@ -11,14 +11,92 @@ import base64
 import html
 import importlib.resources
 import string
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer import charts, output, scores
+from trainer import charts, evaluate, output, scores
 from trainer.bar import span
+from trainer.config import TrainConfig
+from trainer.errors import StoppedError, TrainerError
 from trainer.evaluate import percent
 from trainer.scores import Scores
+
+if TYPE_CHECKING:
+    import keras
+
+    from trainer.data import Digits
+    from trainer.report import Watcher
+
+
+def draw(
+    config: TrainConfig,
+    model: "keras.Model",
+    digits: "Digits",
+    manifest: dict,
+    history: Mapping[str, Sequence[float]],
+    *,
+    stopped: Callable[[], str | None],
+    watcher: "Watcher",
+) -> None:
+    """Draws the report of a run whose files are written, or says why it did not. Whatever goes
+    wrong with it changes no exit code: 0 is for the model, and that is there.
+
+    Args:
+        config: The run's; its folder is under ``output.claim``.
+        model: As it was trained.
+        digits: What it was trained and tested on.
+        manifest: As ``mnist.json`` has it.
+        history: As ``history.json`` has it.
+        stopped: Gives the name of the signal that has come, if one has.
+        watcher: What the run is watched by.
+    """
+
+    def go_on() -> None:
+        if stopped():
+            raise StoppedError(f"stopped by {stopped()}")
+
+    try:
+        # That of an earlier run would be taken for this one's.
+        output.remove(config.output_dir, output.REPORT_FILES)
+        if not config.report:
+            return
+        watcher.on_predict_begin()
+        go_on()
+        from trainer.runtime import keras
+
+        # A copy outside the strategy, under which each pass would need every worker.
+        plain = keras.models.clone_model(model)
+        plain.set_weights(model.get_weights())
+        files = render(
+            manifest,
+            history,
+            images=digits.x_test,
+            labels=digits.y_test,
+            probabilities=evaluate.probabilities(
+                plain,
+                digits.x_test,
+                batch_size=config.batch_size // manifest["environment"]["replicas"],
+                after_batch=go_on,
+            ),
+            after_picture=go_on,
+        )
+        output.write(config.output_dir, files)
+    except (Exception, KeyboardInterrupt) as error:
+        reason = " ".join(str(error).split())
+        if stopped():
+            reason = f"stopped by {stopped()}"
+        elif isinstance(error, ImportError) and not isinstance(error, TrainerError):
+            reason += " (pip install matplotlib)"
+        elif not isinstance(error, TrainerError):  # A defect: where it is, at least.
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {reason} ({where.filename}, line {where.lineno})"
+        watcher.say(
+            f"No {output.PAGE_FILE}: {reason.rstrip('.')}. {output.MODEL_FILE} is complete.",
+            "notice",
+        )
 
 
 def render(

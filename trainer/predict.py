@@ -26,7 +26,7 @@ from trainer.errors import OutputError, TrainerError, UsageError
 if TYPE_CHECKING:  # --help loads none of these.
     import numpy as np
 
-    from trainer.images import Digits, Seen
+    from trainer.segmentation import Digits, Seen
 
 PROG = "python -m trainer.predict"
 

@@ -26,7 +26,7 @@ from trainer.errors import DataError, TrainerError
 if TYPE_CHECKING:
     import numpy as np
 
-    from trainer.images import Digits, Seen
+    from trainer.segmentation import Digits, Seen
 
 MEMORY = 900_000_000  # Bytes of data of one process; code is not counted.
 DEADLINE = 60.0  # Seconds for one picture.
@@ -41,8 +41,8 @@ def readers(number: int) -> Iterator[Read]:
 
     Yields:
         What has one read: its path or content, the name for its errors, and how many digits it
-        shows; the future is the picture and its digits, as ``trainer.images`` gives them, or one of
-        its errors.
+        shows; the future is the picture and its digits, as ``trainer.images`` and
+        ``trainer.segmentation`` give them, or one of their errors.
     """
     number = min(number, MOST)
     idle: queue.SimpleQueue[_Reader] = queue.SimpleQueue()
@@ -150,7 +150,7 @@ def _serve() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    from trainer import images
+    from trainer import images, segmentation
 
     while True:
         try:
@@ -161,7 +161,7 @@ def _serve() -> None:
             grey = images.open_image(
                 io.BytesIO(source) if isinstance(source, bytes) else source, name
             )
-            answer = grey, images.find(grey, digits=digits, name=name)
+            answer = grey, segmentation.find(grey, digits=digits, name=name)
         except TrainerError as error:
             answer = type(error)(*error.args)  # Without what its traceback keeps.
         pickle.dump(answer, answers)

@@ -11,7 +11,6 @@ import os
 import platform
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 import trainer
 from trainer import cli, cluster, output
 from trainer.config import TrainConfig
-from trainer.errors import StoppedError, TrainerError, UsageError
+from trainer.errors import StoppedError, UsageError
 
 if TYPE_CHECKING:  # --help loads none of these.
     import keras
@@ -89,7 +88,7 @@ def train(
             if config.tensorflow_logs:
                 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
 
-            from trainer import report, runtime
+            from trainer import page, report, runtime
 
             facts = _facts(config, source, digits)
             if link:
@@ -129,7 +128,15 @@ def train(
                 if chief:
                     manifest = _save(config, model, history, facts, start)
                     keeper.finish()
-                    _draw(config, model, digits, manifest, history, signals, watcher)
+                    page.draw(
+                        config,
+                        model,
+                        digits,
+                        manifest,
+                        history,
+                        stopped=lambda: signals.received,
+                        watcher=watcher,
+                    )
                     _say_result(config, manifest, watcher)
         except KeyboardInterrupt as interrupt:  # Nothing was under way, or it was the second one.
             left = f"What is in {config.output_dir} is as it was."
@@ -375,65 +382,6 @@ def _save(
     metrics = {name: values[-1] for name, values in history.items() if name != "seconds"}
     facts |= {"metrics": metrics, "seconds": round(time.monotonic() - start, 3)}
     return output.save(config.output_dir, model, history, facts)
-
-
-def _draw(
-    config: TrainConfig,
-    model: "keras.Model",
-    digits: "data.Digits",
-    manifest: dict,
-    history: dict[str, list[float]],
-    signals: cli.Signals,
-    watcher: "report.Watcher",
-) -> None:
-    """Draws the report of a run whose files are written. Whatever goes wrong with it is said, and
-    changes no exit code: 0 is for the model, and that is there.
-    """
-
-    def go_on() -> None:
-        if signals.received:
-            raise StoppedError(f"stopped by {signals.received}")
-
-    try:
-        # That of an earlier run would be taken for this one's.
-        output.remove(config.output_dir, output.REPORT_FILES)
-        if not config.report:
-            return
-        watcher.on_predict_begin()
-        go_on()
-        from trainer import evaluate, page
-        from trainer.runtime import keras
-
-        # A copy outside the strategy, under which each pass would need every worker.
-        plain = keras.models.clone_model(model)
-        plain.set_weights(model.get_weights())
-        files = page.render(
-            manifest,
-            history,
-            images=digits.x_test,
-            labels=digits.y_test,
-            probabilities=evaluate.probabilities(
-                plain,
-                digits.x_test,
-                batch_size=config.batch_size // manifest["environment"]["replicas"],
-                after_batch=go_on,
-            ),
-            after_picture=go_on,
-        )
-        output.write(config.output_dir, files)
-    except (Exception, KeyboardInterrupt) as error:
-        reason = " ".join(str(error).split())
-        if signals.received:
-            reason = f"stopped by {signals.received}"
-        elif isinstance(error, ImportError) and not isinstance(error, TrainerError):
-            reason += " (pip install matplotlib)"
-        elif not isinstance(error, TrainerError):  # A defect: where it is, at least.
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {reason} ({where.filename}, line {where.lineno})"
-        watcher.say(
-            f"No {output.PAGE_FILE}: {reason.rstrip('.')}. {output.MODEL_FILE} is complete.",
-            "notice",
-        )
 
 
 def _say_result(config: TrainConfig, manifest: dict, watcher: "report.Watcher") -> None:

@@ -1,0 +1,283 @@
+"""Finds digits in pictures, and lays each as those lie that the network was trained on.
+
+    [seen] = segmentation.find(grey)
+    seen.pixels                                        # uint8 (28, 28), 0 is paper and 255 ink
+
+MNIST's makers scaled each digit into 20×20 pixels, its proportions kept, and put its centre of mass
+into the middle of 28×28 (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist/); so does this.
+It needs no TensorFlow.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from skimage import filters, measure, morphology
+
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from skimage.measure._regionprops import RegionProperties
+
+SHORTEST = 112  # Smaller pictures are enlarged to it: four times MNIST's own.
+
+SIZE, BOX = 28, 20  # The picture of a digit, and what its ink is scaled into.
+STROKE = 2.2  # Width of a stroke of MNIST's in its 28×28; thinner ones are made as wide.
+
+FINE = 80  # Pixels of a digit's longest side while its strokes are measured.
+MAX_PARTS = 500  # In one picture: a page of digits has fewer.
+CONTRAST = 12.0  # Of ink against paper, of 255: less is a blank picture.
+NORMAL = 1.4826  # A median absolute deviation times this is a normal standard deviation.
+
+Digits = Literal["one", "many"]
+
+Box = tuple[int, int, int, int]  # top, left, bottom, right, as scikit-image has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A digit as the network sees it.
+
+    Attributes:
+        pixels: uint8 (28, 28), 0 is paper and 255 ink.
+        box: Where it was found: left, top, right, bottom, in pixels of the picture that was
+            searched.
+        several: Whether what was to be one digit looks like several, side by side.
+    """
+
+    pixels: np.ndarray
+    box: tuple[int, int, int, int]
+    several: bool = False
+
+
+def find(grey: np.ndarray, *, digits: Digits = "one", name: str = "the picture") -> list[Seen]:
+    """Finds the digits in a picture, dark on light or light on dark.
+
+    Args:
+        grey: uint8 (h, w), as ``images.open_image`` gives it.
+        digits: ``one``: all the ink is one digit; ``many``: digits apart from each other, which
+            come line by line, left to right.
+        name: What errors call the picture.
+
+    Returns:
+        At least one.
+
+    Raises:
+        DataError: There is no ink, or nothing that could be a digit.
+    """
+    scale = max(1.0, SHORTEST / max(grey.shape))
+    picture = grey.astype(np.float32)
+    if scale > 1:
+        picture = _resize(picture, tuple(round(side * scale) for side in grey.shape))
+    depth, ink = _ink(picture)
+    if not ink.any():
+        raise DataError(f"Expected a digit in {name}. Received: a blank picture, without ink.")
+    labels = measure.label(ink, connectivity=2)
+    boxes = _parts(labels)
+    if not boxes:
+        raise DataError(f"Expected a digit in {name}. Received: a picture of specks alone.")
+    if len(boxes) > MAX_PARTS:  # Comparing each with each other takes minutes.
+        raise DataError(
+            f"Expected a digit in {name}. Received: a picture of {len(boxes):,} shapes; "
+            f"{MAX_PARTS} are the most."
+        )
+    groups, several = _apart(boxes), False
+    if digits == "one":
+        groups, several = [list(boxes)], len(groups) > 1
+    found = []
+    for group in groups:
+        top, left, bottom, right = _union(boxes[label] for label in group)
+        here = np.s_[top:bottom, left:right]
+        pixels = _normalise(depth[here], np.isin(labels[here], group))
+        box = tuple(round(edge / scale) for edge in (left, top, right, bottom))
+        found.append(Seen(pixels, box, several and right - left > bottom - top))
+    return found
+
+
+def _ink(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how far each pixel is from the paper, float32 (h, w), 0 for paper, and which are
+    ink, bool (h, w).
+    """
+    smooth = ndimage.gaussian_filter(picture, max(picture.shape) / 320, mode="nearest")
+    noise = NORMAL * float(np.median(np.abs(picture - smooth)))
+    flat = smooth - _light(smooth)
+    if np.abs(flat).max() < CONTRAST:
+        return flat, np.zeros(flat.shape, bool)
+    # Lit evenly or not: whichever leaves ink and paper further apart.
+    flat = max((smooth, flat), key=_separability)
+    light = flat > _threshold(flat)
+    if _is_light_ink(light):
+        flat, light = -flat, ~light
+    depth = float(np.median(flat[light])) - flat
+    if _full(depth[~light]) < max(CONTRAST, 4 * noise):
+        return depth, np.zeros_like(light)
+    return depth, ~light
+
+
+def _full(depth: np.ndarray) -> float:
+    """Returns the depth of a stroke's middle, from those of all its pixels."""
+    return float(np.percentile(depth, 70))
+
+
+def _light(picture: np.ndarray) -> np.ndarray:
+    """Returns the light of the paper under its ink: the quadratic surface through it, fitted anew
+    without what lies far from it.
+    """
+    side = 32
+    values = _resize(picture, (side, side)).reshape(-1)
+    y, x = np.meshgrid(np.linspace(-1, 1, side), np.linspace(-1, 1, side), indexing="ij")
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
+    near = np.ones(len(values), bool)
+    for _ in range(6):
+        # Least squares by its normal equations: np.linalg.lstsq starts threads, which on a busy
+        # machine wait for each other.
+        these = terms[near]
+        squares = these.T @ these + 1e-6 * np.eye(6)  # Never singular.
+        coefficients = np.linalg.solve(squares, these.T @ values[near])
+        surface = terms @ coefficients
+        distance = np.abs(values - surface)
+        near = distance <= max(2.5 * NORMAL * float(np.median(distance)), 2.0)
+    return _resize(surface.reshape(side, side).astype(np.float32), picture.shape)
+
+
+def _threshold(picture: np.ndarray) -> float:
+    return float(filters.threshold_otsu(picture)) if np.ptp(picture) > 1 else float(picture.max())
+
+
+def _separability(picture: np.ndarray) -> float:
+    """Returns the part of the variance that lies between the two classes at the best threshold,
+    Otsu's measure of how good that is (https://doi.org/10.1109/TSMC.1979.4310076).
+    """
+    above = picture > _threshold(picture)
+    if not above.any():
+        return 0.0
+    part = above.mean()
+    apart = picture[above].mean() - picture[~above].mean()
+    return float(part * (1 - part) * apart**2 / picture.var())
+
+
+def _is_light_ink(light: np.ndarray) -> bool:
+    """Whether the light part is the ink: paper is most of the picture, and where a digit fills
+    it, most of its edge.
+    """
+    part = light.mean()
+    if 0.3 < part < 0.7:
+        edge = np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]])
+        return edge.mean() < 0.5
+    return part < 0.5
+
+
+def _parts(labels: np.ndarray) -> dict[int, Box]:
+    """Returns the labelled parts that digits are made of, without specks."""
+    regions = measure.regionprops(labels)
+    longest = max(map(_side, regions))
+    parts = [part for part in regions if _side(part) >= 0.15 * longest and part.area >= 12]
+    # A shadow or the table's edge comes in from the border; digits seldom do.
+    inner = [part for part in parts if not _touches(part.bbox, labels.shape)]
+    if sum(part.area for part in inner) >= 0.2 * sum(part.area for part in parts):
+        parts = inner
+    return {part.label: part.bbox for part in parts}
+
+
+def _side(part: "RegionProperties") -> int:
+    top, left, bottom, right = part.bbox
+    return max(bottom - top, right - left)
+
+
+def _touches(box: Box, shape: tuple[int, int]) -> bool:
+    top, left, bottom, right = box
+    return top == 0 or left == 0 or bottom == shape[0] or right == shape[1]
+
+
+def _apart(boxes: dict[int, Box]) -> list[list[int]]:
+    """Groups parts into digits, line by line and left to right.
+
+    >>> _apart({1: (0, 50, 40, 70), 2: (10, 0, 40, 20), 3: (0, 2, 8, 20), 4: (36, 80, 40, 84)})
+    [[2, 3], [1]]
+    """
+    tallest = max(bottom - top for top, _, bottom, _ in boxes.values())
+    tall = float(
+        np.median([b - t for t, _, b, _ in boxes.values() if b - t > tallest / 2])
+    )  # of a digit
+    groups: list[tuple[Box, list[int]]] = []
+    for label, box in sorted(boxes.items(), key=lambda item: item[1][0] - item[1][2]):
+        mine = [group for group in groups if _belong(group[0], box, tall)]
+        groups = [group for group in groups if group not in mine]
+        members = [label, *(other for _, others in mine for other in others)]
+        groups.append((_union([box, *(other for other, _ in mine)]), sorted(members)))
+    # Points, commas and dashes are no digits.
+    groups = [group for group in groups if group[0][2] - group[0][0] > 0.45 * tall]
+    lines: list[list[tuple[Box, list[int]]]] = []
+    for group in sorted(groups):
+        top, _, bottom, _ = group[0]
+        for line in lines:
+            above, _, below, _ = _union([box for box, _ in line])
+            if above < (top + bottom) / 2 < below:
+                line.append(group)
+                break
+        else:
+            lines.append([group])
+    return [members for line in lines for _, members in sorted(line, key=lambda g: g[0][1])]
+
+
+def _belong(one: Box, other: Box, tall: float) -> bool:
+    """Whether two parts are one digit's: above each other and near, as the bar of a 5."""
+    narrower = min(one[3] - one[1], other[3] - other[1])
+    beside = min(one[3], other[3]) - max(one[1], other[1])
+    gap = max(one[0], other[0]) - min(one[2], other[2])
+    top, _, bottom, _ = _union([one, other])
+    return beside > 0.5 * narrower and gap < 0.3 * tall and bottom - top < 1.5 * tall
+
+
+def _union(boxes: Iterable[Box]) -> Box:
+    tops, lefts, bottoms, rights = zip(*boxes, strict=True)
+    return min(tops), min(lefts), max(bottoms), max(rights)
+
+
+def _normalise(depth: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Scales a digit into 20×20 and puts its centre of mass into the middle of 28×28.
+
+    Args:
+        depth: float32 (h, w), of the digit's box alone, 0 for paper.
+        mask: bool (h, w), what of it is the digit.
+    """
+    ink = np.clip(depth / _full(depth[mask]), 0, 1)
+    scale = FINE / max(ink.shape)
+    shape = tuple(max(1, round(side * scale)) for side in ink.shape)
+    edge = ndimage.binary_dilation(mask, iterations=max(2, round(1 / scale)))  # It is soft.
+    digit = _widen(np.clip(_resize(np.where(edge, ink, 0), shape), 0, 1))
+    scale = BOX / max(digit.shape)
+    shape = tuple(max(1, round(side * scale)) for side in digit.shape)
+    small = _resize(digit, shape)
+    small = np.clip(small / max(float(np.percentile(small, 99)), 1e-6), 0, 1)
+    picture = np.zeros((SIZE, SIZE), np.float32)
+    # Where it lies in MNIST: at (14.0, 14.0) in the mean of its test images.
+    places = [
+        min(max(round(SIZE / 2 - middle), 0), SIZE - side)
+        for middle, side in zip(ndimage.center_of_mass(small), shape, strict=True)
+    ]
+    picture[tuple(slice(at, at + side) for at, side in zip(places, shape, strict=True))] = small
+    return (picture * 255).round().astype(np.uint8)
+
+
+def _widen(digit: np.ndarray) -> np.ndarray:
+    """Gives thin strokes the width of MNIST's pens."""
+    mask = np.pad(digit > 0.5, 1)
+    middle = morphology.skeletonize(mask)
+    width = 2 * float(np.median(ndimage.distance_transform_edt(mask)[middle]))
+    radius = (STROKE * max(digit.shape) / BOX - width) / 2
+    if radius < 0.5:
+        return digit
+    padded = np.pad(digit, int(np.ceil(radius)))
+    distance = ndimage.distance_transform_edt(padded <= 0.5)
+    return np.maximum(padded, np.clip(radius + 0.5 - distance, 0, 1)).astype(np.float32)
+
+
+def _resize(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Makes another size of float32 (h, w), smoothly, as a mean where it is smaller."""
+    shrinks = shape[0] * shape[1] < values.size
+    filter = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(values).resize(shape[::-1], filter))
