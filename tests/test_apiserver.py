@@ -1,6 +1,9 @@
 """What is said of an API server's refusals; ``tests/cluster`` has a real one."""
 
 import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from kubernetes.client import ApiException
@@ -81,3 +84,52 @@ def test_a_refusal_is_one_line_in_the_servers_words(kubeconfig, error, kind, say
     assert type(caught.value) is kind
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Lists nothing, after a while, and then has no more to say."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.asked.release()
+        watch = "watch=true" in self.path.lower()
+        if not watch:
+            time.sleep(0.5)
+        answer = b'{"metadata": {"resourceVersion": "1"}, "items": []}'
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(1000 if watch else len(answer)))
+        self.end_headers()
+        if watch:
+            self.server.over.wait()
+        else:
+            self.wfile.write(answer)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("requests", [1, 2], ids=["is asked for a list", "is watched"])
+def test_nothing_is_read_any_more_after_it_is_left(kubeconfig, requests):
+    # In a thread that is still in the client at the end of the process, which then is aborted.
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as http:
+        http.asked, http.over = threading.Semaphore(0), threading.Event()
+        threading.Thread(target=http.serve_forever).start()
+        try:
+            address = f"http://127.0.0.1:{http.server_port}"
+            kubeconfig(clusters=[{"name": "c", "cluster": {"server": address}}])
+            server = Server()
+            read = []
+            reader = threading.Thread(
+                target=lambda: read.extend(server.changes("Pod")), daemon=True
+            )
+            reader.start()
+            for _ in range(requests):
+                assert http.asked.acquire(timeout=30)
+            server.leave([reader])
+            assert not reader.is_alive()
+            assert read[0].type == "LISTED"
+        finally:
+            http.over.set()
+            http.shutdown()

@@ -12,8 +12,9 @@ import functools
 import json
 import logging
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from trainer.errors import ConfigurationError, TrainerError
@@ -35,6 +36,7 @@ FIELD_MANAGER = "digits-trainer"
 CONNECT = 10.0  # Seconds in which a server answers.
 WATCH = 60  # Seconds after which a watch is begun anew: a dead connection is not noticed else.
 RETRY = 1.0  # Seconds between two tries of what goes on for ever.
+LEAVE = 3.0  # Seconds in which what goes on in other threads ends.
 
 
 class Change(NamedTuple):
@@ -110,6 +112,35 @@ class Server:
             ) from None
         self.namespace = namespace or found.get("namespace") or "default"
         self.client = kubernetes.client.ApiClient(self.configuration)
+        self.left = threading.Event()
+        self.watches: set[kubernetes.watch.Watch] = set()
+
+    def leave(self, threads: Sequence[threading.Thread]) -> None:
+        """Ends what ``changes`` and ``log_lines`` yield, and waits for the threads that read it.
+
+        A thread that is in the client while the interpreter ends aborts the process (SIGABRT): up
+        to Python 3.13 the interpreter ends such a thread by unwinding its stack, and the client's
+        checks of its arguments (pydantic) are in Rust, which does not let itself be unwound.
+
+        Args:
+            threads: One that waits for an answer of a dead connection is not waited for.
+        """
+        self.left.set()
+        end = time.monotonic() + LEAVE
+        while any(thread.is_alive() for thread in threads) and time.monotonic() < end:
+            for watch in list(self.watches):
+                watch.stop()  # Of no effect between two connections, hence again and again.
+            for thread in threads:
+                thread.join(LEAVE / 100)
+
+    @contextlib.contextmanager
+    def _watch(self) -> Iterator:
+        watch = self.kubernetes.watch.Watch()
+        self.watches.add(watch)
+        try:
+            yield watch
+        finally:
+            self.watches.discard(watch)
 
     def _context(self, name: str | None) -> dict:
         """Returns what the kubeconfig file says of a context; None: of the current one."""
@@ -151,8 +182,8 @@ class Server:
             self._call("delete", kind, name, propagation_policy="Background")
 
     def changes(self, kind: Kind, **selectors: str) -> Iterator[Change]:
-        """Yields what there is, and then each change, for ever: a watch that ends or drops is
-        begun anew.
+        """Yields what there is, and then each change, until ``leave``: a watch that ends or drops
+        is begun anew.
 
         Args:
             kind: Of which objects.
@@ -161,46 +192,49 @@ class Server:
         Raises:
             RefusedError: Trying again does not help.
         """
-        while True:
+        while not self.left.is_set():
             try:
                 listed = self._plain(self._method("list", kind)(**selectors, **self._limits()))
                 yield Change("LISTED", listed["items"])
-                for event in self.kubernetes.watch.Watch().stream(
-                    self._method("list", kind),
-                    **selectors,
-                    resource_version=listed["metadata"]["resourceVersion"],
-                    timeout_seconds=WATCH,
-                    _request_timeout=(CONNECT, WATCH + CONNECT),
-                ):
-                    if event:  # None: a line that was cut
-                        yield Change(event["type"], [event["raw_object"]])
+                with self._watch() as watch:
+                    for event in watch.stream(
+                        self._method("list", kind),
+                        **selectors,
+                        resource_version=listed["metadata"]["resourceVersion"],
+                        timeout_seconds=WATCH,
+                        _request_timeout=(CONNECT, WATCH + CONNECT),
+                    ):
+                        if event:  # None: a line that was cut
+                            yield Change(event["type"], [event["raw_object"]])
             except self.failures as error:
                 known = self._error(error)
                 if isinstance(known, RefusedError):
                     raise known from error
                 if getattr(error, "status", None) != 410:  # Gone: the list begins anew.
                     yield Change("LOST", [], str(known))
-                    time.sleep(RETRY)
+                    self.left.wait(RETRY)
 
     def log_lines(self, pod: str) -> Iterator[str]:
-        """Yields what a pod's container has written and writes, until it has ended or is gone.
+        """Yields what a pod's container has written and writes, until it has ended or is gone, or
+        until ``leave``.
 
         Raises:
             RefusedError: This user may not read it.
         """
         seen = 0
-        while True:
+        while not self.left.is_set():
             whole = False
             try:
-                lines = self.kubernetes.watch.Watch().stream(
-                    self._method("read", "Pod", "log"),
-                    name=pod,
-                    _request_timeout=(CONNECT, WATCH + CONNECT),
-                )
-                for number, line in enumerate(lines):
-                    if number >= seen:  # The others were there before the connection was lost.
-                        seen += 1
-                        yield line
+                with self._watch() as watch:
+                    lines = watch.stream(
+                        self._method("read", "Pod", "log"),
+                        name=pod,
+                        _request_timeout=(CONNECT, WATCH + CONNECT),
+                    )
+                    for number, line in enumerate(lines):
+                        if number >= seen:  # The others were there before the connection was lost.
+                            seen += 1
+                            yield line
                 whole = True
             except self.failures as error:
                 known = self._error(error)
@@ -210,7 +244,7 @@ class Server:
                 found = self.get("Pod", pod)
                 if found is None or (whole and found["status"]["phase"] in ("Succeeded", "Failed")):
                     return
-            time.sleep(RETRY)
+            self.left.wait(RETRY)
 
     def read_file(self, pod: str, path: str) -> bytes:
         """Reads a file in a pod's container, which has ``cat``."""

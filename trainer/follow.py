@@ -75,15 +75,18 @@ def follow(
         RefusedError: The server does not let this user see Jobs or pods, or no more.
     """
     watched = Watched(server, name, screen, old_events=old_events)
-    watched.start()
-    while not stop():
-        try:
-            kind, change = watched.changes.get(timeout=TICK)
-        except queue.Empty:
-            continue
-        watched.take(kind, change)
-        if watched.ended:
-            return watched.outcome()
+    try:
+        watched.start()
+        while not stop():
+            try:
+                kind, change = watched.changes.get(timeout=TICK)
+            except queue.Empty:
+                continue
+            watched.take(kind, change)
+            if watched.ended:
+                return watched.outcome()
+    finally:
+        server.leave(watched.threads)
     return None
 
 
@@ -102,6 +105,7 @@ class Watched:
         self.lost: set[str] = set()  # the kinds of objects that cannot be watched now
         self.said: dict[tuple, str] = {}
         self.logs: dict[str, threading.Thread] = {}
+        self.threads: list[threading.Thread] = []
         self.skip_events = not old_events
         self.changes: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -128,6 +132,7 @@ class Watched:
 
         thread = threading.Thread(target=put, daemon=True)
         thread.start()
+        self.threads.append(thread)
         return thread
 
     def take(self, kind: str, change: Change | str | Exception) -> None:

@@ -123,7 +123,7 @@ def test_it_detaches_and_comes_back_whatever_the_connection_does(
     name = run.until("Starting").split()[1]
     run.until("training and")
     run.process.send_signal(signal.SIGINT)
-    assert run.end(seconds=20) == 75
+    assert run.end(seconds=20) == 75, run.text
     assert f"detached; {name} goes on. python -m trainer.submit --attach {name}" in run.lines[-1]
 
     again = submit("--attach", name, kubeconfig=proxy.kubeconfig)
@@ -220,7 +220,7 @@ def test_a_pod_that_does_not_start_says_why(namespace, submit, flags, reason):
     run = submit(*flags)
     run.until(*reason)
     run.process.send_signal(signal.SIGINT)
-    assert run.end(seconds=20) == 75
+    assert run.end(seconds=20) == 75, run.text
 
 
 def test_a_claim_that_is_not_bound_is_said(namespace, submit):
