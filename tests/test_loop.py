@@ -155,6 +155,16 @@ def test_a_loss_that_is_not_finite_names_epoch_and_step(few):
         fit(network, few.x_train, few.y_train)
 
 
+def test_weights_that_are_not_finite_are_named_and_kept_from_whoever_saves_them(few):
+    def loss(y, output):  # Finite, and its gradient is 0/0.
+        return model.LOSS(y, output) + tf.sqrt(0.0 * output[:, 0])
+
+    seen = []
+    with pytest.raises(NotFiniteError, match=r"kernel with NaN or infinity in epoch 1, step 1\."):
+        fit(cnn(), few.x_train, few.y_train, loss=loss, after_call=seen.append)
+    assert not seen
+
+
 def test_a_loss_that_becomes_infinite_is_found_in_its_step(few):
     with pytest.raises(NotFiniteError, match=r"in epoch 1, step [2-8]\. Use a smaller"):
         fit(cnn(optimizer="sgd", learning_rate=1e30), few.x_train, few.y_train)

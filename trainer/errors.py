@@ -35,7 +35,7 @@ class InputError(TrainerError):
 
 
 class NotFiniteError(TrainerError):
-    """The loss became NaN or infinite."""
+    """The loss or the weights became NaN or infinite."""
 
     exit_code = 70
 

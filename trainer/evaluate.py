@@ -119,7 +119,8 @@ def probabilities(
         float32 (n, 10), of each digit.
 
     Raises:
-        NotFiniteError: The network gives something else: its weights overflow.
+        NotFiniteError: The network gives something else: its weights overflow. What overflows in
+            front of the pooling may stay unseen (see ``trainer.loop``).
     """
     import numpy as np
 

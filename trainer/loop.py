@@ -22,6 +22,8 @@ from trainer.strategy import Workers, separate_seeds
 
 SECONDS_PER_CALL = 1.0  # A call this long hides what a call costs, and lets progress be seen.
 
+_REMEDY = "Use a smaller --learning-rate; files of an earlier run are as they were."
+
 PerExample = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
@@ -67,7 +69,8 @@ def fit(
         the prefix ``val_``, and ``seconds``, which the epoch took.
 
     Raises:
-        NotFiniteError: The loss became NaN or infinite; the message names epoch and step.
+        NotFiniteError: The loss became NaN or infinite; the message names epoch and step. Or the
+            weights did, which ``after_call`` never sees.
     """
     separate_seeds(model)
     functions = {"loss": loss, **metrics}
@@ -90,6 +93,7 @@ def fit(
         ):
             totals.add(rows, where, position.step)
             position.step += len(rows)
+            _check(model, f"{where}, step {position.step}")
             position.steps += len(rows)
             position.totals = totals.sums.tolist()
             position.seconds = clock() - start
@@ -137,6 +141,20 @@ def evaluate(
     for rows in _calls(_compile(step, len(functions), strategy), data, strategy, None):
         totals.add(rows, "in the evaluation")
     return totals.means()
+
+
+def _check(model: keras.Model, where: str) -> None:
+    """Raises ``NotFiniteError`` for a weight that is NaN or infinite.
+
+    The loss does not tell: on a processor with AVX-512, oneDNN's pooling takes the largest of what
+    is not NaN, and what is behind it looks sound (TensorFlow 2.21).
+    """
+    for weights in model.trainable_variables:
+        if not tf.reduce_all(tf.math.is_finite(weights)):
+            raise NotFiniteError(
+                f"Expected a finite loss and finite weights. Received: {weights.path} with NaN or "
+                f"infinity {where}. {_REMEDY}"
+            )
 
 
 def _train_step(
@@ -282,8 +300,7 @@ class _Totals:
         for number, row in enumerate(rows, start=before + 1):
             if not math.isfinite(row[1]):
                 raise NotFiniteError(
-                    f"Expected a finite loss. Received: {row[1]} {where}, step {number}. "
-                    "Use a smaller --learning-rate; files of an earlier run are as they were."
+                    f"Expected a finite loss. Received: {row[1]} {where}, step {number}. {_REMEDY}"
                 )
             self.sums += row
         self.steps += len(rows)

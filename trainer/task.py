@@ -181,7 +181,7 @@ def fit(
 
     Raises:
         UsageError: The batch size does not divide among the replicas.
-        NotFiniteError: The loss became NaN or infinite.
+        NotFiniteError: The loss or the weights became NaN or infinite.
         StoppedError: The keeper was asked to stop, and has saved where the run is.
     """
     from trainer import loop, model, pipeline
