@@ -206,9 +206,10 @@ def test_a_drawn_7_is_a_7_until_it_is_cleared(server):
         expect(answer).to_have_text("7")
         expect(page.get_by_test_id("label").locator("dt")).to_have_count(10)
         seen = page.locator("#seen img")
-        expect(seen).to_be_visible()
-        sizes = "e => [e.naturalWidth, e.naturalHeight, e.width, e.height]"
-        assert seen.evaluate(sizes) == [28, 28, 224, 224]
+        # Waits: its place is there before its pixels are.
+        for name, pixels in {"naturalWidth": 28, "naturalHeight": 28}.items():
+            expect(seen).to_have_js_property(name, pixels)
+        assert seen.evaluate("e => [e.width, e.height]") == [224, 224]
         page.get_by_role("button", name="Clear").click()
         expect(answer).to_have_count(0)
         expect(seen).to_have_count(0)
