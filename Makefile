@@ -13,6 +13,9 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 EXTRA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
+# What an installation is made of, the code apart.
+INSTALLED = setup.py trainer/__init__.py $(wildcard trainer/winograd.*)
+
 TARGET ?= cpu
 IMAGE ?= digits-trainer:$(VERSION)$(if $(filter-out cpu,$(TARGET)),-$(TARGET))
 IMAGE_BUILD ?= docker build
@@ -78,12 +81,12 @@ notebook: $(VENV)/.installed-$(EXTRA)-test
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 
-$(VENV)/.installed-%-test: setup.py trainer/__init__.py $(VENV)/bin/python
+$(VENV)/.installed-%-test: $(INSTALLED) $(VENV)/bin/python
 	@echo "Installing TensorFlow ($*) and the tests' packages into $(VENV): a minute or two"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*,test]"
 	@touch $@
 
-$(VENV)/.installed-%: setup.py trainer/__init__.py $(VENV)/bin/python
+$(VENV)/.installed-%: $(INSTALLED) $(VENV)/bin/python
 	@echo "Installing TensorFlow ($*) into $(VENV): a minute or two"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@

@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 
@@ -57,6 +57,20 @@ setup(
             "assets/k8s/*.yaml",
         ]
     },
+    # The fast step. It includes nothing of Python's, so one file serves all its versions; where it
+    # cannot be compiled (no gcc or clang), the package goes without.
+    ext_modules=[
+        Extension(
+            "trainer._winograd",
+            ["trainer/winograd.c"],
+            depends=["trainer/winograd.h"],
+            extra_compile_args=["-O3", "-fno-math-errno"],
+            libraries=["dl", "pthread"],  # of their own before glibc 2.34
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     # Keras 3.15 needs 3.11; TensorFlow 2.21 has no wheels for 3.14.
     python_requires=">=3.11,<3.14",
     install_requires=[

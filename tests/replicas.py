@@ -20,6 +20,7 @@ from trainer import (
     cluster,
     config,
     data,
+    fast,
     loop,
     model,
     output,
@@ -42,8 +43,19 @@ class Record(keras.optimizers.SGD):
         self.assign(self.kept[self._get_variable_index(variable)], gradient)
 
 
-def train(chosen, digits, *, batch_size, optimizer=None, dropout=False, folder=None, stop_at=None):
-    """Trains the CNN for an epoch; returns it, its history, and every step's loss and gradients.
+def train(
+    chosen,
+    digits,
+    *,
+    batch_size,
+    optimizer=None,
+    dropout=False,
+    folder=None,
+    stop_at=None,
+    kind="auto",
+):
+    """Trains the CNN for an epoch, by the fast step or (``off``) Keras'; returns it, its history,
+    and every step's loss and gradients.
 
     With a folder it goes on from the checkpoint there, and stops after a number of steps.
     """
@@ -71,7 +83,9 @@ def train(chosen, digits, *, batch_size, optimizer=None, dropout=False, folder=N
             keeper.after_call(position)
 
     history = {}
-    with contextlib.suppress(StoppedError):
+    step = fast.choose(kind, chosen, threads=2)
+    assert (step.name == "keras") == (kind == "off")
+    with contextlib.suppress(StoppedError), step.step(cnn) as forward:
         history = loop.fit(
             cnn,
             lambda epoch: pipeline.train_batches(
@@ -83,6 +97,7 @@ def train(chosen, digits, *, batch_size, optimizer=None, dropout=False, folder=N
             metrics=model.METRICS,
             epochs=1,
             preprocess=model.preprocess,
+            forward=forward,
             steps_per_execution=1,
             position=position,
             after_call=after_call,

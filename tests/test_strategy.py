@@ -168,7 +168,9 @@ def test_the_step_can_be_compiled_for_a_device_with_static_shapes_only(mnist):
     network.optimizer.build(network.trainable_variables)
     functions = {"loss": model.LOSS, **model.METRICS}
     step = tf.function(
-        loop._train_step(network, functions, model.preprocess), jit_compile=True, autograph=False
+        loop._train_step(network, network, functions, model.preprocess),
+        jit_compile=True,
+        autograph=False,
     )
     batch = next(
         iter(pipeline.train_batches(digits.x_train, digits.y_train, batch_size=8, seed=0, epoch=0))

@@ -38,6 +38,7 @@ def fit(
     metrics: Mapping[str, PerExample],
     epochs: int,
     preprocess: Preprocess | None = None,
+    forward: Callable[..., tf.Tensor] | None = None,
     steps_per_execution: int | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     position: Position | None = None,
@@ -56,6 +57,8 @@ def fit(
         metrics: By name, functions like ``loss``.
         epochs: How many.
         preprocess: Applied to ``(x, y)`` on the device, inside the step.
+        forward: What is called for ``model``, as ``forward(x, training=True)``, to the same effect;
+            None: ``model`` itself.
         steps_per_execution: Steps in one call; None: as many as take about a second.
         callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` come once a
             call, with the number of the last step, counted from 0, and the means so far.
@@ -75,8 +78,9 @@ def fit(
     separate_seeds(model)
     functions = {"loss": loss, **metrics}
     prepare = preprocess or (lambda x, y: (x, y))
-    train = _compile(_train_step(model, functions, prepare), len(functions), strategy)
-    test = _compile(_test_step(model, functions, prepare), len(functions), strategy)
+    forward = forward or model
+    train = _compile(_train_step(model, forward, functions, prepare), len(functions), strategy)
+    test = _compile(_test_step(forward, functions, prepare), len(functions), strategy)
     position = position or Position()
     listeners = keras.callbacks.CallbackList(list(callbacks), model=model)
     model.stop_training = False
@@ -158,7 +162,10 @@ def _check(model: keras.Model, where: str) -> None:
 
 
 def _train_step(
-    model: keras.Model, functions: Mapping[str, PerExample], preprocess: Preprocess
+    model: keras.Model,
+    forward: Callable[..., tf.Tensor],
+    functions: Mapping[str, PerExample],
+    preprocess: Preprocess,
 ) -> Callable[..., tf.Tensor]:
     def step(
         x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
@@ -166,7 +173,7 @@ def _train_step(
         x, y = preprocess(x, y)
         replica = tf.distribute.get_replica_context()
         with tf.GradientTape() as tape:
-            sums = _sums(functions, y, model(x, training=True), sample_weight)
+            sums = _sums(functions, y, forward(x, training=True), sample_weight)
             objective = sums[1] / tf.cast(examples, sums.dtype)
             if model.losses:  # Regularisation: once a batch, so a share of it in every replica.
                 objective += tf.add_n(model.losses) / replica.num_replicas_in_sync
@@ -178,13 +185,15 @@ def _train_step(
 
 
 def _test_step(
-    model: keras.Model, functions: Mapping[str, PerExample], preprocess: Preprocess
+    forward: Callable[..., tf.Tensor],
+    functions: Mapping[str, PerExample],
+    preprocess: Preprocess,
 ) -> Callable[..., tf.Tensor]:
     def step(
         x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
     ) -> tf.Tensor:
         x, y = preprocess(x, y)
-        return _sums(functions, y, model(x, training=False), sample_weight)
+        return _sums(functions, y, forward(x, training=False), sample_weight)
 
     return step
 

@@ -88,7 +88,7 @@ def train(
             if config.tensorflow_logs:
                 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
 
-            from trainer import page, report, runtime
+            from trainer import fast, page, report, runtime
 
             facts = _facts(config, source, digits)
             if link:
@@ -109,6 +109,10 @@ def train(
                 watcher.say(_announcement(config, digits), "start", **facts)
                 replicas = chosen.strategy.num_replicas_in_sync
                 watcher.say(chosen.reason, "strategy", replicas=replicas)
+                step = fast.choose(config.fast, chosen.strategy, threads=config.threads)
+                facts["environment"]["step"] = step.name
+                if step.reason:
+                    watcher.say(step.reason, "step")
                 keeper = _keeper(config, facts, chosen.strategy, signals, watcher)
                 callbacks = [watcher]
                 if config.tensorboard and chief:
@@ -184,7 +188,7 @@ def fit(
         NotFiniteError: The loss or the weights became NaN or infinite.
         StoppedError: The keeper was asked to stop, and has saved where the run is.
     """
-    from trainer import loop, model, pipeline
+    from trainer import fast, loop, model, pipeline
     from trainer.strategy import check_batch_size
 
     if strategy is None:
@@ -195,25 +199,27 @@ def fit(
             optimizer=config.optimizer, learning_rate=config.learning_rate, seed=config.seed
         )
     hooks = {"position": keeper.restore(cnn), "after_call": keeper.after_call} if keeper else {}
-    history = loop.fit(
-        cnn,
-        lambda epoch: pipeline.train_batches(
-            digits.x_train,
-            digits.y_train,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            epoch=epoch,
-        ),
-        pipeline.test_batches(digits.x_test, digits.y_test, batch_size=config.batch_size),
-        strategy=strategy,
-        loss=model.LOSS,
-        metrics=model.METRICS,
-        epochs=config.epochs,
-        preprocess=model.preprocess,
-        steps_per_execution=config.steps_per_execution,
-        callbacks=callbacks,
-        **hooks,
-    )
+    with fast.choose(config.fast, strategy, threads=config.threads).step(cnn) as forward:
+        history = loop.fit(
+            cnn,
+            lambda epoch: pipeline.train_batches(
+                digits.x_train,
+                digits.y_train,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                epoch=epoch,
+            ),
+            pipeline.test_batches(digits.x_test, digits.y_test, batch_size=config.batch_size),
+            strategy=strategy,
+            loss=model.LOSS,
+            metrics=model.METRICS,
+            epochs=config.epochs,
+            preprocess=model.preprocess,
+            forward=forward,
+            steps_per_execution=config.steps_per_execution,
+            callbacks=callbacks,
+            **hooks,
+        )
     return cnn, history
 
 
