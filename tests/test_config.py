@@ -36,6 +36,7 @@ def test_the_default_is_the_recipe():
         ("learning_rate", -1.0),
         ("learning_rate", "1"),
         ("optimizer", "adadelt"),
+        ("fast", "on"),
         ("log_format", "xml"),
         ("data", ""),
     ],

@@ -28,6 +28,7 @@ from trainer.errors import ConfigurationError, DataError, InputError, UsageError
 
 IMAGE_SHAPE = (28, 28)
 NUM_CLASSES = 10
+ALIGNMENT = 64  # bytes; EIGEN_MAX_ALIGN_BYTES of TensorFlow's builds
 
 # Digits.sha256 of MNIST as its makers published it: 60,000 and 10,000 examples.
 MNIST_SHA256 = "796354bf1a5bdb3f752e23f487245288f2c35b1e0bc343e07448cffbb5f56624"
@@ -73,7 +74,8 @@ class Digits:
                     f"Expected one label for each image. Received: {len(getattr(self, images))} "
                     f"images in {images} and {len(getattr(self, labels))} labels in {labels}."
                 )
-            object.__setattr__(self, labels, getattr(self, labels).astype(np.uint8))
+            object.__setattr__(self, images, _aligned(getattr(self, images)))
+            object.__setattr__(self, labels, _aligned(getattr(self, labels).astype(np.uint8)))
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -288,6 +290,19 @@ def _load_tfds(name: str) -> Digits:
         arrays[f"x_{part}"] = images[..., 0] if images.shape[-1:] == (1,) else images
         arrays[f"y_{part}"] = examples["label"]
     return Digits(**arrays)
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """Returns the array, or a copy of it, that begins where TensorFlow wants its tensors to: it can
+    then use the same memory.
+    """
+    if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned[...] = array
+    return aligned
 
 
 def _check_images(name: str, images: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """The report of a run: one page that needs nothing but itself, and its curves as a picture.
 
-    page.draw(config, model, digits, manifest, history, stopped=…, watcher=…)
+    page.draw(config, model, manifest, history, images=…, labels=…, stopped=…, watcher=…)
     # report.html, curves.png
 
 The page holds its style and its pictures (``data:`` URIs). It has no script, and a policy of its
@@ -27,17 +27,17 @@ from trainer.scores import Scores
 if TYPE_CHECKING:
     import keras
 
-    from trainer.data import Digits
     from trainer.report import Watcher
 
 
 def draw(
     config: TrainConfig,
     model: "keras.Model",
-    digits: "Digits",
     manifest: dict,
     history: Mapping[str, Sequence[float]],
     *,
+    images: np.ndarray,
+    labels: np.ndarray,
     stopped: Callable[[], str | None],
     watcher: "Watcher",
 ) -> None:
@@ -47,9 +47,10 @@ def draw(
     Args:
         config: The run's; its folder is under ``output.claim``.
         model: As it was trained.
-        digits: What it was trained and tested on.
         manifest: As ``mnist.json`` has it.
         history: As ``history.json`` has it.
+        images: The test images, uint8 (n, 28, 28).
+        labels: Their digits, integers (n,).
         stopped: Gives the name of the signal that has come, if one has.
         watcher: What the run is watched by.
     """
@@ -73,11 +74,11 @@ def draw(
         files = render(
             manifest,
             history,
-            images=digits.x_test,
-            labels=digits.y_test,
+            images=images,
+            labels=labels,
             probabilities=evaluate.probabilities(
                 plain,
-                digits.x_test,
+                images,
                 batch_size=config.batch_size // manifest["environment"]["replicas"],
                 after_batch=go_on,
             ),

@@ -12,6 +12,7 @@ beside ``from_tensor_slices().cache().shuffle(60000).batch(128)``.
 
 import numpy as np
 
+from trainer.data import ALIGNMENT
 from trainer.runtime import tf
 
 
@@ -59,10 +60,10 @@ def _batches(x: np.ndarray, y: np.ndarray, batch_size: int, order: np.ndarray) -
     rows[: len(order)] = order
     sample_weight = np.zeros(steps * batch_size, np.float32)
     sample_weight[: len(order)] = 1.0
-    # Constants outside the mapped function: inside, they would be copied into its graph. Where
+    # Tensors outside the mapped function: inside, they would be copied into its graph. Where
     # tf.data works, which is not on a GPU.
     with tf.device("CPU:0"):
-        x, y = tf.constant(x), tf.constant(y)
+        x, y = _tensor(x), _tensor(y)
 
     def gather(rows: tf.Tensor, sample_weight: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return tf.gather(x, rows), tf.gather(y, rows), sample_weight
@@ -74,3 +75,11 @@ def _batches(x: np.ndarray, y: np.ndarray, batch_size: int, order: np.ndarray) -
         .map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .prefetch(tf.data.AUTOTUNE)
     )
+
+
+def _tensor(array: np.ndarray) -> tf.Tensor:
+    """Returns an array as a tensor: the same memory where TensorFlow can use it, else a copy."""
+    usable = array.flags.c_contiguous and array.flags.writeable
+    if usable and array.size and array.ctypes.data % ALIGNMENT == 0:
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return tf.convert_to_tensor(array)

@@ -7,6 +7,7 @@ They start without chatter, unless TF_CPP_MIN_LOG_LEVEL is set, and Keras runs o
 
 import contextlib
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -60,18 +61,36 @@ def _hidden(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def _unused() -> tuple[str, ...]:
-    """Names what Keras 3.15 imports where it is installed, in a second or two, and works without:
-    no command of this package needs it. In another program Keras is left as it is.
-    """
+def _command() -> str:
+    """Returns which of this package's commands this process is (``trainer.task``); or nothing."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec and spec.name.startswith("trainer."):
-        return "matplotlib", "pandas", "sklearn"
-    return ()
+    return spec.name if spec and spec.name.startswith("trainer.") else ""
+
+
+def _set_onednn() -> None:
+    """Switches oneDNN's operations on, which TensorFlow 2.21 itself does on processors with AVX-512
+    only: with AVX2 alone they take two thirds of the time (docs/performance.md).
+    """
+    if platform.machine() in ("x86_64", "AMD64"):
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+
+def _unused() -> tuple[str, ...]:
+    """Names what TensorFlow 2.21 and Keras 3.15 import where it is installed, in a second or two,
+    and work without, as the commands of this package do. In another program they are left as they
+    are.
+    """
+    if not (command := _command()):
+        return ()
+    unused = ("matplotlib", "pandas", "sklearn")
+    # Those that find digits in pictures import SciPy themselves, in another thread.
+    return (*unused, "scipy") if command == "trainer.task" else unused
 
 
 def _start() -> contextlib.AbstractContextManager:
     _check_backend()
+    if _command():
+        _set_onednn()
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         return contextlib.nullcontext()
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"

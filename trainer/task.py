@@ -7,6 +7,7 @@ them trains one model together.
 """
 
 import contextlib
+import gc
 import os
 import platform
 import sys
@@ -126,6 +127,10 @@ def train(
                 model, history = fit(
                     config, digits, callbacks=callbacks, keeper=keeper, strategy=chosen.strategy
                 )
+                images, labels = digits.x_test, digits.y_test
+                # The training images, which nobody needs any more; tf.functions are cycles.
+                del source, digits
+                gc.collect()
                 _compare_weights(model, keeper.workers, watcher)
                 if link:
                     link.tell("trained")
@@ -135,9 +140,10 @@ def train(
                     page.draw(
                         config,
                         model,
-                        digits,
                         manifest,
                         history,
+                        images=images,
+                        labels=labels,
                         stopped=lambda: signals.received,
                         watcher=watcher,
                     )

@@ -1,0 +1,28 @@
+"""This trainer, called as its notebook calls it: ``trainer.task.fit``."""
+
+import keras
+import work
+
+from trainer import runtime
+from trainer.config import TrainConfig
+from trainer.data import Digits
+from trainer.task import fit
+
+flags = work.arguments()
+config = TrainConfig(epochs=flags.epochs, batch_size=flags.batch_size, threads=flags.threads)
+runtime.set_threads(flags.threads)
+
+
+class Events(keras.callbacks.Callback):
+    """Says when steps and epochs end."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        work.say("step", step=batch + 1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        work.say("epoch", epoch=epoch + 1, accuracy=logs["val_accuracy"])
+
+
+model, history = fit(config, Digits(*work.load(flags)), callbacks=[Events()])
+if flags.output:
+    model.save(flags.output)
