@@ -214,6 +214,15 @@ def test_an_unfinished_run_of_another_kind_is_refused(tmp_path, unbroken, change
     assert train(keeper(tmp_path)) == unbroken  # nothing of it was lost
 
 
+def test_a_run_whose_learning_rate_depends_on_its_length_cannot_be_made_longer(tmp_path):
+    def facts(epochs):
+        return {**FACTS, "config": {**FACTS["config"], "schedule": "one-cycle", "epochs": epochs}}
+
+    train_until_stopped(tmp_path, 3, facts=facts(EPOCHS))
+    with pytest.raises(ConfigurationError, match="epochs=3 where it has epochs=2"):
+        train(keeper(tmp_path, facts=facts(EPOCHS + 1)))
+
+
 def test_what_decides_nothing_may_change(tmp_path, unbroken):
     train_until_stopped(tmp_path, 3)
     other = {"output_dir": "moved", "log_format": "json", "tensorboard": True, "threads": 9}

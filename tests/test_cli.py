@@ -45,6 +45,12 @@ def test_flags_make_the_configuration():
     assert config == TrainConfig(epochs=3, tensorflow_logs=True, seed=7)
 
 
+def test_a_recipe_and_what_differs_from_it_are_flags():
+    argv = ["--recipe", "best", "--augment", "none", "--dense-dropout", "0.3"]
+    config = cli.parse("prog", TrainConfig, argv)
+    assert config == TrainConfig(recipe="best", augment="none", dense_dropout=0.3)
+
+
 def test_an_error_ends_in_its_line_and_code(capsys):
     def fail(config):
         raise DataError("Expected this.\nReceived: that.")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trainer.config import LEARNING_RATES, TrainConfig, available_cpus
+from trainer.config import LEARNING_RATES, RECIPES, TrainConfig, available_cpus
 from trainer.errors import UsageError
 
 
@@ -38,6 +38,15 @@ def test_the_default_is_the_recipe():
         ("optimizer", "adadelt"),
         ("fast", "on"),
         ("log_format", "xml"),
+        ("recipe", "slow"),
+        ("schedule", "two-cycle"),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
+        ("label_smoothing", "0.1"),
+        ("pooling_dropout", 1.0),
+        ("dense_dropout", -0.5),
+        ("dense_dropout", True),
+        ("augment", "elastic"),
         ("data", ""),
     ],
 )
@@ -51,6 +60,24 @@ def test_an_optimizer_without_a_rate_gets_its_own():
     for name, rate in LEARNING_RATES.items():
         assert TrainConfig(optimizer=name).learning_rate == rate
     assert TrainConfig(optimizer="adam", learning_rate=0.5).learning_rate == 0.5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_what_is_not_given(name):
+    config = TrainConfig(recipe=name)
+    for field, value in RECIPES[name].items():
+        assert getattr(config, field) == value, field
+    # What is given comes first, also where it is the notebook's, or nothing.
+    given = {"epochs": 10, "pooling_dropout": 0.0, "augment": "none", "schedule": "constant"}
+    changed = TrainConfig(recipe=name, **given)
+    assert {field: getattr(changed, field) for field in given} == given
+    assert changed.batch_size == RECIPES[name]["batch_size"]
+
+
+def test_a_recipes_rate_is_for_its_optimizer():
+    assert TrainConfig(recipe="fast").learning_rate == RECIPES["fast"]["learning_rate"]
+    assert TrainConfig(recipe="fast", optimizer="sgd").learning_rate == LEARNING_RATES["sgd"]
+    assert TrainConfig(recipe="fast", learning_rate=0.5).learning_rate == 0.5
 
 
 def test_the_rates_are_those_of_keras_except_for_adadelta():
@@ -73,7 +100,9 @@ def test_a_configuration_cannot_be_changed():
 
 
 def test_a_configuration_becomes_json_with_the_rate_it_used():
-    assert json.loads(json.dumps(TrainConfig().as_dict()))["learning_rate"] == 1.0
+    fields = TrainConfig().as_dict()
+    assert json.loads(json.dumps(fields)) == fields  # a checkpoint's are compared with a run's
+    assert fields["learning_rate"] == 1.0
 
 
 @pytest.mark.parametrize(

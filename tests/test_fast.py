@@ -111,8 +111,10 @@ def test_gradients_are_the_models_own(mnist, digits, n, steps):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
-def test_in_float64_the_loss_curve_is_the_models_own(digits, float64):
-    with_model, with_fast = with_the_fast_masks(cnn()), cnn()
+@pytest.mark.parametrize(("optimizer", "rate"), [("adadelta", 1.0), ("adam", 1e-3), ("sgd", 0.1)])
+def test_in_float64_the_loss_curve_is_the_models_own(digits, float64, optimizer, rate):
+    options = {"optimizer": optimizer, "learning_rate": rate}
+    with_model, with_fast = with_the_fast_masks(cnn(**options)), cnn(**options)
     expected = losses(with_model, digits, kind="off")
     received = losses(with_fast, digits, kind="auto")
     assert len(expected) == 22  # a beginning, 20 steps, an evaluation

@@ -3,10 +3,11 @@ import pytest
 
 from trainer import model
 from trainer.output import weights_sha256
+from trainer.runtime import keras
 
 
-def build(seed=0, optimizer="adadelta", learning_rate=1.0):
-    return model.build(optimizer=optimizer, learning_rate=learning_rate, seed=seed)
+def build(seed=0, optimizer="adadelta", learning_rate=1.0, **options):
+    return model.build(optimizer=optimizer, learning_rate=learning_rate, seed=seed, **options)
 
 
 def test_it_is_the_notebooks_network():
@@ -50,6 +51,32 @@ def test_it_is_compiled_as_the_notebooks_file_is():
     assert type(cnn.optimizer).__name__ == "Adadelta"
     assert float(cnn.optimizer.learning_rate) == 0.5
     assert type(build(optimizer="sgd").optimizer).__name__ == "SGD"
+
+
+def test_one_cycle_rises_from_a_tenth_and_falls_to_nothing():
+    rate = model.learning_rate(0.5, "one-cycle", 100)
+    values = [float(rate(step)) for step in range(101)]
+    assert values[0] == pytest.approx(0.05)
+    assert max(values) == values[30] == 0.5
+    assert values[30:] == sorted(values[30:], reverse=True)
+    assert values[65] == pytest.approx(0.25, rel=1e-3)  # half way down a cosine
+    assert values[100] == 0
+    assert float(model.learning_rate(0.5, "one-cycle", 1)(0)) == 0.5  # too short to rise
+    assert model.learning_rate(0.5, "constant", 100) == 0.5
+
+
+def test_a_schedule_and_smoothed_labels_are_in_the_file(tmp_path):
+    rate = model.learning_rate(0.5, "one-cycle", 100)
+    drop = {"pooling_dropout": 0.0, "dense_dropout": 0.3}
+    cnn = build(optimizer="adam", learning_rate=rate, label_smoothing=0.1, **drop)
+    cnn.save(tmp_path / "mnist.h5")
+    loaded = keras.models.load_model(tmp_path / "mnist.h5")
+    assert loaded.loss.label_smoothing == 0.1
+    assert float(loaded.optimizer.learning_rate) == pytest.approx(0.05)
+    assert [loaded.layers[index].rate for index in (3, 6)] == [0.0, 0.3]
+    x, y = np.random.default_rng(0).random((20, 28, 28, 1), np.float32), np.eye(10)[[0, 1] * 10]
+    expected = np.mean(model.loss(0.1)(y.astype(np.float32), cnn(x)))
+    assert loaded.evaluate(x, y, verbose=0)[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_seed_alone_decides_the_weights():

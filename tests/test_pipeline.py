@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from trainer import pipeline
+from trainer import data, pipeline
+from trainer.runtime import tf
 
 
 def rows(batches):
@@ -83,3 +84,54 @@ def test_a_test_set_smaller_than_a_batch_is_one_batch():
     x, y = numbered(5)
     numbers, weights = rows(pipeline.test_batches(x, y, batch_size=16))
     assert numbers[weights == 1].tolist() == list(range(5))
+
+
+def augmented(seed=0, epoch=0):
+    """The seeds that the batches of an epoch are augmented by."""
+    x, y = numbered(100)
+    batches = pipeline.train_batches(
+        x,
+        y,
+        batch_size=32,
+        seed=seed,
+        epoch=epoch,
+        augment=lambda x, seed: tf.broadcast_to(seed, (32, 2)),
+    )
+    assert batches.cardinality() == 4
+    assert all(None not in spec.shape for spec in batches.element_spec)
+    return batches, [tuple(x[0].numpy().tolist()) for x, _, _ in batches]
+
+
+def test_each_batch_is_augmented_by_a_seed_of_its_own():
+    batches, seeds = augmented()
+    assert len(set(seeds)) == 4
+    assert augmented()[1] == seeds
+    assert not set(seeds) & {*augmented(epoch=1)[1], *augmented(seed=1)[1]}
+    # A run that is resumed goes on with the same, and the order of the examples is as without.
+    assert [tuple(x[0].numpy().tolist()) for x, _, _ in batches.skip(2)] == seeds[2:]
+    assert rows(batches)[0].tolist() == rows(train(100, batch_size=32))[0].tolist()
+
+
+def test_the_arrays_are_not_copied(mnist):
+    x, y = mnist.x_test.copy(), mnist.y_test
+    x = data.Digits(x, y, x, y).x_train
+    batches = pipeline.test_batches(x, y, batch_size=100)
+    x[0] = 77
+    assert next(iter(batches))[0][0].numpy().min() == 77
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[1:],  # begins at no multiple of 64 bytes
+        lambda x: x[::2],
+        np.asfortranarray,
+        lambda x: np.frombuffer(x.tobytes(), np.uint8).reshape(x.shape),  # cannot be written
+    ],
+)
+def test_arrays_of_any_kind_are_read(mnist, change):
+    x = change(mnist.x_test[:50])
+    batches = pipeline.test_batches(x, np.arange(len(x)), batch_size=16)
+    read = [x.numpy() for x, _, _ in batches]
+    assert len(read) == -(-len(x) // 16)
+    np.testing.assert_array_equal(np.concatenate(read)[: len(x)], x)

@@ -36,7 +36,8 @@ from trainer.strategy import Workers
 FOLDER = "checkpoints"
 
 # What a run may have and still go on from the checkpoint of one that had another. ``epochs`` may
-# only grow. ``threads`` changes the last bits and not what is computed: it is in ``environment``.
+# grow, where the learning rate is constant. ``threads`` changes the last bits and not what is
+# computed: it is in ``environment``.
 FREE_FIELDS = (
     "data",  # its digest must match
     "output_dir",
@@ -278,7 +279,12 @@ class Keeper:
             and name != "epochs"
             and value != self.facts["config"].get(name)
         ]
-        if self.facts["config"]["epochs"] < state["config"]["epochs"]:
+        # The learning rate of a schedule depends on how many there are.
+        may_grow = state["config"].get("schedule", "constant") == "constant"
+        epochs = self.facts["config"]["epochs"]
+        if epochs < state["config"]["epochs"] or (
+            epochs != state["config"]["epochs"] and not may_grow
+        ):
             differences.append(
                 f"epochs={self.facts['config']['epochs']} where it has "
                 f"epochs={state['config']['epochs']}"

@@ -15,6 +15,9 @@ from typing import Literal, get_args
 from trainer.errors import UsageError
 
 Optimizer = Literal["adadelta", "adagrad", "adam", "adamw", "lion", "nadam", "rmsprop", "sgd"]
+Recipe = Literal["default", "fast", "best"]
+Schedule = Literal["constant", "one-cycle"]
+Augment = Literal["none", "affine"]
 Resume = Literal["auto", "never", "must"]
 Strategy = Literal["auto", "one", "mirrored", "multiworker", "tpu"]
 LogFormat = Literal["auto", "plain", "json"]
@@ -31,6 +34,42 @@ LEARNING_RATES: dict[str, float] = {
     "nadam": 0.001,
     "rmsprop": 0.001,
     "sgd": 0.01,
+}
+
+# What a recipe says of the fields that are None. docs/performance.md has what each reaches.
+RECIPES: dict[str, dict] = {
+    "default": {
+        "epochs": 10,
+        "batch_size": 128,
+        "optimizer": "adadelta",
+        "schedule": "constant",
+        "label_smoothing": 0.0,
+        "pooling_dropout": 0.25,
+        "dense_dropout": 0.5,
+        "augment": "none",
+    },
+    "fast": {
+        "epochs": 1,
+        "batch_size": 64,
+        "optimizer": "adam",
+        "learning_rate": 0.004,
+        "schedule": "one-cycle",
+        "label_smoothing": 0.05,
+        "pooling_dropout": 0.0,
+        "dense_dropout": 0.3,
+        "augment": "none",
+    },
+    "best": {
+        "epochs": 10,
+        "batch_size": 128,
+        "optimizer": "adam",
+        "learning_rate": 0.002,
+        "schedule": "one-cycle",
+        "label_smoothing": 0.05,
+        "pooling_dropout": 0.25,
+        "dense_dropout": 0.5,
+        "augment": "affine",
+    },
 }
 
 
@@ -80,21 +119,56 @@ class TrainConfig:
     report.html and curves.png; created where it does not
     exist."""
 
-    epochs: int = 10
-    """Passes over the training images."""
+    recipe: Recipe = "default"
+    """What epochs, batch size, optimizer, learning rate,
+    schedule, label smoothing, both dropouts and augment
+    are where they are not given. default: those of the
+    notebook; fast: 99% in one epoch; best: the most that
+    ten epochs reach, with augmented images."""
 
-    batch_size: int = 128
-    """Images in one step, on all devices together."""
+    epochs: int | None = None
+    """Passes over the training images. None: the
+    recipe's; 10, fast: 1."""
 
-    optimizer: Optimizer = "adadelta"
+    batch_size: int | None = None
+    """Images in one step, on all devices together. None:
+    the recipe's; 128, fast: 64."""
+
+    optimizer: Optimizer | None = None
     """Keras' optimizer of this name, with Keras' defaults
-    for everything but the learning rate."""
+    for everything but the learning rate. None: the
+    recipe's; adadelta, fast and best: adam."""
 
     learning_rate: float | None = None
-    """The optimizer's learning rate. None: 1.0 for
-    adadelta, Keras' default for the others. (0.001 with
-    adadelta is the notebook as published, which ends at
-    58% after two epochs.)"""
+    """The optimizer's learning rate, or the highest of a
+    schedule. None: the recipe's, for its optimizer; else
+    1.0 for adadelta, Keras' default for the others.
+    (0.001 with adadelta is the notebook as published,
+    which ends at 58% after two epochs.)"""
+
+    schedule: Schedule | None = None
+    """How the learning rate changes. constant: not at
+    all; one-cycle: it rises from a tenth and falls to
+    nothing, over all epochs. None: the recipe's;
+    constant, fast and best: one-cycle."""
+
+    label_smoothing: float | None = None
+    """Share of each label that is spread over all digits,
+    0 to 1 (in the loss of the test images, too). None:
+    the recipe's; 0, fast and best: 0.05."""
+
+    pooling_dropout: float | None = None
+    """Share that is dropped behind the pooling. None: the
+    recipe's; 0.25, fast: 0."""
+
+    dense_dropout: float | None = None
+    """Share that is dropped behind the dense layer. None:
+    the recipe's; 0.5, fast: 0.3."""
+
+    augment: Augment | None = None
+    """affine: turn, shear, size and move each training
+    image a little, each time in another way. None: the
+    recipe's; none, best: affine."""
 
     seed: int = 0
     """Seed of weights, dropout and the order of the
@@ -173,7 +247,15 @@ class TrainConfig:
     """Show what TensorFlow logs while it starts."""
 
     def __post_init__(self) -> None:
+        _check_choice("recipe", self.recipe, get_args(Recipe))
+        recipe = RECIPES[self.recipe]
+        # Resolved here, so that what is recorded about a run is what it used.
+        for name, value in recipe.items():
+            if getattr(self, name) is None and name != "learning_rate":
+                object.__setattr__(self, name, value)
         _check_choice("optimizer", self.optimizer, get_args(Optimizer))
+        _check_choice("schedule", self.schedule, get_args(Schedule))
+        _check_choice("augment", self.augment, get_args(Augment))
         _check_choice("resume", self.resume, get_args(Resume))
         _check_choice("strategy", self.strategy, get_args(Strategy))
         _check_choice("fast", self.fast, get_args(Fast))
@@ -197,8 +279,10 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None:
                 _check_whole(name, value, 1, remedy="Leave it out for the default.")
         if self.learning_rate is None:
-            # Resolved here, so that what is recorded about a run is what it used.
-            object.__setattr__(self, "learning_rate", LEARNING_RATES[self.optimizer])
+            rate = LEARNING_RATES[self.optimizer]
+            if self.optimizer == recipe["optimizer"]:
+                rate = recipe.get("learning_rate", rate)
+            object.__setattr__(self, "learning_rate", rate)
         if (
             not isinstance(self.learning_rate, int | float)
             or not math.isfinite(self.learning_rate)
@@ -209,6 +293,9 @@ class TrainConfig:
                 f"Received: learning_rate={self.learning_rate!r}. "
                 f"Leave it out for {self.optimizer}'s own, {LEARNING_RATES[self.optimizer]}."
             )
+        _check_share("label_smoothing", self.label_smoothing, remedy="Use 0 for none.")
+        _check_share("pooling_dropout", self.pooling_dropout, remedy="Use 0.25, the notebook's.")
+        _check_share("dense_dropout", self.dense_dropout, remedy="Use 0.5, the notebook's.")
         if not self.data:
             raise UsageError(
                 "data must name a source. Received: data=''. Use bundled, the default."
@@ -222,6 +309,12 @@ class TrainConfig:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name} must be one of {', '.join(choices)}. Received: {name}={value!r}.")
+
+
+def _check_share(name: str, value: object, *, remedy: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        raise UsageError(f"{name} must be from 0 to below 1. Received: {name}={value!r}. {remedy}")
 
 
 def _check_whole(

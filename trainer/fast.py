@@ -226,20 +226,23 @@ def _drops_in_256ths(layer: keras.Layer) -> bool:
 
 @contextlib.contextmanager
 def _fused(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
-    """Has Adadelta make its update in one pass over the weights, where Keras makes a dozen."""
-    if type(optimizer) is not keras.optimizers.Adadelta:
+    """Has Adadelta and Adam make their updates in one pass over the weights, where Keras makes a
+    dozen; others are as they are.
+    """
+    if type(optimizer) is keras.optimizers.Adadelta:
+        update = _update_adadelta
+    elif type(optimizer) is keras.optimizers.Adam and not optimizer.amsgrad:
+        update = _update_adam
+    else:
         yield
         return
 
     def update_step(gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
-        index = optimizer._get_variable_index(variable)
-        tf.raw_ops.ResourceApplyAdadelta(
+        update(
+            optimizer,
+            optimizer._get_variable_index(variable),
             var=variable.handle,
-            accum=optimizer._accumulated_grads[index].value.handle,
-            accum_update=optimizer._accumulated_delta_vars[index].value.handle,
             lr=tf.cast(learning_rate, variable.dtype),
-            rho=tf.constant(optimizer.rho, variable.dtype),
-            epsilon=tf.constant(optimizer.epsilon, variable.dtype),
             grad=tf.cast(gradient, variable.dtype),
         )
 
@@ -248,3 +251,33 @@ def _fused(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
         yield
     finally:
         del optimizer.update_step
+
+
+def _update_adadelta(optimizer: keras.optimizers.Adadelta, index: int, **common) -> None:
+    dtype = common["grad"].dtype
+    tf.raw_ops.ResourceApplyAdadelta(
+        accum=optimizer._accumulated_grads[index].value.handle,
+        accum_update=optimizer._accumulated_delta_vars[index].value.handle,
+        rho=tf.constant(optimizer.rho, dtype),
+        epsilon=tf.constant(optimizer.epsilon, dtype),
+        **common,
+    )
+
+
+def _update_adam(optimizer: keras.optimizers.Adam, index: int, **common) -> None:
+    dtype = common["grad"].dtype
+    step = tf.cast(optimizer.iterations + 1, dtype)
+    betas = optimizer.beta_1, optimizer.beta_2
+    beta_1, beta_2 = (tf.constant(beta, dtype) for beta in betas)
+    # As Keras 3.15 has them, where they come by way of float32.
+    power_1, power_2 = (keras.ops.power(keras.ops.cast(beta, dtype.name), step) for beta in betas)
+    tf.raw_ops.ResourceApplyAdam(
+        m=optimizer._momentums[index].value.handle,
+        v=optimizer._velocities[index].value.handle,
+        beta1_power=power_1,
+        beta2_power=power_2,
+        beta1=beta_1,
+        beta2=beta_2,
+        epsilon=tf.constant(optimizer.epsilon, dtype),
+        **common,
+    )

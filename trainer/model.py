@@ -5,12 +5,19 @@
 It is stock Keras throughout, so that the file it is saved in loads anywhere.
 """
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
+from trainer.config import Schedule
 from trainer.runtime import keras, tf
 
 INPUT_SHAPE = (28, 28, 1)
 NUM_CLASSES = 10
+
+WARM_UP = 0.3  # share of the steps in which the learning rate of one cycle rises
+START = 0.1  # where it begins, of the highest
 
 # What ``loop.fit`` sums over a batch: one value an example, from one-hot labels (n, 10) and
 # probabilities (n, 10).
@@ -18,13 +25,51 @@ LOSS = keras.losses.categorical_crossentropy
 METRICS = {"accuracy": keras.metrics.categorical_accuracy}
 
 
-def build(*, optimizer: str, learning_rate: float, seed: int) -> keras.Sequential:
+def loss(label_smoothing: float = 0.0) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """Returns ``LOSS`` with the label smoothing that ``build`` compiles a model with."""
+    return functools.partial(keras.losses.categorical_crossentropy, label_smoothing=label_smoothing)
+
+
+def learning_rate(
+    highest: float, schedule: Schedule, steps: int
+) -> float | keras.optimizers.schedules.LearningRateSchedule:
+    """Returns the learning rate of each of a run's steps.
+
+    Args:
+        highest: The rate of ``constant``; the peak of ``one-cycle``: Smith and Topin, 2017,
+            https://arxiv.org/abs/1708.07120, with a cosine for the way down.
+        schedule: Which.
+        steps: Of the whole run.
+    """
+    if schedule == "constant":
+        return highest
+    rising = int(WARM_UP * steps)
+    return keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=START * highest if rising else highest,
+        decay_steps=steps - rising,
+        warmup_target=highest if rising else None,
+        warmup_steps=rising,
+    )
+
+
+def build(
+    *,
+    optimizer: str,
+    learning_rate: float | keras.optimizers.schedules.LearningRateSchedule,
+    seed: int,
+    pooling_dropout: float = 0.25,
+    dense_dropout: float = 0.5,
+    label_smoothing: float = 0.0,
+) -> keras.Sequential:
     """Builds the network, compiled as the file it is saved in should be.
 
     Args:
         optimizer: Keras' name of the optimizer.
         learning_rate: Its learning rate.
         seed: Determines the initial weights and the dropout masks.
+        pooling_dropout: Share that is dropped behind the pooling.
+        dense_dropout: Share that is dropped behind the dense layer.
+        label_smoothing: Of the loss.
 
     Returns:
         A built and compiled model. Input: float32 (n, 28, 28, 1), 0 to 1. Output: float32 (n, 10),
@@ -44,23 +89,32 @@ def build(*, optimizer: str, learning_rate: float, seed: int) -> keras.Sequentia
             layers.Conv2D(32, 3, activation="relu", kernel_initializer=weights(0), **axes),
             layers.Conv2D(64, 3, activation="relu", kernel_initializer=weights(1), **axes),
             layers.MaxPooling2D(2, **axes),
-            layers.Dropout(0.25, seed=seeds[4]),
+            layers.Dropout(pooling_dropout, seed=seeds[4]),
             layers.Flatten(**axes),
             layers.Dense(256, activation="relu", kernel_initializer=weights(2)),
-            layers.Dropout(0.5, seed=seeds[5]),
+            layers.Dropout(dense_dropout, seed=seeds[5]),
             layers.Dense(NUM_CLASSES, activation="softmax", kernel_initializer=weights(3)),
         ]
     )
     model.compile(
-        optimizer=keras.optimizers.get(
-            {"class_name": optimizer, "config": {"learning_rate": learning_rate}}
+        optimizer=_optimizer(optimizer, learning_rate),
+        loss=(
+            keras.losses.CategoricalCrossentropy(label_smoothing=label_smoothing)
+            if label_smoothing
+            else "categorical_crossentropy"
         ),
-        loss="categorical_crossentropy",
         metrics=["accuracy"],
     )
     # Its variables cannot be made inside a tf.function.
     model.optimizer.build(model.trainable_variables)
     return model
+
+
+def _optimizer(
+    name: str, learning_rate: float | keras.optimizers.schedules.LearningRateSchedule
+) -> keras.optimizers.Optimizer:
+    optimizer = keras.optimizers.get(name)
+    return type(optimizer)(learning_rate=learning_rate)
 
 
 def preprocess(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -148,6 +148,7 @@ def _sentences(manifest: dict, history: Mapping, found: Scores) -> dict[str, str
     data, config = manifest["data"], manifest["config"]
     epochs = len(history["loss"])
     best = int(np.argmax(history["val_accuracy"]))
+    at_most = "" if config["schedule"] == "constant" else " at most"
     return {
         "title": f"{manifest['model']['file']}: {accuracy} of the test digits right",
         "subtitle": (
@@ -157,7 +158,7 @@ def _sentences(manifest: dict, history: Mapping, found: Scores) -> dict[str, str
         ),
         "training": (
             f"{_many(epochs, 'epoch')} with {config['optimizer']}, learning rate "
-            f"{config['learning_rate']:g}, batches of {config['batch_size']}, seed "
+            f"{config['learning_rate']:g}{at_most}, batches of {config['batch_size']}, seed "
             f"{config['seed']}. The best test accuracy was {percent(history['val_accuracy'][best])}"
             f", after epoch {best + 1}; the model is that of the last epoch. Dropout, which is on "
             "in training alone, is why training can look worse than the test."

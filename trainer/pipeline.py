@@ -10,6 +10,8 @@ then one gather from the arrays in memory, which are the cache. ``bench/pipeline
 beside ``from_tensor_slices().cache().shuffle(60000).batch(128)``.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from trainer.data import ALIGNMENT
@@ -17,7 +19,13 @@ from trainer.runtime import tf
 
 
 def train_batches(
-    x: np.ndarray, y: np.ndarray, *, batch_size: int, seed: int, epoch: int
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    augment: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None,
 ) -> tf.data.Dataset:
     """Returns one epoch of training batches, every example once, in ``epoch_order``.
 
@@ -27,12 +35,26 @@ def train_batches(
         batch_size: Rows of a batch.
         seed: Seed of the order.
         epoch: Number of the epoch, counted from 0.
+        augment: Applied to the inputs of each batch and a seed, int32 (2,), of its own.
 
     Returns:
         ceil(n / batch_size) batches ``(x, y, sample_weight)`` of shapes (batch_size, ...),
         (batch_size,) and float32 (batch_size,).
     """
-    return _batches(x, y, batch_size, epoch_order(len(x), seed, epoch))
+    batches = _batches(x, y, batch_size, epoch_order(len(x), seed, epoch))
+    if augment is None:
+        return batches
+    words = np.random.SeedSequence((seed, epoch, 1)).generate_state(2 * int(batches.cardinality()))
+    seeds = tf.data.Dataset.from_tensor_slices(words.astype(np.int32).reshape(-1, 2))
+
+    def augmented(batch: tuple[tf.Tensor, ...], seed: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return augment(batch[0], seed), *batch[1:]
+
+    return (
+        tf.data.Dataset.zip(batches, seeds)
+        .map(augmented, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .prefetch(tf.data.AUTOTUNE)
+    )
 
 
 def test_batches(x: np.ndarray, y: np.ndarray, *, batch_size: int) -> tf.data.Dataset:
@@ -80,6 +102,6 @@ def _batches(x: np.ndarray, y: np.ndarray, batch_size: int, order: np.ndarray) -
 def _tensor(array: np.ndarray) -> tf.Tensor:
     """Returns an array as a tensor: the same memory where TensorFlow can use it, else a copy."""
     usable = array.flags.c_contiguous and array.flags.writeable
-    if usable and array.size and array.ctypes.data % ALIGNMENT == 0:
+    if usable and array.ctypes.data % ALIGNMENT == 0:
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
     return tf.convert_to_tensor(array)

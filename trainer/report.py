@@ -258,7 +258,7 @@ class Events(keras.callbacks.Callback):
     Args:
         output_dir: The run's; the files are in ``tensorboard/train`` and ``tensorboard/validation``
             there.
-        learning_rate: Of all epochs.
+        learning_rate: Gives that at the end of an epoch, counted from 0.
         before: Gives the history of the epochs before, as ``loop.fit`` returns it.
     """
 
@@ -266,7 +266,7 @@ class Events(keras.callbacks.Callback):
         self,
         output_dir: Path,
         *,
-        learning_rate: float,
+        learning_rate: Callable[[int], float],
         before: Callable[[], Mapping[str, Sequence[float]]],
     ) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ class Events(keras.callbacks.Callback):
         # As tf.summary.scalar writes it, which calls the package tensorboard.
         kind = tf.compat.v1.SummaryMetadata(data_class="DATA_CLASS_SCALAR")
         kind.plugin_data.plugin_name = "scalars"
-        for name, value in {**logs, "learning_rate": self.learning_rate}.items():
+        for name, value in {**logs, "learning_rate": self.learning_rate(epoch)}.items():
             part = "validation" if name.startswith("val_") else "train"
             with self.writers[part].as_default():
                 tf.summary.write(

@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,7 +120,7 @@ def train(
                     callbacks.append(
                         report.Events(
                             config.output_dir,
-                            learning_rate=config.learning_rate,
+                            learning_rate=_rate_of_epochs(config, len(digits.x_train)),
                             before=lambda: keeper.saved.history,
                         )
                     )
@@ -194,7 +194,7 @@ def fit(
         NotFiniteError: The loss or the weights became NaN or infinite.
         StoppedError: The keeper was asked to stop, and has saved where the run is.
     """
-    from trainer import fast, loop, model, pipeline
+    from trainer import augment, fast, loop, model, pipeline
     from trainer.strategy import check_batch_size
 
     if strategy is None:
@@ -202,7 +202,12 @@ def fit(
     check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
     with strategy.scope():
         cnn = model.build(
-            optimizer=config.optimizer, learning_rate=config.learning_rate, seed=config.seed
+            optimizer=config.optimizer,
+            learning_rate=_learning_rate(config, len(digits.x_train)),
+            seed=config.seed,
+            pooling_dropout=config.pooling_dropout,
+            dense_dropout=config.dense_dropout,
+            label_smoothing=config.label_smoothing,
         )
     hooks = {"position": keeper.restore(cnn), "after_call": keeper.after_call} if keeper else {}
     with fast.choose(config.fast, strategy, threads=config.threads).step(cnn) as forward:
@@ -214,10 +219,11 @@ def fit(
                 batch_size=config.batch_size,
                 seed=config.seed,
                 epoch=epoch,
+                augment=augment.warp if config.augment == "affine" else None,
             ),
             pipeline.test_batches(digits.x_test, digits.y_test, batch_size=config.batch_size),
             strategy=strategy,
-            loss=model.LOSS,
+            loss=model.loss(config.label_smoothing),
             metrics=model.METRICS,
             epochs=config.epochs,
             preprocess=model.preprocess,
@@ -227,6 +233,22 @@ def fit(
             **hooks,
         )
     return cnn, history
+
+
+def _learning_rate(
+    config: TrainConfig, examples: int
+) -> "float | keras.optimizers.schedules.LearningRateSchedule":
+    from trainer import model
+
+    steps = config.epochs * -(-examples // config.batch_size)
+    return model.learning_rate(config.learning_rate, config.schedule, steps)
+
+
+def _rate_of_epochs(config: TrainConfig, examples: int) -> Callable[[int], float]:
+    """Returns the learning rate at the end of each epoch, counted from 0."""
+    rate = _learning_rate(config, examples)
+    steps = -(-examples // config.batch_size)
+    return lambda epoch: float(rate((epoch + 1) * steps) if callable(rate) else rate)
 
 
 def _load(config: TrainConfig) -> tuple["data.Digits", "data.Digits"]:
@@ -327,10 +349,11 @@ def _strategy(config: TrainConfig, members: cluster.Cluster | None) -> "Chosen":
 
 
 def _announcement(config: TrainConfig, digits: "data.Digits") -> str:
+    schedule = "" if config.schedule == "constant" else f" ({config.schedule})"
     return (
         f"{len(digits.x_train):,} training and {len(digits.x_test):,} test images ({config.data}), "
         f"epochs {config.epochs}, batch size {config.batch_size}, {config.optimizer} "
-        f"{config.learning_rate:g}, seed {config.seed}, threads {config.threads}"
+        f"{config.learning_rate:g}{schedule}, seed {config.seed}, threads {config.threads}"
     )
 
 

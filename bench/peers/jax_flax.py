@@ -1,6 +1,7 @@
 """The same training in JAX with Flax and Optax: one compiled step, its state donated."""
 
 import pickle
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -81,5 +82,4 @@ for epoch in range(flags.epochs):
     )
     work.say("epoch", epoch=epoch + 1, accuracy=right / len(x_test))
 if flags.output:
-    with open(flags.output, "wb") as file:
-        pickle.dump(nnx.state(model), file)
+    Path(flags.output).write_bytes(pickle.dumps(nnx.state(model)))

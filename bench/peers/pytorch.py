@@ -55,8 +55,8 @@ for epoch in range(flags.epochs):
     model.eval()
     with torch.inference_mode():
         right = sum(
-            (model(inputs(x)).argmax(1) == y).sum().item()
-            for x, y in zip(x_test.split(flags.batch_size), y_test.split(flags.batch_size))
+            (model(inputs(x_test[rows])).argmax(1) == y_test[rows]).sum().item()
+            for rows in torch.arange(len(x_test)).split(flags.batch_size)
         )
     work.say("epoch", epoch=epoch + 1, accuracy=right / len(x_test))
 if flags.output:

@@ -1,4 +1,4 @@
-"""This trainer, called as its notebook calls it: ``trainer.task.fit``."""
+"""The trainer itself, called as its notebook calls it: ``trainer.task.fit``."""
 
 import keras
 import work
