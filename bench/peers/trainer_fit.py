@@ -9,7 +9,9 @@ from trainer.data import Digits
 from trainer.task import fit
 
 flags = work.arguments()
-config = TrainConfig(epochs=flags.epochs, batch_size=flags.batch_size, threads=flags.threads)
+config = TrainConfig(
+    epochs=flags.epochs, batch_size=flags.batch_size, threads=flags.threads, fast=flags.fast
+)
 runtime.set_threads(flags.threads)
 
 

@@ -19,6 +19,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="in an epoch; all there are")
     parser.add_argument("--copies", type=int, default=1, help="of the training images")
+    parser.add_argument("--fast", default="auto", help="the trainer's flag; others have none")
     parser.add_argument("--output", help="where the weights go; nowhere")
     return parser.parse_args()
 
