@@ -6,7 +6,7 @@
 # make manifests k8s/job.yaml and all that is written out from k8s/, by kubectl
 # make notebook  digitclassification-model.ipynb anew: executed, and stored with its outputs
 # make lint      ruff: rules and format; hadolint
-# make bench     measurements
+# make bench     measurements, some hours of them; ARGS="step --repeats 3" for a part
 # PYTHON=... names the Python to use, EXTRA=cpu|gpu|tpu the TensorFlow to install.
 
 VENV ?= .venv
@@ -74,6 +74,7 @@ format: $(VENV)/.installed-$(EXTRA)-test
 bench: $(VENV)/.installed-$(EXTRA)
 	$(RUN) bench/pipeline.py
 	$(RUN) bench/checkpoint.py
+	$(RUN) bench/compare.py $(ARGS)
 
 notebook: $(VENV)/.installed-$(EXTRA)-test
 	$(RUN) tests/execute_notebook.py
