@@ -35,6 +35,7 @@ MANIFEST = {
         "data": HOSTILE,
         "optimizer": "adadelta",
         "learning_rate": 0.25,
+        "schedule": "constant",
         "batch_size": 96,
         "seed": 41,
         "train_limit": None,

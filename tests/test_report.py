@@ -153,7 +153,7 @@ LOGS = {"accuracy": 0.5, "loss": 1.25, "val_accuracy": 0.75, "val_loss": 1.5}
 
 def write_events(folder, before, epochs):
     """Goes through the epochs of a run that had the history ``before``."""
-    written = report.Events(folder, learning_rate=0.25, before=lambda: before)
+    written = report.Events(folder, learning_rate=lambda epoch: 0.25, before=lambda: before)
     written.on_train_begin()
     for epoch in epochs:
         written.on_epoch_end(epoch, LOGS)

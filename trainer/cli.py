@@ -165,6 +165,12 @@ def _one_line(box: str, prog: str) -> str:
     rows = [row.strip("│ ") for row in box.splitlines() if row.startswith("│")]
     rule = next((number for number, row in enumerate(rows) if set(row) == {"─"}), len(rows))
     statement = " ".join(rows[:rule] or box.split()).rstrip(".")
+    statement = re.sub(r"(?<=Expected one of \()[^)]*", _choices, statement)
     flags = [row.split()[0].rstrip(",") for row in rows[rule:] if re.match(r"--\w", row)]
     meant = f" Perhaps you meant {' or '.join(dict.fromkeys(flags))}." if flags else ""
     return f"{statement}.{meant} {prog} --help lists the flags."
+
+
+def _choices(listed: re.Match) -> str:
+    """Puts choices in order, where tyro 1.0 has them in a set's, and leaves out its None."""
+    return ", ".join(sorted(set(listed[0].split(", ")) - {"'None'"}))
