@@ -27,6 +27,7 @@ from trainer import (
     pipeline,
     runtime,
     strategy,
+    task,
 )
 from trainer.errors import StoppedError
 from trainer.runtime import keras, tf
@@ -53,6 +54,7 @@ def train(
     folder=None,
     stop_at=None,
     kind="auto",
+    jit_compile=False,
 ):
     """Trains the CNN for an epoch, by the fast step or (``off``) Keras'; returns it, its history,
     and every step's loss and gradients.
@@ -98,6 +100,7 @@ def train(
             epochs=1,
             preprocess=model.preprocess,
             forward=forward,
+            jit_compile=jit_compile,
             steps_per_execution=1,
             position=position,
             after_call=after_call,
@@ -145,6 +148,26 @@ def gradients(chosen, *, examples, batch_size, file):
     digits = data.load("bundled").first(examples, 20)
     _, _, steps = train(chosen, digits, batch_size=batch_size, optimizer=Record)
     np.savez(file, *[gradient for _, kept in steps for gradient in kept])
+
+
+def placed(chosen, *, examples, batch_size, on_devices):
+    """Two epochs of the command's own training, with the images on the host or on the devices."""
+    strategy.has_memory_of_its_own = lambda: on_devices
+    settings = config.TrainConfig(epochs=2, batch_size=batch_size, threads=2, fast="off")
+    cnn, history = task.fit(settings, data.load("bundled").first(examples, 100), strategy=chosen)
+    history.pop("seconds")
+    return {"history": history, "weights": output.weights_sha256(cnn)}
+
+
+def compiled(chosen, *, examples, batch_size, jit_compile):
+    """In float64: every step's loss, and the evaluation's."""
+    for setting in (keras.config.set_floatx, keras.config.set_dtype_policy):
+        setting("float64")
+    digits = data.load("bundled").first(examples, 16)
+    _, history, steps = train(
+        chosen, digits, batch_size=batch_size, kind="off", jit_compile=jit_compile
+    )
+    return {"losses": [loss for loss, _ in steps], "val_loss": history["val_loss"]}
 
 
 def masks(chosen):

@@ -37,6 +37,7 @@ def test_the_default_is_the_recipe():
         ("learning_rate", "1"),
         ("optimizer", "adadelt"),
         ("fast", "on"),
+        ("precision", "float16"),
         ("log_format", "xml"),
         ("recipe", "slow"),
         ("schedule", "two-cycle"),

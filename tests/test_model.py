@@ -79,6 +79,16 @@ def test_a_schedule_and_smoothed_labels_are_in_the_file(tmp_path):
     assert loaded.evaluate(x, y, verbose=0)[0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_mixed_precision_keeps_weights_and_answers_in_float32():
+    mixed = model.build(optimizer="sgd", learning_rate=0.1, seed=0, precision="mixed_bfloat16")
+    assert {weight.dtype for weight in mixed.trainable_weights} == {"float32"}
+    assert [layer.compute_dtype for layer in mixed.layers] == ["bfloat16"] * 7 + ["float32"]
+    assert weights_sha256(mixed) == weights_sha256(build(optimizer="sgd", learning_rate=0.1))
+    for precision in ("float32", "tensorfloat32"):
+        plain = model.build(optimizer="sgd", learning_rate=0.1, seed=0, precision=precision)
+        assert {layer.compute_dtype for layer in plain.layers} == {"float32"}
+
+
 def test_the_seed_alone_decides_the_weights():
     assert weights_sha256(build(seed=3)) == weights_sha256(build(seed=3))
     assert weights_sha256(build(seed=3)) != weights_sha256(build(seed=4))

@@ -6,6 +6,7 @@ Replicas are logical CPU devices here, which run the same graph as GPUs or the c
 
 import json
 
+import numpy as np
 import pytest
 from conftest import assert_alike, assert_gradients_alike
 
@@ -177,6 +178,27 @@ def test_the_step_can_be_compiled_for_a_device_with_static_shapes_only(mnist):
     )
     sums = step(*batch, tf.constant(8.0))
     assert sums[0] == 8
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_images_on_the_devices_train_the_same_bits(replicas, devices):
+    # As on GPUs; with a batch that is not full.
+    data = {"examples": 300, "batch_size": 64}
+    host, there = (
+        replicas.compute("placed", devices=devices, **data, on_devices=on) for on in (False, True)
+    )
+    assert host == there
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_step_that_xla_compiles_computes_the_same(replicas, devices):
+    data = {"examples": 24, "batch_size": 8}
+    plain, compiled = (
+        replicas.compute("compiled", devices=devices, **data, jit_compile=on)
+        for on in (False, True)
+    )
+    np.testing.assert_allclose(compiled["losses"], plain["losses"], rtol=1e-12)
+    assert plain["val_loss"] == pytest.approx(compiled["val_loss"], rel=1e-12)
 
 
 def test_alone_there_is_nothing_to_exchange():

@@ -382,6 +382,37 @@ def test_killed_twenty_times_the_model_always_loads(command, tmp_path):
 
 
 @pytest.mark.full
+def test_mixed_precision_trains_and_ends_with_a_plain_model(command, tmp_path):
+    flags = ("--epochs", 2, "--train-limit", 3000, "--test-limit", 500, "--no-report")
+    done = command.run(*flags, "--precision", "mixed_bfloat16")
+    assert (done.returncode, done.stderr) == (0, "")
+    from trainer.runtime import keras
+
+    loaded = keras.models.load_model(tmp_path / "mnist.h5")
+    assert {layer.compute_dtype for layer in loaded.layers} == {"float32"}
+    assert manifest(tmp_path)["metrics"]["val_accuracy"] > 0.8
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", ["fast", "best"])
+def test_a_recipe_goes_on_after_a_stop_and_ends_with_the_same_bits(command, tmp_path, recipe):
+    flags = ("--recipe", recipe, "--epochs", 2, "--train-limit", 1000, "--test-limit", 100)
+    flags = (*flags, "--no-report", "--steps-per-execution", 1)
+    assert command.run(*flags, "--output-dir", "unbroken").returncode == 0
+    run = command.start(*flags, "--log-format", "json")
+    for line in run.stdout:
+        if json.loads(line)["event"] == "epoch":
+            break
+    run.send_signal(signal.SIGTERM)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 75, stderr
+    resumed = command.run(*flags)
+    assert "Resuming the unfinished run" in resumed.stdout
+    unbroken, again = (manifest(folder) for folder in (tmp_path / "unbroken", tmp_path))
+    assert again["model"] == unbroken["model"]
+
+
+@pytest.mark.full
 def test_deterministic_operations_repeat_the_same_bits(command, tmp_path):
     # Other bits than without the flag, on a CPU too, where it would not be needed.
     for name in "ab":

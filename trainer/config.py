@@ -22,6 +22,7 @@ Resume = Literal["auto", "never", "must"]
 Strategy = Literal["auto", "one", "mirrored", "multiworker", "tpu"]
 LogFormat = Literal["auto", "plain", "json"]
 Fast = Literal["auto", "off"]
+Precision = Literal["float32", "tensorfloat32", "mixed_bfloat16"]
 
 # Keras' own defaults, but for Adadelta: Keras 3 has 0.001 there, with which two epochs end at 58%.
 # 1.0 is the rate of Zeiler (2012), https://arxiv.org/abs/1212.5701, and of the first Keras example.
@@ -195,6 +196,17 @@ class TrainConfig:
     for this network, in half the time; off: by Keras'.
     The mathematics is the same, the last bits differ."""
 
+    precision: Precision = "tensorfloat32"
+    """Of products and convolutions. tensorfloat32: 10 bits
+    of the factors count on GPUs from Ampere on, which is
+    TensorFlow's default, all 23 elsewhere; float32: all,
+    everywhere; mixed_bfloat16: 7 bits, and half the
+    memory. The weights, and mnist.h5, are float32."""
+
+    jit_compile: bool = False
+    """Compile the step with XLA, for GPUs. (On CPUs its
+    convolutions take thirty times as long.)"""
+
     steps_per_execution: int | None = None
     """Steps inside one call of the compiled function.
     None: as many as take about a second. It changes how
@@ -258,6 +270,7 @@ class TrainConfig:
         _check_choice("augment", self.augment, get_args(Augment))
         _check_choice("resume", self.resume, get_args(Resume))
         _check_choice("strategy", self.strategy, get_args(Strategy))
+        _check_choice("precision", self.precision, get_args(Precision))
         _check_choice("fast", self.fast, get_args(Fast))
         _check_choice("log_format", self.log_format, get_args(LogFormat))
         _check_whole("epochs", self.epochs, 1, remedy="Use 10, the recipe's number.")

@@ -25,7 +25,7 @@ import numpy as np
 
 from trainer.config import Fast
 from trainer.runtime import keras, tf
-from trainer.strategy import Workers
+from trainer.strategy import Workers, has_memory_of_its_own
 
 Forward = Callable[..., tf.Tensor]  # (x, training=...) -> the model's output
 
@@ -73,9 +73,7 @@ def choose(kind: Fast, strategy: tf.distribute.Strategy, *, threads: int) -> Cho
     """
     replicas = strategy.num_replicas_in_sync // Workers(strategy).count
     plain = functools.partial(Chosen, "keras", threads=threads)
-    if kind == "off":
-        return plain("")
-    if any(device.device_type != "CPU" for device in tf.config.list_logical_devices()):
+    if kind == "off" or has_memory_of_its_own():
         return plain("")
     library = _library()
     if isinstance(library, str):

@@ -39,6 +39,7 @@ def fit(
     epochs: int,
     preprocess: Preprocess | None = None,
     forward: Callable[..., tf.Tensor] | None = None,
+    jit_compile: bool = False,
     steps_per_execution: int | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     position: Position | None = None,
@@ -59,6 +60,7 @@ def fit(
         preprocess: Applied to ``(x, y)`` on the device, inside the step.
         forward: What is called for ``model``, as ``forward(x, training=True)``, to the same effect;
             None: ``model`` itself.
+        jit_compile: Compile forward and backward pass of a step with XLA.
         steps_per_execution: Steps in one call; None: as many as take about a second.
         callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` come once a
             call, with the number of the last step, counted from 0, and the means so far.
@@ -79,7 +81,8 @@ def fit(
     functions = {"loss": loss, **metrics}
     prepare = preprocess or (lambda x, y: (x, y))
     forward = forward or model
-    train = _compile(_train_step(model, forward, functions, prepare), len(functions), strategy)
+    train_step = _train_step(model, forward, functions, prepare, jit_compile)
+    train = _compile(train_step, len(functions), strategy)
     test = _compile(_test_step(forward, functions, prepare), len(functions), strategy)
     position = position or Position()
     listeners = keras.callbacks.CallbackList(list(callbacks), model=model)
@@ -166,19 +169,27 @@ def _train_step(
     forward: Callable[..., tf.Tensor],
     functions: Mapping[str, PerExample],
     preprocess: Preprocess,
+    jit_compile: bool = False,
 ) -> Callable[..., tf.Tensor]:
-    def step(
+    def gradients(
         x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
-    ) -> tf.Tensor:
-        x, y = preprocess(x, y)
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         replica = tf.distribute.get_replica_context()
         with tf.GradientTape() as tape:
             sums = _sums(functions, y, forward(x, training=True), sample_weight)
             objective = sums[1] / tf.cast(examples, sums.dtype)
             if model.losses:  # Regularisation: once a batch, so a share of it in every replica.
                 objective += tf.add_n(model.losses) / replica.num_replicas_in_sync
-        gradients = tape.gradient(objective, model.trainable_variables)
-        model.optimizer.apply(gradients, model.trainable_variables)
+        return sums, tape.gradient(objective, model.trainable_variables)
+
+    if jit_compile:  # Not the update: replicas meet there.
+        gradients = tf.function(gradients, jit_compile=True, autograph=False)
+
+    def step(
+        x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
+    ) -> tf.Tensor:
+        sums, values = gradients(*preprocess(x, y), sample_weight, examples)
+        model.optimizer.apply(values, model.trainable_variables)
         return sums
 
     return step

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trainer.config import Schedule
+from trainer.config import Precision, Schedule, TrainConfig
 from trainer.runtime import keras, tf
 
 INPUT_SHAPE = (28, 28, 1)
@@ -23,6 +23,25 @@ START = 0.1  # where it begins, of the highest
 # probabilities (n, 10).
 LOSS = keras.losses.categorical_crossentropy
 METRICS = {"accuracy": keras.metrics.categorical_accuracy}
+
+
+def of(config: TrainConfig, examples: int) -> keras.Sequential:
+    """Builds the network that a configuration asks for, to be trained on so many examples."""
+    return build(
+        optimizer=config.optimizer,
+        learning_rate=_rate(config, examples),
+        seed=config.seed,
+        pooling_dropout=config.pooling_dropout,
+        dense_dropout=config.dense_dropout,
+        label_smoothing=config.label_smoothing,
+        precision=config.precision,
+    )
+
+
+def rates(config: TrainConfig, examples: int) -> Callable[[int], float]:
+    """Returns a function that gives the learning rate at the end of an epoch, counted from 0."""
+    rate, steps = _rate(config, examples), _steps(config, examples)
+    return lambda epoch: float(rate((epoch + 1) * steps) if callable(rate) else rate)
 
 
 def loss(label_smoothing: float = 0.0) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
@@ -52,6 +71,17 @@ def learning_rate(
     )
 
 
+def _rate(
+    config: TrainConfig, examples: int
+) -> float | keras.optimizers.schedules.LearningRateSchedule:
+    steps = config.epochs * _steps(config, examples)
+    return learning_rate(config.learning_rate, config.schedule, steps)
+
+
+def _steps(config: TrainConfig, examples: int) -> int:
+    return -(-examples // config.batch_size)
+
+
 def build(
     *,
     optimizer: str,
@@ -60,6 +90,7 @@ def build(
     pooling_dropout: float = 0.25,
     dense_dropout: float = 0.5,
     label_smoothing: float = 0.0,
+    precision: Precision = "tensorfloat32",
 ) -> keras.Sequential:
     """Builds the network, compiled as the file it is saved in should be.
 
@@ -70,6 +101,8 @@ def build(
         pooling_dropout: Share that is dropped behind the pooling.
         dense_dropout: Share that is dropped behind the dense layer.
         label_smoothing: Of the loss.
+        precision: ``mixed_bfloat16``: all but the last layer compute in bfloat16; their weights are
+            float32.
 
     Returns:
         A built and compiled model. Input: float32 (n, 28, 28, 1), 0 to 1. Output: float32 (n, 10),
@@ -83,16 +116,17 @@ def build(
 
     # The layout of the axes is written out, lest ~/.keras/keras.json name another.
     axes = {"data_format": "channels_last"}
+    mixed = {"dtype": precision} if precision == "mixed_bfloat16" else {}
     model = keras.Sequential(
         [
             keras.Input(INPUT_SHAPE),
-            layers.Conv2D(32, 3, activation="relu", kernel_initializer=weights(0), **axes),
-            layers.Conv2D(64, 3, activation="relu", kernel_initializer=weights(1), **axes),
-            layers.MaxPooling2D(2, **axes),
-            layers.Dropout(pooling_dropout, seed=seeds[4]),
-            layers.Flatten(**axes),
-            layers.Dense(256, activation="relu", kernel_initializer=weights(2)),
-            layers.Dropout(dense_dropout, seed=seeds[5]),
+            layers.Conv2D(32, 3, activation="relu", kernel_initializer=weights(0), **axes, **mixed),
+            layers.Conv2D(64, 3, activation="relu", kernel_initializer=weights(1), **axes, **mixed),
+            layers.MaxPooling2D(2, **axes, **mixed),
+            layers.Dropout(pooling_dropout, seed=seeds[4], **mixed),
+            layers.Flatten(**axes, **mixed),
+            layers.Dense(256, activation="relu", kernel_initializer=weights(2), **mixed),
+            layers.Dropout(dense_dropout, seed=seeds[5], **mixed),
             layers.Dense(NUM_CLASSES, activation="softmax", kernel_initializer=weights(3)),
         ]
     )

@@ -10,12 +10,16 @@ then one gather from the arrays in memory, which are the cache. ``bench/pipeline
 beside ``from_tensor_slices().cache().shuffle(60000).batch(128)``.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
-from trainer.data import ALIGNMENT
+from trainer.data import ALIGNMENT, Digits
 from trainer.runtime import tf
+
+Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+Augment = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def train_batches(
@@ -25,7 +29,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     epoch: int,
-    augment: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None,
+    augment: Augment | None = None,
 ) -> tf.data.Dataset:
     """Returns one epoch of training batches, every example once, in ``epoch_order``.
 
@@ -60,6 +64,56 @@ def train_batches(
 def test_batches(x: np.ndarray, y: np.ndarray, *, batch_size: int) -> tf.data.Dataset:
     """Returns every example once, in the order of the arrays; else as ``train_batches``."""
     return _batches(x, y, batch_size, np.arange(len(x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Data where the step reads it.
+
+    Attributes:
+        train: Inputs and labels for ``train_batches``.
+        test: The same for ``test_batches``.
+        preprocess: For ``loop.fit``.
+        augment: For ``train_batches``.
+    """
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    preprocess: Preprocess
+    augment: Augment | None
+
+
+def place(
+    digits: Digits,
+    *,
+    strategy: tf.distribute.Strategy | None,
+    preprocess: Preprocess,
+    augment: Augment | None,
+) -> Placed:
+    """Copies images and labels to every device of a strategy, once; the step then gathers its
+    batches there, and what comes from the host are their numbers, a few hundred bytes.
+
+    Args:
+        digits: The data.
+        strategy: Whose devices; None: the images stay in the host's memory.
+        preprocess: Applied to the images and labels of a batch.
+        augment: Applied to training images by the host, which they then come from.
+    """
+    train, test = (digits.x_train, digits.y_train), (digits.x_test, digits.y_test)
+    if strategy is None or augment:
+        return Placed(train, test, preprocess, augment)
+    with strategy.scope():
+        images, labels = (
+            tf.Variable(np.concatenate(parts), trainable=False)
+            for parts in zip(train, test, strict=True)
+        )
+
+    def gather(numbers: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return preprocess(tf.gather(images, numbers), tf.gather(labels, numbers))
+
+    numbers = np.arange(len(digits.x_train) + len(digits.x_test), dtype=np.int32)
+    first, last = np.split(numbers, [len(digits.x_train)])
+    return Placed((first, first), (last, last), gather, None)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:

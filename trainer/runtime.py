@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from trainer.config import Precision
 from trainer.errors import ConfigurationError
 
 
@@ -110,7 +111,7 @@ except ModuleNotFoundError as error:
 
 import keras  # noqa: E402  (TensorFlow loads it)
 
-__all__ = ["keras", "set_deterministic", "set_threads", "tf"]
+__all__ = ["keras", "set_deterministic", "set_precision", "set_threads", "tf"]
 
 
 def set_threads(threads: int) -> None:
@@ -134,3 +135,10 @@ def set_threads(threads: int) -> None:
 def set_deterministic() -> None:
     """Has every operation give the same bits each time, on a GPU too; for the whole process."""
     tf.config.experimental.enable_op_determinism()
+
+
+def set_precision(precision: Precision) -> None:
+    """Lets GPUs round the factors of products to TensorFloat-32, or not; for the whole process.
+    What is mixed is a matter of the model: ``model.build``.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(precision != "float32")

@@ -78,6 +78,11 @@ def create(
     return Chosen(tf.distribute.get_strategy(), f"one device: the CPU ({why})")
 
 
+def has_memory_of_its_own() -> bool:
+    """Tells whether this process computes on devices with a memory of their own: GPUs, TPUs."""
+    return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
+
+
 def check_batch_size(batch_size: int, replicas: int) -> None:
     """Checks that a global batch divides among the replicas.
 

@@ -7,19 +7,20 @@ them trains one model together.
 """
 
 import contextlib
+import dataclasses
 import gc
 import os
 import platform
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trainer
 from trainer import cli, cluster, output
-from trainer.config import TrainConfig
+from trainer.config import Fast, TrainConfig
 from trainer.errors import StoppedError, UsageError
 
 if TYPE_CHECKING:  # --help loads none of these.
@@ -89,12 +90,13 @@ def train(
             if config.tensorflow_logs:
                 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
 
-            from trainer import fast, page, report, runtime
+            from trainer import fast, model, page, report, runtime
 
             facts = _facts(config, source, digits)
             if link:
                 link.meet(_must_be_equal(facts))
             runtime.set_threads(config.threads)
+            runtime.set_precision(config.precision)
             if config.deterministic:
                 runtime.set_deterministic()
             with (
@@ -110,7 +112,7 @@ def train(
                 watcher.say(_announcement(config, digits), "start", **facts)
                 replicas = chosen.strategy.num_replicas_in_sync
                 watcher.say(chosen.reason, "strategy", replicas=replicas)
-                step = fast.choose(config.fast, chosen.strategy, threads=config.threads)
+                step = fast.choose(_fast(config), chosen.strategy, threads=config.threads)
                 facts["environment"]["step"] = step.name
                 if step.reason:
                     watcher.say(step.reason, "step")
@@ -120,7 +122,7 @@ def train(
                     callbacks.append(
                         report.Events(
                             config.output_dir,
-                            learning_rate=_rate_of_epochs(config, len(digits.x_train)),
+                            learning_rate=model.rates(config, len(digits.x_train)),
                             before=lambda: keeper.saved.history,
                         )
                     )
@@ -195,60 +197,53 @@ def fit(
         StoppedError: The keeper was asked to stop, and has saved where the run is.
     """
     from trainer import augment, fast, loop, model, pipeline
-    from trainer.strategy import check_batch_size
+    from trainer.strategy import check_batch_size, has_memory_of_its_own
 
     if strategy is None:
         strategy = _strategy(config, cluster.resolve(os.environ)).strategy
     check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
     with strategy.scope():
-        cnn = model.build(
-            optimizer=config.optimizer,
-            learning_rate=_learning_rate(config, len(digits.x_train)),
-            seed=config.seed,
-            pooling_dropout=config.pooling_dropout,
-            dense_dropout=config.dense_dropout,
-            label_smoothing=config.label_smoothing,
-        )
+        cnn = model.of(config, len(digits.x_train))
     hooks = {"position": keeper.restore(cnn), "after_call": keeper.after_call} if keeper else {}
-    with fast.choose(config.fast, strategy, threads=config.threads).step(cnn) as forward:
+    placed = pipeline.place(
+        digits,
+        strategy=strategy if has_memory_of_its_own() else None,
+        preprocess=model.preprocess,
+        augment=augment.warp if config.augment == "affine" else None,
+    )
+    with fast.choose(_fast(config), strategy, threads=config.threads).step(cnn) as forward:
         history = loop.fit(
             cnn,
             lambda epoch: pipeline.train_batches(
-                digits.x_train,
-                digits.y_train,
+                *placed.train,
                 batch_size=config.batch_size,
                 seed=config.seed,
                 epoch=epoch,
-                augment=augment.warp if config.augment == "affine" else None,
+                augment=placed.augment,
             ),
-            pipeline.test_batches(digits.x_test, digits.y_test, batch_size=config.batch_size),
+            pipeline.test_batches(*placed.test, batch_size=config.batch_size),
             strategy=strategy,
             loss=model.loss(config.label_smoothing),
             metrics=model.METRICS,
             epochs=config.epochs,
-            preprocess=model.preprocess,
+            preprocess=placed.preprocess,
             forward=forward,
+            jit_compile=config.jit_compile,
             steps_per_execution=config.steps_per_execution,
             callbacks=callbacks,
             **hooks,
         )
+    if config.precision == "mixed_bfloat16":  # The file is for everybody: of plain float32.
+        with strategy.scope():
+            plain = model.of(dataclasses.replace(config, precision="float32"), len(digits.x_train))
+        plain.set_weights(cnn.get_weights())
+        cnn = plain
     return cnn, history
 
 
-def _learning_rate(
-    config: TrainConfig, examples: int
-) -> "float | keras.optimizers.schedules.LearningRateSchedule":
-    from trainer import model
-
-    steps = config.epochs * -(-examples // config.batch_size)
-    return model.learning_rate(config.learning_rate, config.schedule, steps)
-
-
-def _rate_of_epochs(config: TrainConfig, examples: int) -> Callable[[int], float]:
-    """Returns the learning rate at the end of each epoch, counted from 0."""
-    rate = _learning_rate(config, examples)
-    steps = -(-examples // config.batch_size)
-    return lambda epoch: float(rate((epoch + 1) * steps) if callable(rate) else rate)
+def _fast(config: TrainConfig) -> Fast:
+    # XLA knows nothing of the fast step.
+    return "off" if config.jit_compile else config.fast
 
 
 def _load(config: TrainConfig) -> tuple["data.Digits", "data.Digits"]:
