@@ -43,7 +43,7 @@ class Ran:
     megabytes: float = 0.0
     steps: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     epochs: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # with accuracy
-    limit: float = float("nan")  # GFLOP/s
+    rate: float = float("nan")  # of what it says that it measures
 
     def step_ms(self, skip: int = 20) -> float:
         """Returns the median time of a step, without the first ones of the first epoch."""
@@ -97,7 +97,7 @@ def step(threads: int, number: int) -> Round:
         "PyTorch": peer("pytorch", *flags).step_ms(),
         "JAX": peer("jax_flax", *("--steps", 50, *flags[2:])).step_ms(),
     }
-    return {**measured, "matrix product, GFLOP/s": product.limit}
+    return {**measured, "matrix product, GFLOP/s": product.rate}
 
 
 def whole(threads: int, number: int) -> Round:
@@ -133,6 +133,15 @@ def start(threads: int, number: int) -> Round:
         NOTEBOOK: peer("keras_fit", *flags).steps[0][1],
         "PyTorch": peer("pytorch", *flags).steps[0][1],
         "JAX": peer("jax_flax", *flags).steps[0][1],
+    }
+
+
+def pipeline(threads: int, number: int) -> Round:
+    """Images a second: what the pipeline alone delivers, and what the step consumes."""
+    flags = ("--steps", 120, "--epochs", 1, "--threads", threads)
+    return {
+        "delivered": run([python(), PEERS / "pipeline_alone.py", DATA, "--threads", threads]).rate,
+        "consumed": 128_000 / peer("trainer_fit", *flags).step_ms(),
     }
 
 
@@ -247,6 +256,7 @@ def _free_port() -> int:
 PARTS: dict[str, Callable[[int, int], Round]] = {
     "step": step,
     "start": start,
+    "pipeline": pipeline,
     "whole": whole,
     "recipe-fast": recipe_fast,
     "recipe-best": recipe_best,
@@ -308,8 +318,8 @@ def run(words: Sequence[object], *, settings: dict[str, str] | None = None) -> R
                 ran.steps.append((event["step"], at))
             elif event.get("event") == "epoch" and "accuracy" in event:
                 ran.epochs.append((at, event["accuracy"]))
-            elif event.get("event") == "limit":
-                ran.limit = event["gflops"]
+            elif event.get("event") == "rate":
+                ran.rate = event["rate"]
         errors = process.stderr.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
