@@ -14,7 +14,6 @@ STEP_GFLOP = 10.07  # products of a step at batch 128, forward and backward, wit
 TITLES = {
     "step": "A step, batch 128: milliseconds",
     "start": "From the command to the first step: seconds",
-    "pipeline": "Images a second: the pipeline alone, and the step",
     "whole": "The default run, ten epochs, from the command to the file",
     "recipe-fast": "`--recipe fast`: from the command to the file",
     "recipe-best": "`--recipe best`: from the command to the file",
@@ -36,7 +35,6 @@ RATIOS = {
         ("this trainer, s", "Keras fit, s"),
         ("this trainer, MB", "Keras fit, MB"),
     ],
-    "pipeline": [("delivered", "consumed")],
     "data": [("10x, s an epoch", "1x, s an epoch")],
     "workers": [
         ("two workers", "one worker"),
