@@ -40,6 +40,8 @@ class Bar(Progress):
         """
         self.update(
             self.run,
+            # It is drawn ten times a second, which an epoch may not last: a full bar is seen.
+            refresh=place["step"] == place["steps"],
             total=place["steps"],
             completed=place["step"],
             epoch=f"{place['epoch']}/{place['epochs']}",
