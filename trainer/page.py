@@ -66,22 +66,26 @@ def draw(
             return
         watcher.on_predict_begin()
         go_on()
-        from trainer.runtime import keras
+        from trainer.runtime import keras, release_memory
 
+        release_memory()
         # A copy outside the strategy, under which each pass would need every worker.
         plain = keras.models.clone_model(model)
         plain.set_weights(model.get_weights())
+        probabilities = evaluate.probabilities(
+            plain,
+            images,
+            batch_size=config.batch_size // manifest["environment"]["replicas"],
+            after_batch=go_on,
+        )
+        del plain
+        release_memory()
         files = render(
             manifest,
             history,
             images=images,
             labels=labels,
-            probabilities=evaluate.probabilities(
-                plain,
-                images,
-                batch_size=config.batch_size // manifest["environment"]["replicas"],
-                after_batch=go_on,
-            ),
+            probabilities=probabilities,
             after_picture=go_on,
         )
         output.write(config.output_dir, files)

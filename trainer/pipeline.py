@@ -144,12 +144,16 @@ def _batches(x: np.ndarray, y: np.ndarray, batch_size: int, order: np.ndarray) -
     def gather(rows: tf.Tensor, sample_weight: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return tf.gather(x, rows), tf.gather(y, rows), sample_weight
 
+    options = tf.data.Options()
+    # They rewrite what is already as it should be, and copy the arrays for it (TensorFlow 2.21).
+    options.experimental_optimization.apply_default_optimizations = False
     return (
         tf.data.Dataset.from_tensor_slices(
             (rows.reshape(steps, -1), sample_weight.reshape(steps, -1))
         )
         .map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .prefetch(tf.data.AUTOTUNE)
+        .with_options(options)
     )
 
 

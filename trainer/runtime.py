@@ -6,6 +6,8 @@ They start without chatter, unless TF_CPP_MIN_LOG_LEVEL is set, and Keras runs o
 """
 
 import contextlib
+import ctypes
+import gc
 import os
 import platform
 import sys
@@ -14,6 +16,8 @@ from collections.abc import Iterator
 
 from trainer.config import Precision
 from trainer.errors import ConfigurationError
+
+_M_ARENA_MAX = -8  # of <malloc.h>
 
 
 @contextlib.contextmanager
@@ -76,6 +80,14 @@ def _set_onednn() -> None:
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
+def _set_allocator() -> None:
+    """Keeps one heap for all threads (``man mallopt``), where glibc would make eight for each core
+    and keep in each what it once needed. Blocks that are small it gives out without a lock.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
 def _unused() -> tuple[str, ...]:
     """Names what TensorFlow 2.21 and Keras 3.15 import where it is installed, in a second or two,
     and work without, as the commands of this package do. In another program they are left as they
@@ -83,7 +95,7 @@ def _unused() -> tuple[str, ...]:
     """
     if not (command := _command()):
         return ()
-    unused = ("matplotlib", "pandas", "sklearn")
+    unused = ("IPython", "matplotlib", "pandas", "sklearn")
     # Those that find digits in pictures import SciPy themselves, in another thread.
     return (*unused, "scipy") if command == "trainer.task" else unused
 
@@ -92,6 +104,7 @@ def _start() -> contextlib.AbstractContextManager:
     _check_backend()
     if _command():
         _set_onednn()
+        _set_allocator()
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         return contextlib.nullcontext()
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -111,7 +124,7 @@ except ModuleNotFoundError as error:
 
 import keras  # noqa: E402  (TensorFlow loads it)
 
-__all__ = ["keras", "set_deterministic", "set_precision", "set_threads", "tf"]
+__all__ = ["keras", "release_memory", "set_deterministic", "set_precision", "set_threads", "tf"]
 
 
 def set_threads(threads: int) -> None:
@@ -130,6 +143,15 @@ def set_threads(threads: int) -> None:
             "a TensorFlow that is running with another number. Start a new Python (in a notebook: "
             "restart the kernel)."
         ) from error
+
+
+def release_memory() -> None:
+    """Gives back to the system what is not used any more: ``tf.function`` objects are cycles, and
+    glibc keeps what was freed.
+    """
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def set_deterministic() -> None:

@@ -8,7 +8,6 @@ them trains one model together.
 
 import contextlib
 import dataclasses
-import gc
 import os
 import platform
 import sys
@@ -130,9 +129,8 @@ def train(
                     config, digits, callbacks=callbacks, keeper=keeper, strategy=chosen.strategy
                 )
                 images, labels = digits.x_test, digits.y_test
-                # The training images, which nobody needs any more; tf.functions are cycles.
-                del source, digits
-                gc.collect()
+                del source, digits  # the training images, which nobody needs any more
+                runtime.release_memory()
                 _compare_weights(model, keeper.workers, watcher)
                 if link:
                     link.tell("trained")
