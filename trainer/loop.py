@@ -225,14 +225,30 @@ def _sums(
 def _compile(
     step: Callable[..., tf.Tensor], functions: int, strategy: tf.distribute.Strategy
 ) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
-    """Puts several steps into one ``tf.function``, which returns their sums, a row a step."""
+    """Puts several steps into one ``tf.function``, which returns their sums, a row a step.
+
+    Every replica is given whole batches and takes the slice of its number. What Keras and
+    ``strategy.distribute_datasets_from_function`` do instead ends each epoch with iterators whose
+    autotuning, which no option reaches, can hold it up for seconds (TensorFlow 2.21).
+    """
+    replicas = strategy.num_replicas_in_sync
+
+    def of_replica(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
+        number = tf.distribute.get_replica_context().replica_id_in_sync_group
+
+        def own(rows: tf.Tensor) -> tf.Tensor:
+            size = rows.shape[0] // replicas
+            return tf.reshape(rows, (replicas, size, *rows.shape[1:]))[number]
+
+        # Beside the slice, in which there may be none: the examples really in the whole batch.
+        return step(own(x), own(y), own(sample_weight), tf.reduce_sum(sample_weight))
 
     # Written out as a tf.while_loop, because AutoGraph does not convert a "for" on Python 3.13
     # (TensorFlow 2.21).
     @tf.function(autograph=False)
     def call(iterator: Iterator, steps: tf.Tensor) -> tf.Tensor:
         def one(number: tf.Tensor, rows: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
-            sums = strategy.run(step, args=iterator.get_next())
+            sums = strategy.run(of_replica, args=iterator.get_next())
             sums = strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
             return number + 1, rows.write(number, sums)
 
@@ -258,7 +274,8 @@ def _calls(
     remaining = int(data.cardinality())
     if remaining < 0:
         raise ValueError(f"Expected a data set of known cardinality. Received: {remaining}.")
-    iterator = iter(_distribute(data, strategy))
+    with tf.device("CPU:0"):
+        iterator = iter(data)
     workers = Workers(strategy)
     steps = steps_per_execution or 1
     while remaining:
@@ -273,34 +290,6 @@ def _calls(
             # Twice as many at most: the first call also compiles, and says nothing of the next.
             fitting = SECONDS_PER_CALL * steps / max(seconds, 1e-6)
             steps = max(1, min(2 * steps, round(fitting)))
-
-
-def _distribute(data: tf.data.Dataset, strategy: tf.distribute.Strategy) -> tf.data.Dataset:
-    """Cuts each global batch into equal slices, one a replica, in the order of their numbers.
-
-    Beside each slice comes the number of examples really in the whole batch, of which a slice may
-    have none.
-    """
-    replicas = strategy.num_replicas_in_sync
-
-    def of_pipeline(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        here = replicas // context.num_input_pipelines
-        start = context.input_pipeline_id * here
-
-        def cut(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            def slices(rows: tf.Tensor) -> tf.Tensor:
-                size = rows.shape[0] // replicas
-                return tf.reshape(
-                    rows[start * size : (start + here) * size], (here, size, *rows.shape[1:])
-                )
-
-            examples = tf.fill((here,), tf.reduce_sum(sample_weight))
-            return slices(x), slices(y), slices(sample_weight), examples
-
-        # Without an end, lest all workers ask one another at every step whether there is more.
-        return data.map(cut).unbatch().repeat().prefetch(tf.data.AUTOTUNE)
-
-    return strategy.distribute_datasets_from_function(of_pipeline)
 
 
 class _Totals:

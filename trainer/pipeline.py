@@ -144,9 +144,11 @@ def _batches(x: np.ndarray, y: np.ndarray, batch_size: int, order: np.ndarray) -
     def gather(rows: tf.Tensor, sample_weight: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return tf.gather(x, rows), tf.gather(y, rows), sample_weight
 
+    # Both of TensorFlow 2.21: the first rewrites what is already as it should be, and copies the
+    # arrays for it; the thread of the second can oversleep the end of an epoch by 5 to 60 seconds.
     options = tf.data.Options()
-    # They rewrite what is already as it should be, and copy the arrays for it (TensorFlow 2.21).
     options.experimental_optimization.apply_default_optimizations = False
+    options.autotune.enabled = False
     return (
         tf.data.Dataset.from_tensor_slices(
             (rows.reshape(steps, -1), sample_weight.reshape(steps, -1))
