@@ -231,7 +231,7 @@ def _compile(
     ``strategy.distribute_datasets_from_function`` do instead ends each epoch with iterators whose
     autotuning, which no option reaches, can hold it up for seconds (TensorFlow 2.21).
     """
-    replicas = strategy.num_replicas_in_sync
+    replicas, workers = strategy.num_replicas_in_sync, Workers(strategy)
 
     def of_replica(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
         number = tf.distribute.get_replica_context().replica_id_in_sync_group
@@ -249,12 +249,12 @@ def _compile(
     def call(iterator: Iterator, steps: tf.Tensor) -> tf.Tensor:
         def one(number: tf.Tensor, rows: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
             sums = strategy.run(of_replica, args=iterator.get_next())
-            sums = strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
-            return number + 1, rows.write(number, sums)
+            here = strategy.experimental_local_results(sums)
+            return number + 1, rows.write(number, tf.add_n(here))
 
         rows = tf.TensorArray(keras.config.floatx(), steps, element_shape=(1 + functions,))
         _, rows = tf.while_loop(lambda number, rows: number < steps, one, (0, rows))
-        return rows.stack()
+        return workers.sum(rows.stack())
 
     return call
 

@@ -132,6 +132,20 @@ class Workers:
             self.count = len(resolver.cluster_spec().as_dict()["worker"])
             self.index = resolver.task_id
 
+    def sum(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns, inside a ``tf.function``, the sum over the workers of what each has."""
+        if self.count == 1:
+            return values
+        here = self.strategy.num_replicas_in_sync // self.count
+
+        def of_replica(values: tf.Tensor) -> tf.Tensor:
+            context = tf.distribute.get_replica_context()
+            first = context.replica_id_in_sync_group % here == 0  # Once a worker.
+            values = tf.where(first, values, tf.zeros_like(values))
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+        return self.strategy.experimental_local_results(self.strategy.run(of_replica, (values,)))[0]
+
     def gather(self, value: int) -> list[int]:
         """Returns every worker's value, a 32-bit integer, in their order."""
         values = np.zeros(self.count, np.int32)
