@@ -1,7 +1,10 @@
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from trainer import data, pipeline
+from trainer import augment, data, pipeline
 from trainer.runtime import tf
 
 
@@ -135,3 +138,33 @@ def test_arrays_of_any_kind_are_read(mnist, change):
     read = [x.numpy() for x, _, _ in batches]
     assert len(read) == -(-len(x) // 16)
     np.testing.assert_array_equal(np.concatenate(read)[: len(x)], x)
+
+
+def test_no_thread_autotunes(mnist):
+    # Its end can take as long as it sleeps, up to a minute, and the end of an epoch waits for it.
+    few = mnist.first(100, 100)
+    for batches in (
+        train(100),
+        pipeline.train_batches(
+            few.x_train, few.y_train, batch_size=8, seed=0, epoch=0, augment=augment.warp
+        ),
+        pipeline.test_batches(few.x_test, few.y_test, batch_size=8),
+    ):
+        assert batches.options().autotune.enabled is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_examples_are_not_copied():
+    def megabytes():
+        status = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in status if line.startswith("RssAnon"))
+        return int(line.split()[1]) / 1024
+
+    next(iter(train(1000)))
+    x = data._aligned(np.ones((200_000, 784), np.uint8))  # 157 MB
+    before = megabytes()
+    iterator = iter(
+        pipeline.train_batches(x, np.zeros(len(x), np.uint8), batch_size=8, seed=0, epoch=0)
+    )
+    next(iterator)
+    assert megabytes() - before < 40
