@@ -192,3 +192,15 @@ def outcome(folder: Path) -> tuple[str, dict]:
     history = json.loads((folder / "history.json").read_text())
     history.pop("seconds")
     return manifest["model"]["sha256"], history
+
+
+@pytest.fixture
+def float64():
+    """Keras in float64: in float32 two right computations part within ten steps of Adadelta."""
+    from trainer.runtime import keras
+
+    for dtype in ("float64", "float32"):
+        keras.config.set_floatx(dtype)
+        keras.config.set_dtype_policy(dtype)
+        if dtype == "float64":
+            yield

@@ -73,15 +73,6 @@ def digits(mnist):
     return mnist.first(640, 100)
 
 
-@pytest.fixture
-def float64():
-    for dtype in ("float64", "float32"):
-        keras.config.set_floatx(dtype)
-        keras.config.set_dtype_policy(dtype)
-        if dtype == "float64":
-            yield
-
-
 def test_this_machine_has_it():
     assert CHOSEN.name.startswith("winograd "), CHOSEN.reason
 

@@ -52,16 +52,6 @@ def without_dropout(network):
     return network
 
 
-@pytest.fixture
-def float64():
-    # In float32 two right computations part within ten steps of Adadelta; here they must not.
-    for dtype in ("float64", "float32"):
-        keras.config.set_floatx(dtype)
-        keras.config.set_dtype_policy(dtype)
-        if dtype == "float64":
-            yield
-
-
 @pytest.mark.parametrize(
     ("examples", "change"),
     [
