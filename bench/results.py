@@ -14,7 +14,7 @@ STEP_GFLOP = 10.07  # products of a step at batch 128, forward and backward, wit
 TITLES = {
     "step": "A step, batch 128: milliseconds",
     "start": "From the command to the first step: seconds",
-    "pipeline": "The pipeline: images a second",
+    "pipeline": "Images a second: the pipeline alone, and the step",
     "whole": "The default run, ten epochs, from the command to the file",
     "recipe-fast": "`--recipe fast`: from the command to the file",
     "recipe-best": "`--recipe best`: from the command to the file",

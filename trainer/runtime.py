@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from trainer.config import Precision
 from trainer.errors import ConfigurationError
@@ -80,12 +80,17 @@ def _set_onednn() -> None:
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 
+def _glibc(name: str) -> Callable[..., int] | None:
+    """Returns a function of glibc; None where there is another library (macOS, Windows, musl)."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
 def _set_allocator() -> None:
     """Keeps one heap for all threads (``man mallopt``), where glibc would make eight for each core
     and keep in each what it once needed. Blocks that are small it gives out without a lock.
     """
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_ARENA_MAX, 1)
+    if mallopt := _glibc("mallopt"):
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def _unused() -> tuple[str, ...]:
@@ -150,8 +155,8 @@ def release_memory() -> None:
     glibc keeps what was freed.
     """
     gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    if malloc_trim := _glibc("malloc_trim"):
+        malloc_trim(0)
 
 
 def set_deterministic() -> None:
