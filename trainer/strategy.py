@@ -176,24 +176,12 @@ class Workers:
     def _sum(self, values: np.ndarray) -> np.ndarray:
         if self.count == 1:
             return values
-
-        def of_replica(context: tf.distribute.experimental.ValueContext) -> tf.Tensor:
-            # Once a worker, whatever the number of its replicas.
-            here = self.strategy.num_replicas_in_sync // self.count
-            first = context.replica_id_in_sync_group % here == 0
-            return tf.constant((values if first else np.zeros_like(values)).ravel())
-
-        everywhere = self.strategy.experimental_distribute_values_from_function(of_replica)
-        return _reducer(self.strategy)(everywhere).numpy().reshape(values.shape)
+        return _adder(self.strategy)(values.ravel()).numpy().reshape(values.shape)
 
 
 @functools.cache  # Traced once for a strategy, whatever is exchanged.
-def _reducer(strategy: tf.distribute.Strategy) -> Callable[[tf.Tensor], tf.Tensor]:
-    @tf.function(autograph=False, reduce_retracing=True)
-    def reduce(values: tf.Tensor) -> tf.Tensor:
-        return strategy.reduce(tf.distribute.ReduceOp.SUM, values, axis=None)
-
-    return reduce
+def _adder(strategy: tf.distribute.Strategy) -> Callable[[np.ndarray], tf.Tensor]:
+    return tf.function(Workers(strategy).sum, autograph=False, reduce_retracing=True)
 
 
 def _gpus(count: int | None) -> list:
