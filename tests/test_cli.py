@@ -14,7 +14,7 @@ from trainer.errors import DataError, UsageError
         (["surplus"], "Unrecognized options: surplus."),
         (["--optimizer", "adagrat"], "invalid choice 'adagrat' for argument '--optimizer'."),
         (["--epochs"], "Missing value for argument '--epochs'."),
-        (["--epochs", "many"], "many"),
+        (["--epochs", "many"], "Error parsing --epochs: expected INT. Received: many. prog --help"),
         (["--epochs", "0"], "epochs must be a whole number of at least 1."),
         (["--learning-rate", "nan"], "learning_rate must be a finite number above 0."),
         (["--learning-rate", "-inf"], "learning_rate must be a finite number above 0."),

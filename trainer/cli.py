@@ -166,7 +166,15 @@ def _one_line(box: str, prog: str) -> str:
     rule = next((number for number, row in enumerate(rows) if set(row) == {"─"}), len(rows))
     statement = " ".join(rows[:rule] or box.split()).rstrip(".")
     statement = re.sub(r"(?<=Expected one of \()[^)]*", _choices, statement)
-    flags = [row.split()[0].rstrip(",") for row in rows[rule:] if re.match(r"--\w", row)]
+    # Of a flag that may be left to the recipe: what it takes beside nothing.
+    statement = re.sub(
+        r"no type matching {None}\|(.+?) could be instantiated from \['(.*?)'\].*",
+        r"expected \1. Received: \2",
+        statement,
+    )
+    flags = []
+    if statement.startswith("Unrecognized"):
+        flags = [row.split()[0].rstrip(",") for row in rows[rule:] if re.match(r"--\w", row)]
     meant = f" Perhaps you meant {' or '.join(dict.fromkeys(flags))}." if flags else ""
     return f"{statement}.{meant} {prog} --help lists the flags."
 
