@@ -221,7 +221,7 @@ def test_the_matrix_shows_every_number_and_colours_the_mistakes(digits):
     texts = {(text.get_position()): text.get_text() for text in axes.texts}
     for (row, column), count in np.ndenumerate(1000 * matrix):
         assert texts[column, row] == (f"{count:,}" if count else "·")
-    shown = axes.images[0].get_array()
+    shown = axes.collections[0].get_array()
     assert shown.mask.diagonal().all()
     assert shown.max() == 1000 * (matrix - np.diag(matrix.diagonal())).max()
 

@@ -8,6 +8,7 @@ own (CSP) forbids it to load anything.
 """
 
 import base64
+import gc
 import html
 import importlib.resources
 import string
@@ -136,6 +137,7 @@ def render(
         ("reliability", lambda: charts.reliability(found)),
     ):
         drawn[name] = charts.png(draw())
+        gc.collect()  # A figure is full of cycles, and takes as much memory as a model.
         after_picture()
     template = (importlib.resources.files("trainer") / "assets" / "report.html").read_text("utf-8")
     page = string.Template(template).substitute(
