@@ -25,6 +25,7 @@ from trainer import (
     model,
     output,
     pipeline,
+    ring,
     runtime,
     strategy,
     task,
@@ -196,8 +197,30 @@ def saved(chosen, *, examples, batch_size, folder):
 
 
 def exchanged(chosen):
-    """What ``Workers`` passes on."""
+    """What ``Workers`` passes on, and what replicas reduce: dense, sparse, of several types."""
     workers = strategy.Workers(chosen)
+    sums_of, calls = ring.Ring.sum, []
+    ring.Ring.sum = lambda self, arrays: calls.append(1) or sums_of(self, arrays)
+
+    @tf.function
+    def reduced():
+        def of_replica():
+            number = float(workers.index)
+            replica = tf.distribute.get_replica_context()
+            kinds = tf.distribute.ReduceOp
+            rows = tf.IndexedSlices(
+                tf.fill((1, 2), number), tf.constant([workers.index]), tf.constant([2, 2])
+            )
+            some = [tf.fill((2,), number), tf.constant(1), tf.constant(number)]
+            return (
+                replica.all_reduce(kinds.SUM, some),
+                replica.all_reduce(kinds.MEAN, number),
+                tf.convert_to_tensor(replica.all_reduce(kinds.SUM, rows)),
+            )
+
+        return chosen.run(of_replica)
+
+    sums, mean, sparse = reduced()
     own = np.arange(7, dtype=np.uint8) + workers.index
     return {
         "count": workers.count,
@@ -205,6 +228,11 @@ def exchanged(chosen):
         "first": workers.first(10 + workers.index),
         "shared": list(workers.share(own.tobytes())),
         "equal": [workers.have_equal(b"same"), workers.have_equal(own[:4].tobytes())],
+        "summed": [total.numpy().tolist() for total in sums],
+        "mean": float(mean),
+        "sparse": sparse.numpy().tolist(),
+        "eager": float(chosen.reduce("sum", tf.constant(1.0 + workers.index), axis=None)),
+        "by_ring": len(calls) > 0,
     }
 
 

@@ -106,6 +106,11 @@ def test_what_workers_exchange_arrives(replicas):
             "first": 10,
             "shared": list(range(7)),
             "equal": [True, False],
+            "summed": [[1.0, 1.0], 2, 1.0],
+            "mean": 0.5,
+            "sparse": [[0.0, 0.0], [1.0, 1.0]],
+            "eager": 3.0,
+            "by_ring": True,
         }, index
 
 

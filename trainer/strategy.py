@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer import ring
 from trainer.cluster import Cluster
 from trainer.config import Strategy
 from trainer.errors import ConfigurationError, UsageError
@@ -115,7 +116,7 @@ def separate_seeds(model: keras.Model) -> None:
 
 
 class Workers:
-    """What the workers of a strategy tell one another, by its own all-reduce.
+    """What the workers of a strategy tell one another, by its all-reduce.
 
     Every method must be called by all of them, in the same order. Alone, they cost nothing.
 
@@ -248,17 +249,43 @@ def _multiworker(cluster: Cluster, gpus: Sequence) -> Chosen:
         num_accelerators={"GPU": len(gpus)},
         rpc_layer="grpc",
     )
+    members = None if gpus else ring.connect(cluster)  # Before TensorFlow has the port.
     kinds = tfd.experimental.CommunicationImplementation
     strategy = tfd.MultiWorkerMirroredStrategy(
         resolver,
         tfd.experimental.CommunicationOptions(implementation=kinds.NCCL if gpus else kinds.RING),
     )
+    if members:
+        _reduce_by(members, strategy)
     each = f"{len(gpus)} GPUs by NCCL" if gpus else "one CPU"
     return Chosen(
         strategy,
         f"MultiWorkerMirroredStrategy over {len(cluster.workers)} workers of {each} each: "
         f"{', '.join(cluster.workers)}",
     )
+
+
+def _reduce_by(members: ring.Ring, strategy: tf.distribute.Strategy) -> None:
+    """Has the ring reduce what a strategy's replicas, one on each worker, reduce together."""
+    collectives = strategy.extended._cross_device_ops
+    theirs = collectives._all_reduce
+
+    def all_reduce(
+        reduce_op: tf.distribute.ReduceOp, value: object, replica_id: int, options: object
+    ) -> object:
+        tensors = tf.nest.flatten(value)
+        if any(isinstance(tensor, tf.IndexedSlices) for tensor in tensors):  # of an embedding
+            return theirs(reduce_op, value, replica_id, options)
+        types = [tensor.dtype for tensor in tensors]
+        sums = tf.numpy_function(lambda *own: members.sum(own), tensors, types)
+        sums = tf.nest.flatten(sums)  # One is no list outside a tf.function.
+        for tensor, total in zip(tensors, sums, strict=True):
+            total.set_shape(tensor.shape)
+        if reduce_op == tf.distribute.ReduceOp.MEAN:
+            sums = [total / members.count for total in sums]
+        return tf.nest.pack_sequence_as(value, sums)
+
+    collectives._all_reduce = all_reduce
 
 
 def _mirrored(gpus: Sequence) -> Chosen:

@@ -185,7 +185,7 @@ class _Supervisor:
             "connecting",
             self.startup_timeout,
             lambda: self.give_up(
-                f"all workers came, but TensorFlow did not connect them within "
+                f"all workers came, but did not reach one another within "
                 f"{self.startup_timeout:g} s. Every one of these addresses must be reachable from "
                 f"every machine: {', '.join(self.cluster.workers)}"
             ),

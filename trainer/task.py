@@ -309,7 +309,9 @@ def _must_be_equal(facts: dict) -> dict:
 
 @contextlib.contextmanager
 def _lost_peers() -> Iterator[None]:
-    """Calls by its name what TensorFlow raises when another worker is gone."""
+    """Calls by its name what is raised when another worker is gone: by TensorFlow's collectives, or
+    by the ring, whose errors are ``UnknownError`` inside a ``tf.function``.
+    """
     from trainer.child import PeerError
     from trainer.runtime import tf
 
@@ -321,13 +323,15 @@ def _lost_peers() -> Iterator[None]:
         tf.errors.DeadlineExceededError,
         tf.errors.InternalError,
         tf.errors.UnavailableError,
+        tf.errors.UnknownError,
+        ConnectionError,
     ) as error:
         # Its message is a traceback of the graph; what happened stands at its end.
         lines = [line.strip() for line in str(error).splitlines()]
         reasons = [
             line for line in lines if line and not line.startswith(("[[", "The error could"))
         ]
-        raise PeerError(f"TensorFlow lost another worker: {reasons[-1][:300]}") from error
+        raise PeerError(f"another worker was lost: {reasons[-1][:300]}") from error
 
 
 def _strategy(config: TrainConfig, members: cluster.Cluster | None) -> "Chosen":

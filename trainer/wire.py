@@ -40,25 +40,36 @@ async def receive(reader: asyncio.StreamReader) -> dict | None:
     return message if isinstance(message, dict) else None
 
 
+def listen(address: str) -> socket.socket:
+    """Listens at the port of an address, on all of this machine's interfaces.
+
+    Raises:
+        ConfigurationError: The port is in use.
+    """
+    _, port = split_address(address)
+    try:
+        return _listen_at(port)
+    except OSError as error:
+        raise ConfigurationError(
+            f"Expected to listen at port {port}, for the address {address}. Received: "
+            f"{os.strerror(error.errno)}. Name a free port, or end what uses it."
+        ) from error
+
+
 async def listener(address: str) -> socket.socket:
-    """Listens at the port of an address, on all of this machine's interfaces, as TensorFlow's
-    server does after it.
+    """The same, where the port may be that of a worker that has just been killed.
 
     Raises:
         ConfigurationError: The port is in use, and stays so.
     """
-    _, port = split_address(address)
     loop = asyncio.get_running_loop()
     end = loop.time() + FREED
     while True:
         try:
-            return _listen_at(port)
-        except OSError as error:
-            if loop.time() > end or error.errno != errno.EADDRINUSE:
-                raise ConfigurationError(
-                    f"Expected to listen at port {port}, for the address {address}. Received: "
-                    f"{os.strerror(error.errno)}. Name a free port, or end what uses it."
-                ) from None
+            return listen(address)
+        except ConfigurationError as refused:
+            if loop.time() > end or refused.__cause__.errno != errno.EADDRINUSE:
+                raise
         await asyncio.sleep(FREED / 40)
 
 
