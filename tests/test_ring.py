@@ -117,6 +117,12 @@ def test_what_is_added_stays_as_it_was():
         assert all((a == b).all() for a, b in zip(own, values(index), strict=True))
 
 
+def test_what_is_not_finite_stays_so_without_a_word():
+    numbers = np.array([[np.inf, np.nan, 3e38], [-np.inf, 1, 3e38]], np.float32)
+    for (total,) in together(2, lambda ring: ring.sum([numbers[ring.index]])):
+        np.testing.assert_array_equal(total, np.array([np.nan, np.nan, np.inf], np.float32))
+
+
 def test_sums_are_taken_by_tensorflow_without_a_copy():
     def work(ring):
         return [total.ctypes.data % 64 for total in ring.sum(values(ring.index)) if total.size]

@@ -68,8 +68,9 @@ class Ring:
         for step in range(self.count - 1):
             arriving = part(self.index - step - 1)
             self._exchange(source[part(self.index - step)], out[arriving])
-            for total, value in zip(out[arriving], own[arriving], strict=True):
-                total += value
+            with np.errstate(all="ignore"):  # What is not finite, the loop finds and names.
+                for total, value in zip(out[arriving], own[arriving], strict=True):
+                    total += value
             source = out
         # ... and once more, to replace what the others have of it.
         for step in range(self.count - 1):
