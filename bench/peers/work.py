@@ -18,7 +18,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="in an epoch; all there are")
-    parser.add_argument("--copies", type=int, default=1, help="of the training images")
     parser.add_argument("--fast", default="auto", help="the trainer's flag; others have none")
     parser.add_argument("--output", help="where the weights go; nowhere")
     return parser.parse_args()
@@ -29,10 +28,6 @@ def load(flags: argparse.Namespace) -> list[np.ndarray]:
     with np.load(flags.data) as data:
         x_train, y_train, x_test, y_test = (
             data[name] for name in ("x_train", "y_train", "x_test", "y_test")
-        )
-    if flags.copies > 1:
-        x_train, y_train = (
-            np.tile(array, (flags.copies, *[1] * (array.ndim - 1))) for array in (x_train, y_train)
         )
     if flags.steps:
         n = flags.steps * flags.batch_size
