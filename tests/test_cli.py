@@ -46,9 +46,9 @@ def test_flags_make_the_configuration():
 
 
 def test_a_recipe_and_what_differs_from_it_are_flags():
-    argv = ["--recipe", "best", "--augment", "none", "--dense-dropout", "0.3"]
+    argv = ["--recipe", "best", "--augment", "none", "--dense-dropout", "0.4"]
     config = cli.parse("prog", TrainConfig, argv)
-    assert config == TrainConfig(recipe="best", augment="none", dense_dropout=0.3)
+    assert config == TrainConfig(recipe="best", augment="none", dense_dropout=0.4)
 
 
 def test_an_error_ends_in_its_line_and_code(capsys):
