@@ -206,7 +206,7 @@ def workers(threads: int, number: int) -> Round:
     step; and of two replicas in one process.
 
     All with one thread inside an operation: the replicas of a process run side by side already, and
-    with two threads each they are in one another's way (1.61 times one worker, where 1.80 is had).
+    with two threads each they are in one another's way.
     """
     flags = ("--epochs", 2, "--train-limit", 12800, "--test-limit", 128, "--no-report")
     flags = (*flags, "--threads", 1, "--resume", "never")

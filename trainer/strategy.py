@@ -8,17 +8,19 @@ What is chosen and what is done with it are apart: ``loop`` runs the same graph 
 strategy, on a TPU too, so all but the connection to one is run on CPU devices.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from trainer import ring
+from trainer.child import PeerError
 from trainer.cluster import Cluster
 from trainer.config import Strategy
 from trainer.errors import ConfigurationError, UsageError
@@ -178,6 +180,30 @@ class Workers:
         if self.count == 1:
             return values
         return _adder(self.strategy)(values.ravel()).numpy().reshape(values.shape)
+
+
+@contextlib.contextmanager
+def lost_peers() -> Iterator[None]:
+    """Calls by its name what is raised when another worker is gone: by TensorFlow's collectives, or
+    by the ring, whose errors are ``UnknownError`` inside a ``tf.function``.
+    """
+    try:
+        yield
+    except (
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.DeadlineExceededError,
+        tf.errors.InternalError,
+        tf.errors.UnavailableError,
+        tf.errors.UnknownError,
+        ConnectionError,
+    ) as error:
+        # Its message is a traceback of the graph; what happened stands at its end.
+        lines = [line.strip() for line in str(error).splitlines()]
+        reasons = [
+            line for line in lines if line and not line.startswith(("[[", "The error could"))
+        ]
+        raise PeerError(f"another worker was lost: {reasons[-1][:300]}") from error
 
 
 @functools.cache  # Traced once for a strategy, whatever is exchanged.

@@ -9,15 +9,11 @@ them trains one model together.
 import contextlib
 import dataclasses
 import os
-import platform
 import sys
 import time
-import uuid
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import trainer
 from trainer import cli, cluster, output
 from trainer.config import Fast, TrainConfig
 from trainer.errors import StoppedError, UsageError
@@ -90,10 +86,12 @@ def train(
                 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
 
             from trainer import fast, model, page, report, runtime
+            from trainer.facts import gather, in_common
+            from trainer.strategy import lost_peers
 
-            facts = _facts(config, source, digits)
+            facts = gather(config, source, digits, job=os.environ.get(JOB))
             if link:
-                link.meet(_must_be_equal(facts))
+                link.meet(in_common(facts))
             runtime.set_threads(config.threads)
             runtime.set_precision(config.precision)
             if config.deterministic:
@@ -102,7 +100,7 @@ def train(
                 report.progress(
                     config.log_format, batch_size=config.batch_size, chief=chief
                 ) as watcher,
-                _lost_peers() if link else contextlib.nullcontext(),
+                lost_peers() if link else contextlib.nullcontext(),
             ):
                 chosen = _strategy(config, members)
                 if link:
@@ -256,82 +254,6 @@ def _load(config: TrainConfig) -> tuple["data.Digits", "data.Digits"]:
             f"batch_size={config.batch_size}. Use --batch-size {len(digits.x_train)} or less."
         )
     return source, digits
-
-
-def _facts(config: TrainConfig, source: "data.Digits", digits: "data.Digits") -> dict:
-    """Returns what decides the outcome of a run, for its manifest."""
-    import numpy as np
-
-    from trainer.runtime import keras, tf
-
-    return {
-        "run": uuid.uuid4().hex,
-        "job": os.environ.get(JOB),
-        "config": config.as_dict(),
-        "data": {
-            "source": config.data,
-            "sha256": source.sha256,
-            "train_examples": len(digits.x_train),
-            "test_examples": len(digits.x_test),
-        },
-        "versions": {
-            "digits-trainer": trainer.__version__,
-            "python": platform.python_version(),
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "numpy": np.__version__,
-        },
-        # What else changes the last bits of a result.
-        "environment": {
-            "processor": _processor(),
-            "threads": config.threads,
-            "TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "the processor's"),
-        },
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _must_be_equal(facts: dict) -> dict:
-    """Returns what all workers of a run must have in common."""
-    from trainer.checkpoint import FREE_FIELDS
-
-    packages = {name: version for name, version in facts["versions"].items() if name != "python"}
-    config = {name: value for name, value in facts["config"].items() if name not in FREE_FIELDS}
-    return {**config, **packages, "data": facts["data"]["sha256"]}
-
-
-@contextlib.contextmanager
-def _lost_peers() -> Iterator[None]:
-    """Calls by its name what is raised when another worker is gone: by TensorFlow's collectives, or
-    by the ring, whose errors are ``UnknownError`` inside a ``tf.function``.
-    """
-    from trainer.child import PeerError
-    from trainer.runtime import tf
-
-    try:
-        yield
-    except (
-        tf.errors.AbortedError,
-        tf.errors.CancelledError,
-        tf.errors.DeadlineExceededError,
-        tf.errors.InternalError,
-        tf.errors.UnavailableError,
-        tf.errors.UnknownError,
-        ConnectionError,
-    ) as error:
-        # Its message is a traceback of the graph; what happened stands at its end.
-        lines = [line.strip() for line in str(error).splitlines()]
-        reasons = [
-            line for line in lines if line and not line.startswith(("[[", "The error could"))
-        ]
-        raise PeerError(f"another worker was lost: {reasons[-1][:300]}") from error
 
 
 def _strategy(config: TrainConfig, members: cluster.Cluster | None) -> "Chosen":
