@@ -14,7 +14,7 @@ RUN = $(VENV)/bin/python
 EXTRA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
 # What an installation is made of, the code apart.
-INSTALLED = setup.py trainer/__init__.py $(wildcard trainer/winograd.*)
+INSTALLED = setup.py trainer/__init__.py $(wildcard trainer/models/winograd.*)
 
 TARGET ?= cpu
 IMAGE ?= digits-trainer:$(VERSION)$(if $(filter-out cpu,$(TARGET)),-$(TARGET))
@@ -55,9 +55,9 @@ LOCK = $(RUN) -m uv pip compile --quiet --upgrade --python-version 3.13 \
 manifests:
 	$(call write_out,k8s/base,k8s/job.yaml)
 	$(call write_out,k8s/fetch,k8s/fetch.yaml)
-	cp k8s/job.yaml k8s/fetch.yaml trainer/assets/k8s/
+	cp k8s/job.yaml k8s/fetch.yaml trainer/k8s/assets/
 	for name in gpu multiworker multiworker-gpu; do \
-	    kubectl kustomize k8s/$$name >trainer/assets/k8s/$$name.yaml || exit; \
+	    kubectl kustomize k8s/$$name >trainer/k8s/assets/$$name.yaml || exit; \
 	done
 
 write_out = (awk '!/^\#/ {exit} 1' $2; kubectl kustomize $1) >$2.tmp && mv $2.tmp $2

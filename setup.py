@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -47,23 +47,20 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0 AND CC-BY-SA-3.0",
-    license_files=["LICENSE", "trainer/assets/LICENSE.mnist"],
-    packages=["trainer"],
+    license_files=["LICENSE", "trainer/data/assets/LICENSE.mnist"],
+    packages=find_packages(include=["trainer", "trainer.*"]),
     package_data={
-        "trainer": [
-            "assets/mnist.npz",
-            "assets/LICENSE.mnist",
-            "assets/report.html",
-            "assets/k8s/*.yaml",
-        ]
+        "trainer.data": ["assets/mnist.npz", "assets/LICENSE.mnist"],
+        "trainer.k8s": ["assets/*.yaml"],
+        "trainer.reporting": ["assets/report.html"],
     },
     # The fast step. It includes nothing of Python's, so one file serves all its versions; where it
     # cannot be compiled (no gcc or clang), the package goes without.
     ext_modules=[
         Extension(
-            "trainer._winograd",
-            ["trainer/winograd.c"],
-            depends=["trainer/winograd.h"],
+            "trainer.models._winograd",
+            ["trainer/models/winograd.c"],
+            depends=["trainer/models/winograd.h"],
             extra_compile_args=["-O3", "-fno-math-errno"],
             libraries=["dl", "pthread"],  # of their own before glibc 2.34
             py_limited_api=True,

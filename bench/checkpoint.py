@@ -9,9 +9,10 @@ SAVES = 15
 
 
 def main() -> None:
-    from trainer import checkpoint, model
+    from trainer.distributed.strategy import Workers
+    from trainer.models import cnn as model
     from trainer.runtime import tf
-    from trainer.strategy import Workers
+    from trainer.training import checkpoint
 
     cnn = model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ import results
 
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "bench" / "peers"
-DATA = ROOT / "trainer" / "assets" / "mnist.npz"
+DATA = ROOT / "trainer" / "data" / "assets" / "mnist.npz"
 ENVIRONMENTS = ROOT / ".venv-bench"
 OURS, NOTEBOOK = "this trainer", "Keras fit"
 

@@ -17,8 +17,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from trainer import data, evaluate, predict, saved, segmentation
+from trainer import evaluate, predict
+from trainer.data import sources as data
 from trainer.errors import DataError
+from trainer.inference import model_file as saved
+from trainer.inference import segmentation
 
 SIDE = 240  # Pixels of a picture that is drawn here.
 

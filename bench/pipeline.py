@@ -22,7 +22,8 @@ BATCH_SIZE = 128
 
 def ours(tf, digits):
     """The trainer's: shuffled numbers, a gather a batch, division inside the step."""
-    from trainer import model, pipeline
+    from trainer.data import pipeline
+    from trainer.models import cnn as model
 
     epoch = 0
 
@@ -38,7 +39,7 @@ def ours(tf, digits):
 
 def divided_in_the_pipeline(tf, digits):
     """The same, divided where the batch is made."""
-    from trainer import model
+    from trainer.models import cnn as model
 
     batches, _ = ours(tf, digits)
 
@@ -50,7 +51,7 @@ def divided_in_the_pipeline(tf, digits):
 
 def cached_elements(tf, digits):
     """tf.data's textbook chain on uint8: cache, shuffle the whole set, batch, divide."""
-    from trainer import model
+    from trainer.models import cnn as model
 
     chain = (
         tf.data.Dataset.from_tensor_slices((digits.x_train, digits.y_train))
@@ -65,7 +66,7 @@ def cached_elements(tf, digits):
 
 def cached_floats(tf, digits):
     """The same, each image divided before the cache, as many notebooks do."""
-    from trainer import model
+    from trainer.models import cnn as model
 
     def one(x, y):
         inputs, targets = model.preprocess(x[tf.newaxis], y[tf.newaxis])
@@ -124,7 +125,7 @@ def resident() -> float:
 
 
 def print_kept_memory(name: str) -> None:
-    from trainer import data
+    from trainer.data import sources as data
     from trainer.runtime import tf
 
     digits = data.load("bundled")
@@ -137,7 +138,7 @@ def print_kept_memory(name: str) -> None:
 
 
 def main() -> None:
-    from trainer import data
+    from trainer.data import sources as data
     from trainer.runtime import tf
 
     digits = data.load("bundled")

@@ -1,51 +1,10 @@
-"""What several test modules need: the command as a user runs it, and small data."""
+"""Fixtures of several test modules; ``support`` has what they are made of."""
 
 import fcntl
-import itertools
-import json
 import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
-
-from trainer.cluster import Cluster
-from trainer.launch import free_ports
-
-ROOT = Path(__file__).parent.parent
-
-
-class Command:
-    """``python -m trainer.task``, run in an empty folder with a clean environment."""
-
-    def __init__(self, folder: Path, home: Path) -> None:
-        self.folder = folder
-        self.home = home
-        self.prefix: list[str] = []
-        self.program = ["-m", "trainer.task"]
-        # What a user's shell may hold must not decide a test.
-        self.env = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("TF_", "KERAS_", "PYTHON", "XLA_", "TFDS_", "TRAINER_", "TPU_"))
-        }
-        self.env |= {"PYTHONPATH": str(ROOT), "KERAS_HOME": str(home)}
-
-    def argv(self, *flags: object) -> list[str]:
-        return [*map(str, (*self.prefix, sys.executable, *self.program, *flags))]
-
-    def run(self, *flags: object, **options) -> subprocess.CompletedProcess:
-        options = {"capture_output": True, "text": True, "timeout": 300, **options}
-        return subprocess.run(
-            self.argv(*flags), cwd=self.folder, env=self.env, check=False, **options
-        )
-
-    def start(self, *flags: object, **options) -> subprocess.Popen:
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-        return subprocess.Popen(self.argv(*flags), cwd=self.folder, env=self.env, **options)
+from support import Command, Replicas
 
 
 def pytest_collection_modifyitems(items):
@@ -61,7 +20,7 @@ def command(tmp_path, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mnist():
-    from trainer import data
+    from trainer.data import sources as data
 
     return data.load("bundled")
 
@@ -86,64 +45,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-def save_npz(path: Path, train: int = 60, test: int = 20, **arrays) -> Path:
-    """Writes an archive of Keras' layout with pictures of noise; ``arrays`` replaces some."""
-    noise = np.random.default_rng(0)
-    np.savez(
-        path,
-        **{
-            "x_train": noise.integers(0, 256, (train, 28, 28), np.uint8),
-            "y_train": np.arange(train) % 10,
-            "x_test": noise.integers(0, 256, (test, 28, 28), np.uint8),
-            "y_test": np.arange(test) % 10,
-            **arrays,
-        },
-    )
-    return path
-
-
-class Replicas:
-    """``replicas.py`` in processes of its own; see there."""
-
-    numbers = itertools.count()
-
-    def __init__(self, command: Command) -> None:
-        self.command = command
-
-    def compute(self, name: str, *, devices: int = 1, **arguments):
-        """Returns what one process computes."""
-        return self._compute(name, devices, [(None, arguments)])[0]
-
-    def compute_together(self, name: str, arguments: list[dict]) -> list:
-        """Returns what several workers compute, one for each of ``arguments``."""
-        workers = tuple(f"127.0.0.1:{port}" for port in free_ports(len(arguments)))
-        configs = [Cluster(workers, index).tf_config for index in range(len(workers))]
-        return self._compute(name, 1, list(zip(configs, arguments, strict=True)))
-
-    def _compute(self, name: str, devices: int, parts: list[tuple[str | None, dict]]) -> list:
-        outputs, runs = [], []
-        for tf_config, arguments in parts:
-            outputs.append(self.command.folder / f"{name}-{next(self.numbers)}.json")
-            self.command.env["TF_CONFIG"] = tf_config or ""
-            if not tf_config:
-                del self.command.env["TF_CONFIG"]
-            self.command.program = [ROOT / "tests" / "replicas.py"]
-            flags = (name, devices, json.dumps(arguments), outputs[-1])
-            runs.append(self.command.start(*flags, stdin=subprocess.PIPE, stdout=None))
-        try:
-            end = time.monotonic() + 300
-            while not all(output.exists() for output in outputs):
-                for run in runs:
-                    assert run.poll() is None, run.stderr.read()
-                assert time.monotonic() < end
-                time.sleep(0.05)
-            return [json.loads(output.read_text()) for output in outputs]
-        finally:  # Together, when all have what they reduced together.
-            for run in runs:
-                run.kill()
-                run.communicate()
-
-
 @pytest.fixture
 def replicas(command):
     return Replicas(command)
@@ -153,45 +54,6 @@ def replicas(command):
 def shared_replicas(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replicas")
     return Replicas(Command(folder, folder))
-
-
-def assert_alike(several: dict, one: dict) -> None:
-    """Compares losses and history of float64 runs, as ``replicas.losses`` gives them."""
-    np.testing.assert_allclose(several["losses"], one["losses"], rtol=0, atol=1e-9)
-    for name, values in one["history"].items():
-        np.testing.assert_allclose(several["history"][name], values, rtol=0, atol=1e-9)
-
-
-def assert_gradients_alike(several: Path, one: Path) -> None:
-    """Compares the gradients of every step, as ``replicas.gradients`` writes them."""
-    with np.load(several) as a, np.load(one) as b:
-        assert len(b.files) == 2 * 8  # steps, variables
-        for name in b.files:
-            difference = np.linalg.norm(np.float64(a[name]) - b[name])
-            assert difference <= 1e-5 * np.linalg.norm(b[name]), name
-
-
-def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Reads the scalars in a folder of TensorBoard's event files: by tag, steps and values."""
-    from trainer.runtime import tf
-
-    (path,) = folder.iterdir()
-    seen: dict[str, list[tuple[int, float]]] = {}
-    for record in tf.data.TFRecordDataset(str(path)):
-        event = tf.compat.v1.Event.FromString(record.numpy())
-        for value in event.summary.value:
-            assert value.metadata.plugin_data.plugin_name == "scalars"
-            number = tf.make_ndarray(value.tensor).item()
-            seen.setdefault(value.tag, []).append((event.step, number))
-    return seen
-
-
-def outcome(folder: Path) -> tuple[str, dict]:
-    """Returns what two runs must have in common that end with the same bits."""
-    manifest = json.loads((folder / "mnist.json").read_text())
-    history = json.loads((folder / "history.json").read_text())
-    history.pop("seconds")
-    return manifest["model"]["sha256"], history
 
 
 @pytest.fixture

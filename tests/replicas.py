@@ -15,23 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer import (
-    checkpoint,
-    cluster,
-    config,
-    data,
-    fast,
-    loop,
-    model,
-    output,
-    pipeline,
-    ring,
-    runtime,
-    strategy,
-    task,
-)
+from trainer import config, runtime, task
+from trainer.data import pipeline
+from trainer.data import sources as data
+from trainer.distributed import cluster, ring, strategy
 from trainer.errors import StoppedError
+from trainer.models import cnn as model
+from trainer.models import fast_step as fast
 from trainer.runtime import keras, tf
+from trainer.training import artifacts as output
+from trainer.training import checkpoint, loop
 
 
 class Record(keras.optimizers.SGD):

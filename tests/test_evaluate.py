@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import Command, save_npz
+from support import Command, save_npz
 
-from trainer import evaluate, scores
+from trainer import evaluate
 from trainer.errors import NotFiniteError
+from trainer.reporting import scores
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_what_is_wrong_is_one_line(command, tmp_path, flags, code, part):
 
 
 def build():
-    from trainer import model
+    from trainer.models import cnn as model
 
     return model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
 

@@ -9,10 +9,10 @@ import time
 
 import nbformat
 import pytest
-from conftest import ROOT
 from execute_notebook import DIGEST, NOTEBOOK, code_cells, code_sha256
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+from support import ROOT
 
 from trainer.config import TrainConfig
 

@@ -7,7 +7,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 
 def run(*argv, **options):
@@ -33,10 +33,10 @@ def wheel(tmp_path_factory):
 @pytest.mark.full
 def test_the_wheel_holds_the_data_and_both_licences(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "trainer/assets/mnist.npz" in names
-    assert "trainer/assets/LICENSE.mnist" in names
-    for manifest in (ROOT / "trainer" / "assets" / "k8s").iterdir():
-        assert f"trainer/assets/k8s/{manifest.name}" in names
+    assert "trainer/data/assets/mnist.npz" in names
+    assert "trainer/data/assets/LICENSE.mnist" in names
+    for manifest in (ROOT / "trainer" / "k8s" / "assets").iterdir():
+        assert f"trainer/k8s/assets/{manifest.name}" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not any(name.startswith("tests/") or name.endswith("bundle.py") for name in names)
 

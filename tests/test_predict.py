@@ -7,11 +7,13 @@ import shutil
 import foreign
 import numpy as np
 import pytest
-from conftest import Command
 from PIL import Image
+from support import Command
 
-from trainer import cli, images, predict, segmentation
+from trainer import cli, predict
 from trainer.errors import UsageError
+from trainer.inference import pictures as images
+from trainer.inference import segmentation
 
 
 @pytest.fixture(scope="module")

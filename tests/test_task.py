@@ -11,9 +11,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import events, save_npz
+from support import events, save_npz
 
-from trainer import output
+from trainer.training import artifacts as output
 
 # As small as a run can be: a few seconds, most of them TensorFlow's start.
 DRAWN = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)

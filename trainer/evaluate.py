@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # --help loads none of these.
     import keras
     import numpy as np
 
-    from trainer.scores import Scores
+    from trainer.reporting.scores import Scores
 
 PROG = "python -m trainer.evaluate"
 
@@ -83,11 +83,12 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         TrainerError: One of its kinds, for whatever a user can cause or meet.
     """
-    from trainer import data
+    from trainer.data import sources as data
 
     digits = data.load(config.data).first(None, config.test_limit)
 
-    from trainer import saved, scores
+    from trainer.inference import model_file as saved
+    from trainer.reporting import scores
 
     cnn = saved.load(config.model, threads=config.threads)
     said = probabilities(cnn, digits.x_test, batch_size=config.batch_size)
@@ -110,7 +111,7 @@ def probabilities(
     """Passes images through the network.
 
     Args:
-        cnn: A model of ``trainer.model``, under no strategy of several replicas.
+        cnn: A model of ``trainer.models.cnn``, under no strategy of several replicas.
         images: uint8 (n, 28, 28), 0 is background and 255 ink.
         batch_size: Images at once.
         after_batch: Called after each batch; what it raises ends the pass.
@@ -120,7 +121,7 @@ def probabilities(
 
     Raises:
         NotFiniteError: The network gives something else: its weights overflow. What overflows in
-            front of the pooling may stay unseen (see ``trainer.loop``).
+            front of the pooling may stay unseen (see ``trainer.training.loop``).
     """
     import numpy as np
 

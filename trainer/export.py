@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from trainer import cli, output
+from trainer import cli
 from trainer.errors import ConfigurationError, OutputError, UsageError
+from trainer.training import artifacts as output
 
 if TYPE_CHECKING:  # --help loads none of these.
     import keras
@@ -101,7 +102,7 @@ def export(config: ExportConfig) -> None:
         _check_packages("onnx", "tf2onnx")
 
     with cli.Signals() as signals:
-        from trainer import saved
+        from trainer.inference import model_file as saved
 
         cnn = saved.load(config.model)
         # A KeyboardInterrupt in the middle of a conversion, which is short, would come out of it
@@ -123,7 +124,7 @@ def convert(cnn: "keras.Sequential", path: Path, format: str, *, quantize: bool 
     """Writes a model in another format. What the converters say meanwhile is not shown.
 
     Args:
-        cnn: A model of ``trainer.model``.
+        cnn: A model of ``trainer.models.cnn``.
         path: A file that ends as SUFFIXES says, or a folder; there is none yet.
         format: One of SUFFIXES.
         quantize: Whether the weights of ``litert`` are to have 8 bits.

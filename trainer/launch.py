@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from trainer import child, cli
-from trainer.cluster import Cluster
+from trainer import cli
 from trainer.config import TrainConfig, available_cpus
+from trainer.distributed import worker as child
+from trainer.distributed.cluster import Cluster
 from trainer.errors import ConfigurationError, StoppedError, TrainerError, UsageError
 
 PROG = "python -m trainer.launch"

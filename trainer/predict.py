@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from trainer import cli, reader
+from trainer import cli
 from trainer.config import available_cpus
 from trainer.errors import OutputError, TrainerError, UsageError
+from trainer.inference import decoders as reader
 
 if TYPE_CHECKING:  # --help loads none of these.
     import numpy as np
 
-    from trainer.segmentation import Digits, Seen
+    from trainer.inference.segmentation import Digits, Seen
 
 PROG = "python -m trainer.predict"
 
@@ -143,7 +144,7 @@ def _expand(names: Iterable[str]) -> Iterator[str]:
         found = []
         with contextlib.suppress(OSError, ValueError):  # Which opening it will meet again.
             if Path(name).is_dir():
-                from trainer.images import suffixes
+                from trainer.inference.pictures import suffixes
 
                 paths = Path(name).iterdir()
                 found = sorted(str(path) for path in paths if path.suffix.lower() in suffixes())
@@ -176,7 +177,7 @@ def _read(read: reader.Read, name: str, digits: "Digits") -> tuple[str, Future]:
     """Returns what a picture is called, and what its process will say of it."""
     if name != STDIN:
         return (called := _printable(name)), read(Path(name), called, digits)
-    from trainer import images
+    from trainer.inference import pictures as images
 
     content = sys.stdin.buffer.read(images.MAX_BYTES + 1) if sys.stdin else b""
     return "standard input", read(content, "standard input", digits)
@@ -193,7 +194,7 @@ def _classifier(config: PredictConfig) -> "Callable[[list[np.ndarray]], np.ndarr
     """Loads the model; returns what makes float32 (n, 10) of n pictures, uint8 (28, 28)."""
     import numpy as np
 
-    from trainer import saved
+    from trainer.inference import model_file as saved
 
     cnn = saved.load(config.model, threads=config.threads)
 

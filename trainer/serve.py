@@ -3,7 +3,7 @@
     python -m trainer.serve mnist.h5        # http://127.0.0.1:7860
 
 The page is Gradio's; it needs no network but the way from the browser to this machine. Pictures
-are read by ``trainer.reader``, after ``trainer.gate`` has looked at what comes.
+are read by ``inference.decoders``, after ``inference.web.request_filter`` has looked at what comes.
 """
 
 import base64
@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from trainer import cli, reader
+from trainer import cli
 from trainer.errors import ConfigurationError, DataError, TrainerError, UsageError
-from trainer.gate import Gate
+from trainer.inference import decoders as reader
+from trainer.inference.web.request_filter import Gate
 
 if TYPE_CHECKING:  # --help loads none of them.
     import gradio as gr
@@ -137,7 +138,7 @@ def _folder() -> Iterator[Path]:
 
 def _compile(path: Path) -> Classify:
     """Loads the model, and compiles it before the first picture comes."""
-    from trainer import saved
+    from trainer.inference import model_file as saved
     from trainer.runtime import tf
 
     cnn = saved.load(path)
@@ -155,7 +156,7 @@ def build(read: reader.Read, classify: Classify, name: str) -> "gr.Blocks":
     """Builds the page, and its endpoint ``predict``.
 
     Args:
-        read: Has a picture read, one at a time, however many ask (``trainer.reader``).
+        read: Has a picture read, one at a time, however many ask (``trainer.inference.decoders``).
         classify: Gives the ten probabilities of uint8 (28, 28), 0 for paper and 255 for ink.
         name: What the page calls the model.
     """

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import cli, errors, manifests, output
+from trainer import cli, errors
 from trainer.config import TrainConfig
 from trainer.errors import (
     ConfigurationError,
@@ -27,10 +27,12 @@ from trainer.errors import (
     TrainerError,
     UsageError,
 )
+from trainer.k8s import manifests
+from trainer.training import artifacts as output
 
 if TYPE_CHECKING:  # --help loads neither.
-    from trainer.apiserver import Kind, Server
-    from trainer.follow import Screen
+    from trainer.k8s.api import Kind, Server
+    from trainer.k8s.follow import Screen
 
 PROG = "python -m trainer.submit"
 TASK = "python -m trainer.task"
@@ -137,7 +139,7 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
         print(manifests.dump(objects), end="")
         return
 
-    from trainer.apiserver import Server
+    from trainer.k8s.api import Server
 
     with output.claim(config.output_dir), cli.Signals() as signals:
         server = Server(context=config.context, namespace=config.namespace)
@@ -172,7 +174,7 @@ def _check(config: SubmitConfig, flags: Sequence[str]) -> None:
 def _screen():
     from rich.console import Console
 
-    from trainer.bar import Bar
+    from trainer.reporting.bar import Bar
 
     if Console().is_terminal:
         with Bar(sys.stdout) as bar:
@@ -182,7 +184,7 @@ def _screen():
 
 
 class _Lines:
-    """What ``trainer.bar.Bar`` is on a terminal, for a pipe: the lines alone."""
+    """What ``trainer.reporting.bar.Bar`` is on a terminal, for a pipe: the lines alone."""
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -274,8 +276,8 @@ class _Submitted:
 
     def _follow(self) -> None:
         """Follows it to its end, and does what is to be done then."""
-        from trainer.apiserver import RefusedError
-        from trainer.follow import follow
+        from trainer.k8s.api import RefusedError
+        from trainer.k8s.follow import follow
 
         try:
             outcome = follow(
@@ -299,7 +301,7 @@ class _Submitted:
 
     def _bring_home(self) -> None:
         """Fetches its files, and deletes it."""
-        from trainer.fetch import fetch
+        from trainer.k8s.fetch import fetch
 
         self.screen.note("fetching the files")
         try:

@@ -14,16 +14,21 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainer import cli, cluster, output
+from trainer import cli
 from trainer.config import Fast, TrainConfig
+from trainer.distributed import cluster
 from trainer.errors import StoppedError, UsageError
+from trainer.training import artifacts as output
 
 if TYPE_CHECKING:  # --help loads none of these.
     import keras
     import tensorflow as tf
 
-    from trainer import checkpoint, child, data, report
-    from trainer.strategy import Chosen, Workers
+    from trainer.data import sources as data
+    from trainer.distributed import worker as child
+    from trainer.distributed.strategy import Chosen, Workers
+    from trainer.reporting import progress as report
+    from trainer.training import checkpoint
 
 PROG = "python -m trainer.task"
 JOB = "TRAINER_JOB_UID"  # In a pod: what tells its Job from every other one.
@@ -39,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if members is None:
             train(config)
             return
-        from trainer import child, supervisor
+        from trainer.distributed import supervisor
+        from trainer.distributed import worker as child
 
         if link := child.Link.find(os.environ):
             link.run(lambda: train(config, members=members, link=link))
@@ -85,9 +91,13 @@ def train(
             if config.tensorflow_logs:
                 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
 
-            from trainer import fast, model, page, report, runtime
-            from trainer.facts import gather, in_common
-            from trainer.strategy import lost_peers
+            from trainer import runtime
+            from trainer.distributed.strategy import lost_peers
+            from trainer.models import cnn as model
+            from trainer.models import fast_step as fast
+            from trainer.reporting import html as page
+            from trainer.reporting import progress as report
+            from trainer.training.manifest import gather, in_common
 
             facts = gather(config, source, digits, job=os.environ.get(JOB))
             if link:
@@ -160,7 +170,7 @@ def _is_done(config: TrainConfig) -> bool:
     job = os.environ.get(JOB)
     if not job or (manifest := output.read_manifest(config.output_dir)).get("job") != job:
         return False
-    from trainer import report
+    from trainer.reporting import progress as report
 
     with report.progress(config.log_format, batch_size=config.batch_size) as watcher:
         _say_result(config, manifest, watcher)
@@ -182,7 +192,7 @@ def fit(
         digits: On what.
         callbacks: Keras callbacks, as ``loop.fit`` calls them.
         keeper: Restores and saves the position of the run; None: nothing is written.
-        strategy: Under which; None: what ``trainer.strategy`` chooses, as the configuration says.
+        strategy: Under which; None: what ``distributed.strategy`` chooses.
 
     Returns:
         The compiled model, and its history as ``loop.fit`` gives it.
@@ -192,8 +202,11 @@ def fit(
         NotFiniteError: The loss or the weights became NaN or infinite.
         StoppedError: The keeper was asked to stop, and has saved where the run is.
     """
-    from trainer import augment, fast, loop, model, pipeline
-    from trainer.strategy import check_batch_size, has_memory_of_its_own
+    from trainer.data import augment, pipeline
+    from trainer.distributed.strategy import check_batch_size, has_memory_of_its_own
+    from trainer.models import cnn as model
+    from trainer.models import fast_step as fast
+    from trainer.training import loop
 
     if strategy is None:
         strategy = _strategy(config, cluster.resolve(os.environ)).strategy
@@ -244,7 +257,7 @@ def _fast(config: TrainConfig) -> Fast:
 
 def _load(config: TrainConfig) -> tuple["data.Digits", "data.Digits"]:
     """Returns the source, and of it what the run uses."""
-    from trainer import data
+    from trainer.data import sources as data
 
     source = data.load(config.data)
     digits = source.first(config.train_limit, config.test_limit)
@@ -257,7 +270,7 @@ def _load(config: TrainConfig) -> tuple["data.Digits", "data.Digits"]:
 
 
 def _strategy(config: TrainConfig, members: cluster.Cluster | None) -> "Chosen":
-    from trainer.strategy import create
+    from trainer.distributed.strategy import create
 
     return create(
         config.strategy,
@@ -283,8 +296,8 @@ def _keeper(
     signals: cli.Signals,
     watcher: "report.Watcher",
 ) -> "checkpoint.Keeper":
-    from trainer.checkpoint import Keeper
-    from trainer.strategy import Workers
+    from trainer.distributed.strategy import Workers
+    from trainer.training.checkpoint import Keeper
 
     workers = Workers(strategy)
     facts["environment"] |= {
@@ -339,7 +352,7 @@ def _save(
 
 
 def _say_result(config: TrainConfig, manifest: dict, watcher: "report.Watcher") -> None:
-    from trainer.bar import span
+    from trainer.reporting.bar import span
 
     metrics = manifest["metrics"]
     text = (

@@ -5,8 +5,7 @@ import time
 
 import work
 
-from trainer import pipeline
-from trainer.data import Digits
+from trainer.data.sources import Digits, pipeline
 from trainer.runtime import set_threads
 
 flags = work.arguments()

@@ -26,7 +26,7 @@ def test_the_job_ends_with_a_model_that_stock_keras_loads(namespace, tmp_path):
     assert f"test accuracy {manifest['metrics']['val_accuracy']:.2%}" in message
     assert f"SHA-256 {manifest['model']['sha256']}" in message
 
-    from trainer import data
+    from trainer.data import sources as data
     from trainer.runtime import keras
 
     digits = data.load("bundled").first(None, 200)
@@ -67,14 +67,16 @@ def test_an_error_of_the_users_fails_the_job_at_once_and_says_why(volume, flags,
 def volume(tmp_path_factory):
     """A namespace whose claim has data, and data with a changed byte."""
     path = tmp_path_factory.mktemp("data") / "mnist.npz"
-    content = bytearray((ROOT / "trainer" / "assets" / "mnist.npz").read_bytes())
+    content = bytearray((ROOT / "trainer" / "data" / "assets" / "mnist.npz").read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with Namespace.make() as namespace:
         namespace.kubectl("apply", "--filename", ROOT / "k8s" / "base" / "claim.yaml")
         with namespace.pod(writable=True) as pod:
             namespace.kubectl("cp", path, f"{pod}:{DAMAGED}")
-            namespace.kubectl("cp", ROOT / "trainer" / "assets" / "mnist.npz", f"{pod}:{SOUND}")
+            namespace.kubectl(
+                "cp", ROOT / "trainer" / "data" / "assets" / "mnist.npz", f"{pod}:{SOUND}"
+            )
         yield namespace
 
 

@@ -1,0 +1,244 @@
+import gzip
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support import ROOT, save_npz
+
+from trainer.data import sources as data
+from trainer.errors import DataError, InputError, UsageError
+
+
+def save_idx(folder, digits, *, suffix="", wrap=bytes):
+    """Writes the four files in MNIST's own format."""
+    folder.mkdir(exist_ok=True)
+    for name, file in data.IDX_FILES.items():
+        array = getattr(digits, name)
+        header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+        (folder / f"{file}{suffix}").write_bytes(wrap(header + array.tobytes()))
+    return folder
+
+
+@pytest.fixture
+def few(mnist):
+    return mnist.first(50, 20)
+
+
+def assert_equal(digits, expected):
+    for name in data.ARRAYS:
+        np.testing.assert_array_equal(getattr(digits, name), getattr(expected, name))
+    assert digits.sha256 == expected.sha256
+
+
+def test_the_bundled_data_is_mnist(mnist):
+    assert mnist.x_train.shape == (60000, 28, 28)
+    assert mnist.x_test.shape == (10000, 28, 28)
+    assert mnist.x_train.dtype == mnist.y_train.dtype == np.uint8
+    # Figures of MNIST that were published elsewhere.
+    assert mnist.x_train.mean() == pytest.approx(33.3184, abs=1e-4)
+    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert np.bincount(mnist.y_train).tolist() == counts
+
+
+def test_the_licence_of_the_data_is_beside_it():
+    text = (ROOT / "trainer" / "data" / "assets" / "LICENSE.mnist").read_text()
+    assert "Yann LeCun and Corinna Cortes" in text
+    assert "Attribution-Share Alike 3.0" in text
+
+
+@pytest.mark.parametrize(("suffix", "wrap"), [("", bytes), (".gz", gzip.compress)])
+def test_idx_files_are_read_gzipped_or_not(tmp_path, few, suffix, wrap):
+    assert_equal(data.load(str(save_idx(tmp_path, few, suffix=suffix, wrap=wrap))), few)
+
+
+def test_an_npz_of_keras_layout_is_read(tmp_path, few):
+    path = tmp_path / "some.npz"
+    np.savez(path, **{name: getattr(few, name) for name in data.ARRAYS})
+    assert_equal(data.load(str(path)), few)
+
+
+def test_labels_of_any_integer_type_give_the_same_digest(tmp_path, few):
+    path = tmp_path / "some.npz"
+    arrays = {name: getattr(few, name) for name in data.ARRAYS}
+    np.savez(path, **{**arrays, "y_train": few.y_train.astype(np.int64)})
+    assert_equal(data.load(str(path)), few)
+
+
+def test_another_pixel_gives_another_digest(few):
+    pixels = few.x_test.copy()
+    pixels[3, 4, 5] ^= 1
+    assert data.Digits(few.x_train, few.y_train, pixels, few.y_test).sha256 != few.sha256
+
+
+def test_a_limit_takes_the_first_and_is_never_clamped(few):
+    assert len(few.first(7, None).x_train) == 7
+    assert len(few.first(None, 7).y_test) == 7
+    with pytest.raises(UsageError, match=r"test_limit must be at most the 20 .*test_limit=21"):
+        few.first(None, 21)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x_train": np.zeros((60, 28, 28), np.float32)}, "Received: float32 of shape"),
+        ({"x_train": np.zeros((60, 28, 27), np.uint8)}, r"Received: uint8 of shape \(60, 28, 27\)"),
+        ({"x_test": np.zeros((20, 28, 28, 1), np.uint8)}, r"shape \(20, 28, 28, 1\)"),
+        ({"x_test": np.zeros((0, 28, 28), np.uint8), "y_test": np.zeros(0, int)}, "at least 1"),
+        ({"x_train": np.zeros((59, 28, 28), np.uint8)}, "59 images in x_train and 60 labels"),
+        ({"y_train": np.arange(60) % 11}, "labels from 0 to 10"),
+        ({"y_test": np.arange(20) % 10 - 1}, "labels from -1 to 8"),
+        ({"y_test": np.zeros(20)}, r"y_test as integers .*Received: float64"),
+        ({"y_test": np.eye(20, 10, dtype=int)}, r"Received: int64 of shape \(20, 10\)"),
+        ({"y_test": np.array([None] * 20)}, "cannot be read as one"),
+    ],
+)
+def test_arrays_that_are_not_digits_are_refused(tmp_path, arrays, message):
+    path = save_npz(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        data.load(str(path))
+
+
+def test_an_array_that_is_missing_is_named(tmp_path):
+    np.savez(tmp_path / "bad.npz", x_train=np.zeros(3))
+    with pytest.raises(DataError, match="missing: y_train, x_test, y_test"):
+        data.load(str(tmp_path / "bad.npz"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not an archive", b"\x93NUMPY\x01\x00"])
+def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
+    (tmp_path / "bad.npz").write_bytes(content)
+    with pytest.raises(DataError, match="archive of plain arrays"):
+        data.load(str(tmp_path / "bad.npz"))
+
+
+def test_a_bare_array_is_refused(tmp_path):
+    np.save(tmp_path / "bad.npy", np.zeros(3))
+    with pytest.raises(DataError, match="one bare array"):
+        data.load(str(tmp_path / "bad.npy"))
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was run"),)
+
+    path = save_npz(tmp_path / "bad.npz", y_test=np.array([Trap()] * 20, object))
+    with pytest.raises(DataError):
+        data.load(str(path))
+    assert not (tmp_path / "was run").exists()
+
+
+def test_a_truncated_archive_is_refused_wherever_it_ends(tmp_path):
+    whole = save_npz(tmp_path / "whole.npz").read_bytes()
+    for end in np.linspace(0, len(whole) - 1, 40, dtype=int):
+        (tmp_path / "bad.npz").write_bytes(whole[:end])
+        with pytest.raises(DataError):
+            data.load(str(tmp_path / "bad.npz"))
+
+
+def test_a_changed_byte_is_refused_or_changes_nothing(tmp_path):
+    path = save_npz(tmp_path / "whole.npz", train=4, test=2)
+    whole, expected = path.read_bytes(), data.load(str(path)).sha256
+    noise = np.random.default_rng(1)
+    # The structure of the archive is at its ends: those bytes are all tried, the pixels by sample.
+    places = {*range(300), *range(len(whole) - 500, len(whole)), *noise.integers(0, len(whole), 60)}
+    refused = 0
+    for place in sorted(places):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << noise.integers(8)
+        (tmp_path / "bad.npz").write_bytes(damaged)
+        try:
+            assert data.load(str(tmp_path / "bad.npz")).sha256 == expected
+        except DataError:
+            refused += 1
+    assert refused > len(places) / 2
+
+
+def test_a_changed_byte_in_the_bundled_file_is_refused(tmp_path, monkeypatch):
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    whole = bytearray((ROOT / "trainer" / "data" / "assets" / "mnist.npz").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (assets / "mnist.npz").write_bytes(whole)
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
+    with pytest.raises(DataError):
+        data.load("bundled")
+
+
+def test_other_data_in_the_bundled_files_place_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "assets").mkdir()
+    save_npz(tmp_path / "assets" / "mnist.npz")
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
+    with pytest.raises(DataError, match=f"SHA-256 {data.MNIST_SHA256}"):
+        data.load("bundled")
+
+
+def test_nothing_at_the_path_names_the_sources(tmp_path):
+    with pytest.raises(InputError, match=r"bundled, keras, tfds:NAME, an \.npz file or a folder"):
+        data.load(str(tmp_path / "nothing"))
+
+
+def test_a_folder_without_a_file_names_it(tmp_path, few):
+    folder = save_idx(tmp_path, few)
+    (folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(InputError, match="without t10k-labels-idx1-ubyte"):
+        data.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: raw[:-1], "Expected 15680 bytes of shape .* Received: 15679"),
+        (lambda raw: raw + b"\0", "Received: 15681"),
+        (lambda raw: b"", "an empty file"),
+        (lambda raw: raw[:10], "Received: 00 00 08 03"),
+        (lambda raw: b"\x00\x00\x09" + raw[3:], "Received: 00 00 09 03"),
+        (lambda raw: gzip.compress(raw)[:-9], "damaged"),
+        (lambda raw: b"\x1f\x8b" + raw, "damaged"),
+    ],
+)
+def test_a_damaged_idx_file_says_how(tmp_path, few, damage, message):
+    path = save_idx(tmp_path, few) / data.IDX_FILES["x_test"]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=message):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.full
+def test_tensorflow_datasets_are_read_in_their_own_format(command, tmp_path, few):
+    import tensorflow_datasets as tfds
+
+    from trainer.runtime import tf
+
+    def examples(images, labels):
+        return tf.data.Dataset.from_tensor_slices(
+            {"image": images[..., np.newaxis], "label": labels.astype(np.int64)}
+        )
+
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="mnist",
+        version=str(tfds.builder_cls("mnist").VERSION),
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(28, 28, 1)),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+        ),
+        split_datasets={
+            "train": examples(few.x_train, few.y_train),
+            "test": examples(few.x_test, few.y_test),
+        },
+        data_dir=tmp_path,
+        disable_shuffling=True,
+    )
+    # The folder is looked up when the package is imported: so, in a process of its own.
+    shown = subprocess.run(
+        [sys.executable, "-c", "from trainer import data; print(data.load('tfds:mnist').sha256)"],
+        env={**command.env, "TFDS_DATA_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.stdout == f"{few.sha256}\n", shown.stderr

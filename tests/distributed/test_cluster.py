@@ -1,0 +1,179 @@
+"""Every way to describe workers, and every way to get it wrong, with its message."""
+
+import json
+
+import pytest
+
+from trainer.distributed.cluster import resolve, split_address
+from trainer.errors import ConfigurationError
+
+
+def tf_config(cluster, task=None):
+    return {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task or {}})}
+
+
+def indexed(index, hosts="digits-{index}.digits", workers="3", **variables):
+    return {
+        "TRAINER_WORKERS": workers,
+        "TRAINER_HOSTS": hosts,
+        "JOB_COMPLETION_INDEX": index,
+        **variables,
+    }
+
+
+TWO = {"worker": ["a:1", "b:2"]}
+
+
+@pytest.mark.parametrize(
+    ("environ", "workers", "index"),
+    [
+        (tf_config(TWO, {"type": "worker", "index": 0}), ("a:1", "b:2"), 0),
+        (tf_config(TWO, {"type": "worker", "index": "1"}), ("a:1", "b:2"), 1),
+        (
+            tf_config({"chief": ["c:1"], **TWO}, {"type": "worker", "index": 1}),
+            ("c:1", "a:1", "b:2"),
+            2,
+        ),
+        (
+            tf_config({"worker": ["a:1"], "chief": ["c:1"]}, {"type": "chief", "index": 0}),
+            ("c:1", "a:1"),
+            0,
+        ),
+        (
+            tf_config({"worker": ["[::1]:1", "[::1]:2"]}, {"type": "worker", "index": 0}),
+            ("[::1]:1", "[::1]:2"),
+            0,
+        ),
+        (
+            indexed("2"),
+            ("digits-0.digits:2222", "digits-1.digits:2222", "digits-2.digits:2222"),
+            2,
+        ),
+        (
+            indexed(
+                "0", "chief-{index}.d, w-{index}.d", TRAINER_INDEX_OFFSET="1", TRAINER_PORT="9"
+            ),
+            ("chief-0.d:9", "w-0.d:9", "w-1.d:9"),
+            1,
+        ),
+        (indexed("0", "chief.d,w.d", workers="2"), ("chief.d:2222", "w.d:2222"), 0),
+        (
+            indexed("1", "chief.d,w-{index}.d", workers="1+2", TRAINER_INDEX_OFFSET="1"),
+            ("chief.d:2222", "w-0.d:2222", "w-1.d:2222"),
+            2,
+        ),
+        # TF_CONFIG is the one that counts where both are there.
+        (
+            {**indexed("2"), **tf_config(TWO, {"type": "worker", "index": 1})},
+            ("a:1", "b:2"),
+            1,
+        ),
+    ],
+)
+def test_workers_are_found(environ, workers, index):
+    cluster = resolve(environ)
+    assert (cluster.workers, cluster.index) == (workers, index)
+    assert cluster.is_chief == (index == 0)
+    assert resolve({"TF_CONFIG": cluster.tf_config}) == cluster
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"JOB_COMPLETION_INDEX": "3"},  # an Indexed Job whose pods do not train together
+        tf_config({"worker": ["a:1"]}, {"type": "worker", "index": 0}),
+        tf_config({"chief": ["a:1"]}, {"type": "chief", "index": 0}),
+        indexed("0", workers="1"),
+        {"TRAINER_WORKERS": "1", "TRAINER_HOSTS": "localhost"},
+    ],
+)
+def test_one_is_alone(environ):
+    assert resolve(environ) is None
+
+
+TASK = {"type": "worker", "index": 0}
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"TF_CONFIG": ""}, "TF_CONFIG: expected JSON. Received: ''"),
+        ({"TF_CONFIG": "{worker"}, "TF_CONFIG: expected JSON. Received: '{worker'"),
+        ({"TF_CONFIG": "[]"}, "expected an object with cluster and task. Received: []"),
+        ({"TF_CONFIG": "3"}, "expected an object with cluster and task. Received: 3"),
+        ({"TF_CONFIG": "{}"}, "expected cluster to be an object like"),
+        (tf_config({}), "expected cluster to be an object like"),
+        (tf_config(["a:1"]), "expected cluster to be an object like"),
+        (tf_config({"worker": []}, TASK), "cluster.worker to be a list of addresses. Received: []"),
+        (tf_config({"worker": "a:1"}, TASK), "to be a list of addresses. Received: 'a:1'"),
+        (tf_config({"worker": ["a:1", 2]}, TASK), "addresses like host:2222. Received: 2"),
+        (tf_config({"worker": ["a:1", "b"]}, TASK), "like host:2222. Received: 'b'"),
+        (tf_config({"worker": ["a:1", ":2"]}, TASK), "like host:2222. Received: ':2'"),
+        (tf_config({"worker": ["a:1", "b:0"]}, TASK), "like host:2222. Received: 'b:0'"),
+        (tf_config({"worker": ["a:1", "b:65536"]}, TASK), "Received: 'b:65536'"),
+        (tf_config({"worker": ["a:1", "http://b:2"]}, TASK), "Received: 'http://b:2'"),
+        (
+            tf_config({"worker": ["a:1", "b:2", "a:1"]}, TASK),
+            "an address of its own for every worker. Received: 'a:1' twice",
+        ),
+        (tf_config({"chief": ["a:1"], "worker": ["a:1"]}, TASK), "Received: 'a:1' twice"),
+        (
+            tf_config({"chief": ["a:1", "b:1"]}, {"type": "chief", "index": 1}),
+            "expected one chief. Received: 2. Name the others as workers.",
+        ),
+        (tf_config({**TWO, "ps": ["c:1"]}, TASK), "Received: 'ps'. There are no parameter servers"),
+        (tf_config({**TWO, "evaluator": ["c:1"]}, TASK), "'evaluator'. All workers evaluate"),
+        (tf_config({**TWO, "master": ["c:1"]}, TASK), "the jobs chief and worker. Received: 'mast"),
+        ({"TF_CONFIG": json.dumps({"cluster": TWO})}, "expected task to be an object like"),
+        (tf_config(TWO), "expected task to be an object like"),
+        (tf_config(TWO, ["worker", 0]), "expected task to be an object like"),
+        (tf_config(TWO, {"index": 0}), "of one of the jobs worker. Received: {'index': 0}"),
+        (tf_config(TWO, {"type": "chief", "index": 0}), "of one of the jobs worker. Received:"),
+        (tf_config(TWO, {"type": "ps", "index": 0}), "of one of the jobs worker. Received:"),
+        (tf_config(TWO, {"type": "worker"}), "task.index from 0 to 1, for worker. Received: None"),
+        (tf_config(TWO, {"type": "worker", "index": 2}), "for worker. Received: 2"),
+        (tf_config(TWO, {"type": "worker", "index": -1}), "for worker. Received: -1"),
+        (tf_config(TWO, {"type": "worker", "index": 0.5}), "for worker. Received: 0.5"),
+        (tf_config(TWO, {"type": "worker", "index": "x"}), "for worker. Received: 'x'"),
+        (tf_config(TWO, {"type": "worker", "index": True}), "for worker. Received: True"),
+        (indexed("0", workers="0"), "TRAINER_WORKERS to be a whole number of at least 1. Received"),
+        (indexed("0", workers="two"), "TRAINER_WORKERS to be a whole number of at least 1."),
+        (indexed("0", workers="1+"), "TRAINER_WORKERS to be a whole number of at least 1."),
+        (indexed("0", TRAINER_PORT="99999"), "TRAINER_PORT to be a whole number from 1 to 65535."),
+        (indexed("x"), "JOB_COMPLETION_INDEX to be a whole number of at least 0. Received: 'x'."),
+        (
+            {"TRAINER_WORKERS": "2", "TRAINER_HOSTS": "a-{index}"},
+            "Received: nothing. Kubernetes sets it in a Job with completionMode: Indexed.",
+        ),
+        (indexed("3"), "a worker's number from 0 to 2. Received: 3"),
+        (indexed("2", TRAINER_INDEX_OFFSET="1"), "a worker's number from 0 to 2. Received: 3"),
+        (indexed("0", TRAINER_INDEX_OFFSET="-1"), "TRAINER_INDEX_OFFSET to be a whole number"),
+        (indexed("0", ""), "Expected TRAINER_HOSTS to be one pattern or two"),
+        (indexed("0", "digits"), "Expected TRAINER_HOSTS to be one pattern or two"),
+        (indexed("0", "a-{index},b"), "Expected TRAINER_HOSTS to be one pattern or two"),
+        (indexed("0", "a,b-{index},c-{index}"), "TRAINER_HOSTS to be one pattern or two"),
+        (indexed("0", "a-0,a-{index}"), "Received: 'a-0:2222' twice"),
+    ],
+)
+def test_a_malformed_description_is_named(environ, message):
+    with pytest.raises(ConfigurationError) as refused:
+        resolve(environ)
+    assert message in str(refused.value)
+    assert refused.value.exit_code == 78
+
+
+def test_an_address_is_split():
+    assert split_address("localhost:1") == ("localhost", 1)
+
+
+def test_the_command_refuses_it_in_one_line(command):
+    command.env["TF_CONFIG"] = "{}"
+    done = command.run()
+    assert done.returncode == 78
+    assert done.stdout == ""
+    assert done.stderr.startswith(
+        "python -m trainer.task: error: TF_CONFIG: expected cluster to be"
+    )
+    assert done.stderr.count("\n") == 1
+    assert list(command.folder.iterdir()) == []

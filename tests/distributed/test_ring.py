@@ -1,0 +1,194 @@
+"""What workers that have CPUs only add up: over real connections, each worker a thread."""
+
+import contextlib
+import math
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from trainer.distributed.cluster import Cluster
+from trainer.distributed.ring import connect
+from trainer.errors import ConfigurationError
+from trainer.launch import free_ports
+
+OTHER = b"digits-trainer ring \0\0\0\7"  # a worker of another run
+SHAPES = [(3, 3, 1, 32), (32,), (0,), (), (1,), (500, 401)]
+
+
+@contextlib.contextmanager
+def joined(workers, index):
+    ring = connect(Cluster(workers, index))
+    with ring.before, ring.behind:
+        yield ring
+
+
+def together(count, work, *, late=lambda index: 0.0):
+    """Joins so many workers; returns what ``work(ring)`` gives on each, or raises."""
+    workers = tuple(f"127.0.0.1:{port}" for port in free_ports(count))
+
+    def one(index):
+        time.sleep(late(index))
+        with joined(workers, index) as ring:
+            return work(ring)
+
+    with ThreadPoolExecutor(count) as pool:
+        return [future.result(60) for future in [pool.submit(one, i) for i in range(count)]]
+
+
+@contextlib.contextmanager
+def reached(address):
+    host, port = address.split(":")
+    end = time.monotonic() + 30
+    while True:
+        try:
+            stranger = socket.create_connection((host, int(port)), 5)
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    with stranger:
+        yield stranger
+
+
+def ones(workers, index):
+    with joined(workers, index) as ring:
+        return ring.sum([np.ones(3)])[0].tolist()
+
+
+def values(index, dtype=np.float32):
+    noise = np.random.default_rng(index)
+    return [noise.normal(0, 1, shape).astype(dtype).reshape(shape) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_worker_has_the_sum_of_all(count, dtype):
+    results = together(count, lambda ring: ring.sum(values(ring.index, dtype)))
+    for position, shape in enumerate(SHAPES):
+        own = [values(index, dtype)[position].astype(np.float64) for index in range(count)]
+        for result in results:
+            total = result[position]
+            assert (total.dtype, total.shape) == (dtype, shape)
+            # Each of the additions rounds once, to half a unit of what it adds up.
+            bound = count * np.finfo(dtype).eps * np.abs(own).sum(axis=0)
+            assert (np.abs(total - np.sum(own, axis=0)) <= bound).all()
+            assert total.tobytes() == results[0][position].tobytes()
+
+
+def test_repeated_sums_have_the_same_bits_whoever_is_late():
+    def late(slow):
+        def work(ring):
+            totals = []
+            for _ in range(5):
+                time.sleep(0.02 * (ring.index == slow))
+                totals.append([total.tobytes() for total in ring.sum(values(ring.index))])
+            return totals
+
+        return together(3, work)
+
+    expected = late(slow=None)
+    assert all(totals == expected[0][0] for worker in expected for totals in worker)
+    for slow in range(3):
+        assert late(slow) == expected
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_whole_numbers_are_added_whatever_there_are_of_them(count):
+    def work(ring):
+        return [ring.sum([np.full(size, ring.index + 1, np.int32)])[0] for size in range(5)]
+
+    for result in together(count, work):
+        expected = [[math.comb(count + 1, 2)] * size for size in range(5)]
+        assert [total.tolist() for total in result] == expected
+
+
+def test_what_is_added_stays_as_it_was():
+    def work(ring):
+        own = values(ring.index)
+        for array in own:
+            array.flags.writeable = False
+        ring.sum(own)
+        return own
+
+    for index, own in enumerate(together(3, work)):
+        assert all((a == b).all() for a, b in zip(own, values(index), strict=True))
+
+
+def test_what_is_not_finite_stays_so_without_a_word():
+    numbers = np.array([[np.inf, np.nan, 3e38], [-np.inf, 1, 3e38]], np.float32)
+    for (total,) in together(2, lambda ring: ring.sum([numbers[ring.index]])):
+        np.testing.assert_array_equal(total, np.array([np.nan, np.nan, np.inf], np.float32))
+
+
+def test_sums_are_taken_by_tensorflow_without_a_copy():
+    def work(ring):
+        return [total.ctypes.data % 64 for total in ring.sum(values(ring.index)) if total.size]
+
+    assert together(2, work) == [[0] * (len(SHAPES) - 1)] * 2
+
+
+@pytest.mark.parametrize("slow", range(3))
+def test_workers_join_in_any_order(slow):
+    results = together(3, lambda ring: ring.sum([np.ones(7)])[0].tolist(), late=lambda i: i == slow)
+    assert results == [[3.0] * 7] * 3
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GET / HTTP/1.1\r\n\r\n", b"digits-trainer ring \0\0\0\7"]
+)
+def test_strangers_do_not_join(content):
+    workers = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ones, workers, 0)
+        with reached(workers[0]) as stranger:
+            stranger.sendall(content)
+            if not content:
+                stranger.close()
+            # The stranger is there before worker 1.
+            assert ones(workers, 1) == first.result(60) == [2.0] * 3
+
+
+def test_something_else_at_a_workers_address_is_called_again():
+    workers = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
+    port = int(workers[1].rpartition(":")[2])
+
+    with ThreadPoolExecutor() as pool:
+        with socket.create_server(("127.0.0.1", port)) as other:
+            first = pool.submit(ones, workers, 0)
+            other.accept()[0].close()
+        assert ones(workers, 1) == first.result(60) == [2.0] * 3
+
+
+@pytest.mark.parametrize("lost", range(3))
+def test_a_worker_that_is_gone_is_an_error_for_all(lost):
+    def work(ring):
+        ring.sum([np.ones(10)])
+        if ring.index == lost:
+            return "gone"
+        with contextlib.suppress(ConnectionError):
+            while True:
+                ring.sum([np.ones(1_000_000)])
+        return "told"
+
+    assert together(3, work) == ["gone" if index == lost else "told" for index in range(3)]
+
+
+def test_a_port_in_use_is_refused():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        cluster = Cluster((f"127.0.0.1:{port}", "127.0.0.1:1"), 0)
+        with pytest.raises(ConfigurationError, match=f"listen at port {port}.*already in use"):
+            connect(cluster)
+
+
+def test_its_ports_are_free_when_all_have_joined():
+    def work(ring):
+        mine = ring.before.getsockname()[1]
+        with socket.create_server(("127.0.0.1", mine)):
+            return mine
+
+    assert len(set(together(3, work))) == 3

@@ -1,0 +1,239 @@
+"""Which strategy is chosen, and that several replicas compute what one does.
+
+Replicas are logical CPU devices here, which run the same graph as GPUs or the cores of a TPU;
+``test_workers`` has several processes.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from support import assert_alike, assert_gradients_alike
+
+from trainer.data import pipeline
+from trainer.distributed.cluster import Cluster
+from trainer.distributed.strategy import Workers, _has_tpu, check_batch_size, create
+from trainer.errors import ConfigurationError, UsageError
+from trainer.models import cnn as model
+from trainer.runtime import keras, tf
+from trainer.training import loop
+
+
+def chosen(kind="auto", **options):
+    return create(kind, **{"cluster": None, "gpus": None, "startup_timeout": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "one device: the CPU (no GPU is seen)"),
+        ({"kind": "one"}, "one device: the CPU (no GPU is seen)"),
+        ({"gpus": 0}, "one device: the CPU (as --gpus 0 asks)"),
+    ],
+)
+def test_what_is_chosen_is_said(options, reason):
+    assert chosen(**options).reason == reason
+
+
+TWO = Cluster(("a:1", "b:2"), 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": 1}, r"Expected 1 GPUs, as --gpus 1 asks\. Received: 0\. This TensorFlow is buil"),
+        ({"kind": "multiworker"}, "several workers .* Received: none described"),
+        ({"kind": "one", "cluster": TWO}, "one worker for --strategy one. Received: 2"),
+        ({"kind": "tpu", "cluster": TWO}, "one worker for --strategy tpu. Received: 2"),
+        ({"kind": "tpu"}, r"by the name local\. Received: .* no TPU kernels: pip install"),
+    ],
+)
+def test_what_is_not_there_is_refused(options, message, monkeypatch):
+    monkeypatch.delenv("TPU_NAME", raising=False)
+    with pytest.raises(ConfigurationError, match=message) as refused:
+        chosen(**options)
+    assert refused.value.exit_code == 78
+
+
+def test_a_tpu_that_does_not_answer_is_refused(command):
+    command.env["TPU_NAME"] = "grpc://127.0.0.1:1"
+    done = command.run("--startup-timeout", 2)
+    assert done.returncode == 78
+    assert "Expected a TPU that answers, by the name grpc://127.0.0.1:1. Received: noth" in (
+        done.stderr
+    )
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [("--gpus", 2), pytest.param(("--strategy", "mirrored"), marks=pytest.mark.full)]
+)
+def test_gpus_that_are_not_there_are_no_slow_run_on_the_cpu(command, flags):
+    done = command.run(*flags)
+    assert done.returncode == 78
+    assert "Received: " in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("environ", "device", "there"),
+    [
+        ({}, ("0x1ae0", "0x0063"), True),
+        ({}, ("0x1ae0", "0x0042"), False),  # Google's network card
+        ({}, ("0x10de", "0x0063"), False),
+        ({"TPU_NAME": "mine"}, None, True),
+    ],
+)
+def test_a_tpu_is_known_by_its_device_or_its_name(tmp_path, environ, device, there):
+    if device:
+        (tmp_path / "0000:00:04.0").mkdir()
+        for name, value in zip(("vendor", "device"), device, strict=True):
+            (tmp_path / "0000:00:04.0" / name).write_text(f"{value}\n")
+    assert _has_tpu(environ, tmp_path) == there
+
+
+@pytest.mark.parametrize(
+    ("size", "replicas", "use"), [(128, 3, "126 or 129"), (2, 4, "4"), (9, 4, "8 or 12")]
+)
+def test_a_batch_that_does_not_divide_names_the_sizes_that_do(size, replicas, use):
+    with pytest.raises(UsageError, match=rf"Received: batch_size={size}\. Use {use}\."):
+        check_batch_size(size, replicas)
+    check_batch_size(size * replicas, replicas)
+
+
+@pytest.fixture(scope="module")
+def one(shared_replicas):
+    return shared_replicas.compute("losses", examples=640, batch_size=128)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [2, 4])
+def test_several_replicas_train_as_one(replicas, one, devices):
+    assert len(one["losses"]) == 5
+    several = replicas.compute("losses", devices=devices, examples=640, batch_size=128)
+    assert_alike(several, one)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [2, 4])
+def test_several_replicas_train_an_epoch_as_one(replicas, devices):
+    data = {"examples": 5120, "batch_size": 128}
+    one, several = (replicas.compute("losses", devices=n, **data) for n in (1, devices))
+    assert len(one["losses"]) == 40
+    assert_alike(several, one)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [2, 4])
+def test_gradients_are_those_of_one(replicas, tmp_path, devices):
+    # The second batch of 64 has 36 examples, of which the last replicas have few or none.
+    for n in (1, devices):
+        file = str(tmp_path / f"{n}.npz")
+        replicas.compute("gradients", devices=n, examples=100, batch_size=64, file=file)
+    assert_gradients_alike(tmp_path / f"{devices}.npz", tmp_path / "1.npz")
+
+
+def test_replicas_drop_other_units_and_the_first_what_it_would_alone(replicas):
+    several, alone = (replicas.compute("masks", devices=n) for n in (4, 1))
+    for drawn, (mask,) in zip(several["drawn"], alone["drawn"], strict=True):
+        assert len({str(one) for one in drawn}) == 4
+        assert drawn[0] == mask
+    assert several["drawn"][0] != several["drawn"][1]
+    assert several["state"] == alone["state"]
+
+
+@pytest.mark.full
+def test_several_replicas_repeat_the_same_bits_and_save_stock_layers(replicas, tmp_path):
+    data = {"examples": 200, "batch_size": 64, "folder": str(tmp_path)}
+    first, second = (replicas.compute("saved", devices=4, **data) for _ in range(2))
+    assert first == second
+    loaded = keras.models.load_model(tmp_path / "mnist.h5")
+    stock = model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
+    for layer, expected in zip(loaded.layers, stock.layers, strict=True):
+        assert type(layer) is type(expected)
+        if isinstance(layer, keras.layers.Dropout):
+            assert (layer.rate, layer.seed) == (expected.rate, expected.seed)
+
+
+def test_the_step_can_be_compiled_for_a_device_with_static_shapes_only(mnist):
+    # What a TPU needs. XLA is TPUs' compiler too; it refuses a shape that is known late.
+    digits = mnist.first(8, 8)
+    network = keras.Sequential(
+        [
+            keras.Input(model.INPUT_SHAPE),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.5, seed=1),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    network.compile(optimizer=keras.optimizers.Adadelta(1.0), loss="categorical_crossentropy")
+    network.optimizer.build(network.trainable_variables)
+    functions = {"loss": model.LOSS, **model.METRICS}
+    step = tf.function(
+        loop._train_step(network, network, functions, model.preprocess),
+        jit_compile=True,
+        autograph=False,
+    )
+    batch = next(
+        iter(pipeline.train_batches(digits.x_train, digits.y_train, batch_size=8, seed=0, epoch=0))
+    )
+    sums = step(*batch, tf.constant(8.0))
+    assert sums[0] == 8
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_images_on_the_devices_train_the_same_bits(replicas, devices):
+    # As on GPUs; with a batch that is not full.
+    data = {"examples": 300, "batch_size": 64}
+    host, there = (
+        replicas.compute("placed", devices=devices, **data, on_devices=on) for on in (False, True)
+    )
+    assert host == there
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_step_that_xla_compiles_computes_the_same(replicas, devices):
+    data = {"examples": 24, "batch_size": 8}
+    plain, compiled = (
+        replicas.compute("compiled", devices=devices, **data, jit_compile=on)
+        for on in (False, True)
+    )
+    np.testing.assert_allclose(compiled["losses"], plain["losses"], rtol=1e-12)
+    assert plain["val_loss"] == pytest.approx(compiled["val_loss"], rel=1e-12)
+
+
+def test_alone_there_is_nothing_to_exchange():
+    workers = Workers(tf.distribute.get_strategy())
+    assert (workers.count, workers.index) == (1, 0)
+    assert workers.gather(7) == [7]
+    assert workers.share(b"odd") == b"odd"
+    assert workers.have_equal(b"four")
+
+
+@pytest.mark.full
+def test_the_command_trains_on_several_logical_devices(command, tmp_path):
+    # As on a machine with GPUs, which is where the command itself finds several.
+    start = (
+        "import sys; from trainer.runtime import tf; from trainer import task; "
+        "logical = 2 * [tf.config.LogicalDeviceConfiguration()]; "
+        "cpu = tf.config.list_physical_devices('CPU')[0]; "
+        "tf.config.set_logical_device_configuration(cpu, logical); "
+        "sys.exit(task.main())"
+    )
+    command.program = ["-c", start]
+    flags = (
+        "--strategy",
+        "mirrored",
+        "--epochs",
+        1,
+        "--train-limit",
+        256,
+        "--test-limit",
+        100,
+        "--no-report",
+    )
+    done = command.run(*flags, "--log-format", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[1]["message"].startswith("MirroredStrategy over 2 logical CPU devices")

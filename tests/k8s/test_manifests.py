@@ -1,0 +1,476 @@
+"""What the manifests say must be what the program means; ``tests/cluster`` runs them."""
+
+import functools
+import re
+import shutil
+import subprocess
+
+import kubernetes_validate
+import pytest
+import yaml
+from support import ROOT
+
+import trainer
+from trainer.distributed.cluster import resolve
+from trainer.errors import StoppedError, TrainerError
+
+K8S = ROOT / "k8s"
+ASSETS = ROOT / "trainer" / "k8s" / "assets"
+
+# The oldest that has podReplacementPolicy without a feature gate, and the newest that
+# kubernetes-validate has.
+OLDEST, NEWEST = "1.29", "1.37"
+ONE_JOB = ("base", "gpu", "tpu", "kueue")
+TWO_JOBS = ("multiworker", "multiworker-gpu")
+OVERLAYS = (*ONE_JOB, *TWO_JOBS, "jobset", "kubeflow")
+CUSTOM = ("JobSet", "ClusterTrainingRuntime", "TrainJob")  # validated by what is in them
+WRITTEN_OUT = ("gpu", "multiworker", "multiworker-gpu")  # as they are, for the wheel
+
+STOPPED = StoppedError.exit_code
+WRONG = {error.exit_code for error in TrainerError.__subclasses__()} - {STOPPED}
+
+
+@functools.cache
+def rendered(folder):
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl is not on the PATH")
+    command = ["kubectl", "kustomize", folder]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def render(name, k8s=K8S):
+    """Returns a kustomization's objects, by kind and name."""
+    objects = yaml.safe_load_all(rendered(k8s / name))
+    return {(one["kind"], one["metadata"]["name"]): one for one in objects}
+
+
+def jobs_of(objects):
+    """Returns the Jobs, and those that a JobSet or a runtime is made of, by their names there."""
+    jobs = {name: one["spec"] for (kind, name), one in objects.items() if kind == "Job"}
+    for (kind, _), one in objects.items():
+        if kind in ("JobSet", "ClusterTrainingRuntime"):
+            jobset = one["spec"] if kind == "JobSet" else one["spec"]["template"]["spec"]
+            for replicated in jobset["replicatedJobs"]:
+                jobs[replicated["name"]] = replicated["template"]["spec"]
+    return jobs
+
+
+def pods_of(objects):
+    """Returns every pod, or template of one, by name."""
+    pods = {name: one for (kind, name), one in objects.items() if kind == "Pod"}
+    return pods | {name: job["template"] for name, job in jobs_of(objects).items()}
+
+
+def container_of(pod):
+    (container,) = pod["spec"]["containers"]
+    return container
+
+
+def environ_of(pod, index=0):
+    """Returns what a pod's program finds in its environment, but for the pod's own fields."""
+    environ = {one["name"]: one.get("value", "") for one in container_of(pod)["env"]}
+    return environ | {"JOB_COMPLETION_INDEX": str(index)}
+
+
+def opening(path):
+    """Returns the comment that a file opens with."""
+    return re.match(r"(#.*\n)*", path.read_text())[0]
+
+
+@pytest.fixture
+def edit(tmp_path):
+    """Returns a function that changes a file in a copy of ``k8s/`` and returns the copy."""
+    copy = shutil.copytree(K8S, tmp_path / "k8s")
+
+    def replace(name, old, new):
+        text = (copy / name).read_text()
+        assert text.count(old) == 1
+        (copy / name).write_text(text.replace(old, new))
+        return copy
+
+    return replace
+
+
+# Every one of them.
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize("name", [*OVERLAYS, "fetch"])
+def test_kubernetes_knows_every_field(name, version):
+    objects = render(name)
+    own = [one for one in objects.values() if one["kind"] not in CUSTOM]
+    for job, spec in jobs_of(objects).items():
+        own.append(
+            {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job}, "spec": spec}
+        )
+    for one in own:
+        kubernetes_validate.validate(one, version, strict=True)
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, "fetch"])
+def test_every_pod_is_allowed_where_pod_security_is_restricted(name):
+    pods = pods_of(render(name))
+    assert pods
+    for pod in pods.values():
+        assert not violations(pod["spec"])
+
+
+def violations(spec):
+    """Lists what https://kubernetes.io/docs/concepts/security/pod-security-standards refuses."""
+    found = [field for field in ("hostNetwork", "hostPID", "hostIPC") if spec.get(field)]
+    allowed = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral"}
+    allowed |= {"persistentVolumeClaim", "projected", "secret"}
+    for volume in spec.get("volumes", []):
+        found += [f"volume {kind}" for kind in volume.keys() - {"name"} - allowed]
+    for container in spec["containers"] + spec.get("initContainers", []):
+        # A container's own word goes before the pod's.
+        security = spec.get("securityContext", {}) | container.get("securityContext", {})
+        capabilities = security.get("capabilities", {})
+        needed = {
+            "privileged": not security.get("privileged"),
+            "allowPrivilegeEscalation": security.get("allowPrivilegeEscalation") is False,
+            "runAsNonRoot": security.get("runAsNonRoot") is True,
+            "runAsUser": security.get("runAsUser") != 0,
+            "seccompProfile": security.get("seccompProfile", {}).get("type")
+            in ("RuntimeDefault", "Localhost"),
+            "capabilities.drop": "ALL" in capabilities.get("drop", []),
+            "capabilities.add": set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"},
+            "procMount": security.get("procMount", "Default") == "Default",
+            "sysctls": not security.get("sysctls"),
+            "seLinuxOptions": not security.get("seLinuxOptions"),
+            "hostPort": not any("hostPort" in port for port in container.get("ports", [])),
+        }
+        found += [what for what, holds in needed.items() if not holds]
+    return found
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, "fetch"])
+def test_every_pod_has_what_a_good_guest_has(name):
+    for pod in pods_of(render(name)).values():
+        spec, container = pod["spec"], container_of(pod)
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["fsGroup"] > 0
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["imagePullPolicy"] == "IfNotPresent"
+        assert re.fullmatch(
+            rf"digits-trainer:{re.escape(trainer.__version__)}(-[gt]pu)?", container["image"]
+        )
+        for kind in ("requests", "limits"):
+            assert {"cpu", "memory"} <= container["resources"][kind].keys()
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_pod_has_time_for_a_checkpoint(name):
+    for pod in pods_of(render(name)).values():
+        assert pod["spec"]["terminationGracePeriodSeconds"] >= 30
+        assert pod["spec"]["restartPolicy"] == "Never"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_everything_says_which_run_it_belongs_to(name):
+    objects = render(name)
+    run = {"app.kubernetes.io/name": "digits-trainer", "app.kubernetes.io/instance": "digits"}
+    for one in [*objects.values(), *pods_of(objects).values()]:
+        assert one["metadata"]["labels"].items() >= run.items()
+
+
+@pytest.mark.parametrize("name", [*TWO_JOBS, "jobset", "kubeflow"])
+def test_what_selects_pods_selects_the_runs_own(name):
+    objects = render(name)
+    selectors = [
+        one["spec"].get("selector") or one["spec"]["podSelector"]["matchLabels"]
+        for (kind, _), one in objects.items()
+        if kind in ("Service", "NetworkPolicy")
+    ]
+    rule = objects["NetworkPolicy", "digits"]["spec"]["ingress"][0]
+    selectors.append(rule["from"][0]["podSelector"]["matchLabels"])
+    pods = pods_of(objects).values()
+    for pod in pods:
+        (spread,) = pod["spec"]["topologySpreadConstraints"]
+        selectors.append(spread["labelSelector"]["matchLabels"])
+        assert rule["ports"][0]["port"] == container_of(pod)["ports"][0]["containerPort"]
+    for selector in selectors:
+        assert "app.kubernetes.io/instance" in selector
+        assert all(pod["metadata"]["labels"].items() >= selector.items() for pod in pods)
+
+
+# How a run ends.
+
+
+@pytest.mark.parametrize("name", [*ONE_JOB, *TWO_JOBS])
+def test_a_job_ends_at_once_for_users_errors_and_goes_on_when_it_was_stopped(name):
+    for job in jobs_of(render(name)).values():
+        disruption, stopped, wrong = job["podFailurePolicy"]["rules"]
+        assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+        assert stopped["onExitCodes"]["values"] == [STOPPED]
+        assert set(wrong["onExitCodes"]["values"]) == WRONG
+        rules = (disruption, stopped, wrong)
+        assert [rule["action"] for rule in rules] == ["Ignore", "Ignore", "FailJob"]
+        assert job["backoffLimit"] > 0
+        assert job["ttlSecondsAfterFinished"] >= 86400
+
+
+@pytest.mark.parametrize("name", ["jobset", "kubeflow"])
+@pytest.mark.parametrize(
+    ("reason", "ending", "action"),
+    [
+        *(("PodFailurePolicy", f"exit code {code}", "FailJobSet") for code in sorted(WRONG)),
+        ("PodFailurePolicy", f"exit code {STOPPED}", "RestartJobSetAndIgnoreMaxRestarts"),
+        ("PodFailurePolicy", "condition", "RestartJobSetAndIgnoreMaxRestarts"),
+        ("BackoffLimitExceeded", None, "RestartJobSet"),
+        ("DeadlineExceeded", None, "FailJobSet"),
+    ],
+)
+def test_a_jobset_ends_at_once_for_users_errors_and_restarts_all_for_the_rest(
+    name, reason, ending, action
+):
+    # The words of pkg/controller/job/pod_failure_policy.go.
+    message = {
+        None: "Job has reached the specified limit",
+        "condition": "Pod a/digits-chief-0-0-2 has condition DisruptionTarget matching FailJob "
+        "rule at index 0",
+    }.get(
+        ending, f"Container trainer for pod a/digits-2 failed with {ending} matching FailJob rule"
+    )
+    objects = render(name)
+    one = next(one for (kind, _), one in objects.items() if kind in CUSTOM[:2])
+    jobset = one["spec"] if one["kind"] == "JobSet" else one["spec"]["template"]["spec"]
+    actions = [
+        rule["action"]
+        for rule in jobset["failurePolicy"]["rules"]
+        if reason in rule["onJobFailureReasons"]
+        and any(
+            re.search(pattern, message) for pattern in rule.get("onJobFailureMessagePatterns", [""])
+        )
+    ]
+    assert actions[0] == action
+    assert jobset["ttlSecondsAfterFinished"] >= 86400
+    for job in jobs_of(objects).values():
+        # Whatever happens to a pod is the JobSet's to judge, and never is retried below it.
+        assert job["backoffLimit"] == 0
+        assert "ttlSecondsAfterFinished" not in job
+        rules = job["podFailurePolicy"]["rules"]
+        assert [rule["action"] for rule in rules] == ["FailJob"] * 3
+        names = {rule["onExitCodes"]["containerName"] for rule in rules[1:]}
+        assert names == {container_of(job["template"])["name"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        *((name, "batch.kubernetes.io/controller-uid") for name in (*ONE_JOB, *TWO_JOBS)),
+        # A JobSet's Jobs are others after a restart.
+        *((name, "jobset.sigs.k8s.io/jobset-uid") for name in ("jobset", "kubeflow")),
+    ],
+)
+def test_every_pod_knows_its_job(name, label):
+    for pod in pods_of(render(name)).values():
+        (uid,) = (one for one in container_of(pod)["env"] if one["name"] == "TRAINER_JOB_UID")
+        assert uid["valueFrom"]["fieldRef"]["fieldPath"] == f"metadata.labels['{label}']"
+
+
+# Several workers, and GPUs.
+
+
+@pytest.mark.parametrize("name", TWO_JOBS)
+def test_the_two_jobs_are_one_cluster(name):
+    objects = render(name)
+    pods = pods_of(objects)
+    assert objects["Service", "digits"]["spec"]["publishNotReadyAddresses"] is True
+    for index, job in enumerate(("digits", "digits-workers")):
+        assert pods[job]["spec"]["subdomain"] == "digits"
+        cluster = resolve(environ_of(pods[job]))
+        assert cluster.workers == ("digits-0.digits:2222", "digits-workers-0.digits:2222")
+        assert cluster.index == index
+        spec = objects["Job", job]["spec"]
+        assert (spec["completionMode"], spec["podReplacementPolicy"]) == ("Indexed", "Failed")
+
+
+@pytest.mark.parametrize(
+    ("name", "chief"), [(name, "digits") for name in TWO_JOBS] + [("jobset", "chief")]
+)
+def test_the_chief_alone_has_the_claim(name, chief):
+    for job, pod in pods_of(render(name)).items():
+        mounts = {mount["mountPath"] for mount in container_of(pod)["volumeMounts"]}
+        claims = [one for one in pod["spec"]["volumes"] if "persistentVolumeClaim" in one]
+        assert ("/output" in mounts, len(claims)) == ((True, 1) if job == chief else (False, 0))
+
+
+def test_the_jobs_of_a_jobset_are_one_cluster():
+    objects = render("jobset")
+    network = objects["JobSet", "digits"]["spec"]["network"]
+    assert network == {"subdomain": "digits", "publishNotReadyAddresses": True}
+    for index, pod in enumerate(pods_of(objects).values()):
+        cluster = resolve(environ_of(pod))
+        # JOBSET-REPLICATEDJOB-JOBINDEX-PODINDEX.SUBDOMAIN
+        assert cluster.workers == (
+            "digits-chief-0-0.digits:2222",
+            "digits-workers-0-0.digits:2222",
+        )
+        assert cluster.index == index
+    # Names for its pods are the JobSet's own; the Jobs are in it.
+    assert {kind for kind, _ in objects} == {"JobSet", "NetworkPolicy", "PersistentVolumeClaim"}
+
+
+def test_the_runtime_is_one_cluster_for_a_trainjob_of_any_name():
+    objects = render("kubeflow")
+    trainjob = objects["TrainJob", "digits"]["spec"]
+    runtime = objects["ClusterTrainingRuntime", trainjob["runtimeRef"]["name"]]["spec"]
+    (pod,) = pods_of(objects).values()
+    # What Kubeflow Trainer looks for.
+    labels = runtime["template"]["spec"]["replicatedJobs"][0]["template"]["metadata"]["labels"]
+    assert labels == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert container_of(pod)["name"] == "node"
+
+    names = [one["name"] for one in container_of(pod)["env"]]
+    assert names.index("JOBSET_NAME") < names.index("TRAINER_HOSTS")  # $() looks back only
+    (uses,) = (one for one in container_of(pod)["env"] if one["name"] == "JOBSET_NAME")
+    assert uses["valueFrom"]["fieldRef"]["fieldPath"].endswith("['jobset.sigs.k8s.io/jobset-name']")
+    environ = environ_of(pod, index=1)
+    environ |= {one["name"]: one["value"] for one in trainjob["trainer"]["env"]}
+    environ["TRAINER_HOSTS"] = environ["TRAINER_HOSTS"].replace("$(JOBSET_NAME)", "any")
+    cluster = resolve(environ)
+    assert cluster.workers == ("any-node-0-0.any:2222", "any-node-0-1.any:2222")
+    assert cluster.index == 1
+    assert objects["PersistentVolumeClaim", "digits"]["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+@pytest.mark.parametrize("name", [*TWO_JOBS, "jobset"])
+def test_the_number_of_workers_stands_in_one_place(edit, name):
+    k8s = edit("multiworker/kustomization.yaml", "      value: 1\n", "      value: 3\n")
+    chief, workers = jobs_of(render(name, k8s)).values()
+    assert (chief["completions"], chief["parallelism"]) == (1, 1)
+    assert (workers["completions"], workers["parallelism"]) == (3, 3)
+    for job, index in ((chief, 0), (workers, 2)):
+        assert len(resolve(environ_of(job["template"], index)).workers) == 4
+
+
+def test_the_number_of_nodes_stands_in_one_place(edit):
+    k8s = edit("kubeflow/trainjob.yaml", "numNodes: 2", "numNodes: 5")
+    trainer = render("kubeflow", k8s)["TrainJob", "digits"]["spec"]["trainer"]
+    assert trainer == {"numNodes": 5, "env": [{"name": "TRAINER_WORKERS", "value": "5"}]}
+
+
+@pytest.mark.parametrize("name", ["gpu", "multiworker-gpu"])
+def test_the_number_of_gpus_stands_in_one_place(edit, name):
+    k8s = edit("components/gpu/kustomization.yaml", "      value: 1\n", "      value: 4\n")
+    for pod in pods_of(render(name, k8s)).values():
+        container = container_of(pod)
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+        assert container["args"][-1] == "--gpus=4"
+        assert "/dev/shm" in {mount["mountPath"] for mount in container["volumeMounts"]}  # noqa: S108
+        (shared,) = (one for one in pod["spec"]["volumes"] if one["name"] == "shared-memory")
+        assert shared["emptyDir"]["medium"] == "Memory"
+
+
+def test_a_tpus_job_asks_for_all_chips_of_its_topology():
+    (pod,) = pods_of(render("tpu")).values()
+    container = container_of(pod)
+    width, height = pod["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    for kind in ("requests", "limits"):
+        assert container["resources"][kind]["google.com/tpu"] == int(width) * int(height)
+    assert "--strategy=tpu" in container["args"]
+
+
+def test_kueue_admits_the_job():
+    job = render("kueue")["Job", "digits"]
+    assert job["spec"]["suspend"] is True
+    assert "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]
+
+
+# One place for the images; what is written out; what the comments say.
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, "fetch"])
+def test_the_images_stand_in_one_place(edit, name):
+    file = K8S / "components" / "image" / "kustomization.yaml"
+    component = yaml.safe_load(file.read_text())
+    images = {one["name"]: f"{one['newName']}:{one['newTag']}" for one in component["images"]}
+    version = trainer.__version__
+    assert images == {
+        "digits-trainer-cpu": f"digits-trainer:{version}",
+        "digits-trainer-gpu": f"digits-trainer:{version}-gpu",
+        "digits-trainer-tpu": f"digits-trainer:{version}-tpu",
+    }
+    for one in component["images"]:
+        one["newName"], one["newTag"] = "registry.example/me/trainer", f"of-{one['name'][-3:]}"
+    new = yaml.safe_dump(component)
+    k8s = edit("components/image/kustomization.yaml", file.read_text(), new)
+    kind = {"gpu": "gpu", "multiworker-gpu": "gpu", "tpu": "tpu"}.get(name, "cpu")
+    for pod in pods_of(render(name, k8s)).values():
+        assert container_of(pod)["image"] == f"registry.example/me/trainer:of-{kind}"
+
+
+@pytest.mark.parametrize(("file", "folder"), [("job", "base"), ("fetch", "fetch")])
+def test_a_file_that_is_used_alone_is_what_kustomize_makes(file, folder):
+    path = K8S / f"{file}.yaml"
+    assert path.read_text() == opening(path) + rendered(K8S / folder), "make manifests"
+    assert path.read_text().count("image: ") == 1
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_the_wheel_has_what_kustomize_makes(name):
+    assert (ASSETS / f"{name}.yaml").read_text() == rendered(K8S / name), "make manifests"
+
+
+def test_the_wheel_has_the_files_that_are_used_alone():
+    names = {"job.yaml", "fetch.yaml", *(f"{name}.yaml" for name in WRITTEN_OUT)}
+    assert {path.name for path in ASSETS.iterdir()} == names
+    for name in ("job.yaml", "fetch.yaml"):
+        assert (ASSETS / name).read_text() == (K8S / name).read_text(), "make manifests"
+
+
+def test_the_fetching_pod_reads_the_jobs_claim_and_ends():
+    objects = render("fetch")
+    pod = objects["Pod", "digits-fetch"]
+    assert list(objects) == [("Pod", "digits-fetch")]
+    assert pod["spec"]["restartPolicy"] == "Never"
+    assert pod["spec"]["activeDeadlineSeconds"] == 600
+    container = container_of(pod)
+    assert (container["command"], container.get("args")) == (["sleep", "600"], None)
+    (mount,) = container["volumeMounts"]
+    assert (mount["mountPath"], mount["readOnly"]) == ("/output", True)
+    (volume,) = pod["spec"]["volumes"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "digits"}
+
+
+OPENINGS = {name: K8S / name / "kustomization.yaml" for name in OVERLAYS if name != "base"}
+
+
+@pytest.mark.parametrize("name", [*OPENINGS, "job.yaml"])
+def test_an_opening_comment_has_the_commands(name):
+    comment = opening(OPENINGS.get(name, K8S / name))
+    assert re.search(rf"#   kubectl apply -[kf] k8s/{re.escape(name)}\n", comment)
+    for command in (
+        r"get [^,\n]* --watch",
+        r"logs -f job/digits",
+        r"describe pod -l .*=digits ",
+        r"apply -[kf] k8s/fetch\b",
+        r"cp digits-fetch:/output/mnist.h5",
+        r"delete (job|trainjob)[ s,/]",
+        r"delete pvc digits .*# the model with it",
+    ):
+        assert re.search(rf"kubectl {command}", comment), command
+    # It would take the claim, and so the model, with it.
+    assert not re.search(r"#   kubectl delete -[kf]", comment)
+
+
+def test_a_comment_names_only_what_there_is():
+    for path in K8S.rglob("*.yaml"):
+        for name in re.findall(r"\bk8s/[\w./-]*\w", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+def test_a_comment_names_only_objects_there_are(name):
+    objects = render(name)
+    known = {one for _, one in objects} | {"digits-fetch"}
+    for one in objects.values():
+        if one["kind"] in ("JobSet", "TrainJob"):
+            known |= {f"{one['metadata']['name']}-{job}-0" for job in jobs_of(objects)}
+    named = re.findall(
+        r"(?:job/|get job |delete job |pvc |pod/|runtime )(digits[\w-]*)", opening(OPENINGS[name])
+    )
+    assert named
+    assert set(named) <= known

@@ -1,0 +1,313 @@
+"""What a stop may change of the outcome: nothing."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from trainer.config import TrainConfig
+from trainer.data import pipeline
+from trainer.distributed.strategy import Workers
+from trainer.errors import ConfigurationError, DataError, InputError, StoppedError
+from trainer.runtime import keras, tf
+from trainer.training import loop
+from trainer.training.checkpoint import FOLDER, Keeper, Position
+
+EPOCHS, STEPS = 2, 4  # and three steps in each evaluation; a call has one step
+
+FACTS = {
+    "run": "this run",
+    "config": TrainConfig(epochs=EPOCHS).as_dict(),
+    "data": {"sha256": "of the data"},
+    "versions": {"tensorflow": "2.21.0"},
+    "environment": {"threads": 1},
+}
+
+
+def build():
+    """Builds a small model with all that the CNN has to keep: dropout's state, accumulators."""
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(5, kernel_initializer=keras.initializers.GlorotUniform(seed=1)),
+            keras.layers.Dropout(0.5, seed=2),
+            keras.layers.Dense(3, kernel_initializer=keras.initializers.GlorotUniform(seed=3)),
+            keras.layers.Dropout(0.25, seed=4),
+        ]
+    )
+    model.compile(optimizer=keras.optimizers.Adam(0.1), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+class Stopper:
+    """Asks the run to stop at one of its calls, counted from 1; None: never."""
+
+    def __init__(self, at=None):
+        self.at = at
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return "SIGTERM" if self.calls == self.at else None
+
+
+def keeper(folder, *, facts=FACTS, stop=None, warn=None, **options):
+    options = {
+        "finished_run": None,
+        "resume": "auto",
+        "every": "1000h",
+        "keep": 3,
+        "stop": stop or Stopper(),
+        "workers": Workers(tf.distribute.get_strategy()),
+        "warn": warn or (lambda text: None),
+        **options,
+    }
+    return Keeper(folder, json.loads(json.dumps(facts)), **options)
+
+
+def train(held, *, epochs=EPOCHS, steps_per_execution=1):
+    """Trains until the end or the stop; returns all that a run can end with."""
+    noise = np.random.default_rng(0)
+    x = noise.normal(size=(15, 6)).astype(np.float32)
+    y = noise.normal(size=(15, 3)).astype(np.float32)
+    model = build()
+    history = loop.fit(
+        model,
+        lambda epoch: pipeline.train_batches(x, y, batch_size=4, seed=0, epoch=epoch),
+        pipeline.test_batches(x[:9], y[:9], batch_size=4),
+        strategy=tf.distribute.get_strategy(),
+        loss=keras.losses.mean_squared_error,
+        metrics={"mae": keras.losses.mean_absolute_error},
+        epochs=epochs,
+        steps_per_execution=steps_per_execution,
+        position=held.restore(model),
+        after_call=held.after_call,
+    )
+    assert len(history.pop("seconds")) == epochs
+    variables = [*model.variables, *model.optimizer.variables]
+    return history, [variable.numpy().tobytes() for variable in variables]
+
+
+def train_until_stopped(folder, at, **options):
+    with pytest.raises(StoppedError, match="stopped by SIGTERM at epoch"):
+        train(keeper(folder, stop=Stopper(at), **options))
+
+
+def numbers(folder):
+    return sorted(int(path.stem.split("-")[1]) for path in (folder / FOLDER).glob("*.index"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    held = keeper(tmp_path_factory.mktemp("unbroken"), stop=(stop := Stopper()))
+    outcome = train(held)
+    assert stop.calls == EPOCHS * (STEPS + 3) + EPOCHS  # each call, and each epoch's end
+    return outcome
+
+
+@pytest.mark.parametrize("at", range(1, EPOCHS * (STEPS + 4) + 1))
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, unbroken, at):
+    train_until_stopped(tmp_path, at)
+    assert train(keeper(tmp_path, resume="must")) == unbroken
+
+
+def test_a_run_stopped_again_and_again_ends_with_the_same_bits(tmp_path, unbroken):
+    # Every fourth call: an evaluation has three, and begins anew when it was interrupted.
+    for _ in range(EPOCHS * STEPS):
+        try:
+            outcome = train(keeper(tmp_path, stop=Stopper(4)))
+            break
+        except StoppedError:
+            pass
+    assert outcome == unbroken
+
+
+def test_a_run_resumed_with_other_calls_ends_with_the_same_bits(tmp_path, unbroken):
+    train_until_stopped(tmp_path, 3)
+    assert train(keeper(tmp_path), steps_per_execution=3) == unbroken
+
+
+def test_a_run_can_be_made_longer(tmp_path, tmp_path_factory):
+    longer = {**FACTS, "config": {**FACTS["config"], "epochs": 3}}
+    expected = train(keeper(tmp_path_factory.mktemp("unbroken")), epochs=3)
+    train_until_stopped(tmp_path, 10)
+    assert train(keeper(tmp_path, facts=longer), epochs=3) == expected
+
+
+@pytest.mark.parametrize(
+    ("every", "saved"),
+    [
+        ("1h", [4, 8]),  # each epoch's end
+        ("3", [3, 4, 7, 8]),  # from the last save
+        ("1", [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_checkpoints_come_as_often_as_asked(tmp_path, every, saved):
+    train(keeper(tmp_path, every=every, keep=100))
+    assert numbers(tmp_path) == saved
+
+
+def test_checkpoints_come_by_the_clock(tmp_path):
+    ticks = iter(range(10_000))  # every look at it is a second later: one a call, two a save
+    train(keeper(tmp_path, every="3s", keep=100, clock=lambda: next(ticks)))
+    assert numbers(tmp_path) == [3, 4, 7, 8]
+
+
+def test_only_the_newest_stay(tmp_path):
+    train_until_stopped(tmp_path, 8, every="1", keep=2)
+    assert numbers(tmp_path) == [3, 4]
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if how == "truncated" else how(content))
+
+
+def flip(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("how", ["truncated", flip, lambda content: b""])
+@pytest.mark.parametrize("suffix", [".index", ".data-00000-of-00001"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, unbroken, suffix, how):
+    train_until_stopped(tmp_path, 3, every="1")
+    damage(tmp_path / FOLDER / f"steps-3{suffix}", how)
+    warnings = []
+    assert train(keeper(tmp_path, warn=warnings.append)) == unbroken
+    assert "steps-3 cannot be read" in warnings[0]
+    assert "Resuming the unfinished run" in warnings[1]
+    assert warnings[1].endswith("at epoch 1, step 2")
+
+
+def test_a_damaged_list_of_checkpoints_does_no_harm(tmp_path, unbroken):
+    train_until_stopped(tmp_path, 3)
+    (tmp_path / FOLDER / "checkpoint").write_bytes(b"\xff")
+    assert train(keeper(tmp_path)) == unbroken
+
+
+def test_a_run_with_none_but_damaged_checkpoints_is_not_begun_anew_unasked(tmp_path, unbroken):
+    train_until_stopped(tmp_path, 3)
+    damage(tmp_path / FOLDER / "steps-3.index", "truncated")
+    with pytest.raises(DataError, match=r"1, all damaged\. Use --resume never"):
+        train(keeper(tmp_path))
+    assert train(keeper(tmp_path, resume="never")) == unbroken
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"seed": 8}}, r"Received: seed=8 where it has seed=0\."),
+        ({"config": {"batch_size": 64, "optimizer": "sgd"}}, "batch_size=64 .*optimizer='sgd'"),
+        ({"config": {"epochs": 1}}, "epochs=1 where it has epochs=2"),
+        ({"data": {"sha256": "of others"}}, "other images or labels"),
+    ],
+)
+def test_an_unfinished_run_of_another_kind_is_refused(tmp_path, unbroken, change, message):
+    train_until_stopped(tmp_path, 3)
+    ((part, values),) = change.items()
+    with pytest.raises(ConfigurationError, match=message) as refused:
+        train(keeper(tmp_path, facts={**FACTS, part: {**FACTS[part], **values}}))
+    assert "--resume never" in str(refused.value)
+    assert train(keeper(tmp_path)) == unbroken  # nothing of it was lost
+
+
+def test_a_run_whose_learning_rate_depends_on_its_length_cannot_be_made_longer(tmp_path):
+    def facts(epochs):
+        return {**FACTS, "config": {**FACTS["config"], "schedule": "one-cycle", "epochs": epochs}}
+
+    train_until_stopped(tmp_path, 3, facts=facts(EPOCHS))
+    with pytest.raises(ConfigurationError, match="epochs=3 where it has epochs=2"):
+        train(keeper(tmp_path, facts=facts(EPOCHS + 1)))
+
+
+def test_what_decides_nothing_may_change(tmp_path, unbroken):
+    train_until_stopped(tmp_path, 3)
+    other = {"output_dir": "moved", "log_format": "json", "tensorboard": True, "threads": 9}
+    facts = {**FACTS, "config": {**FACTS["config"], **other}}
+    assert train(keeper(tmp_path, facts=facts)) == unbroken
+
+
+def test_another_environment_is_named(tmp_path):
+    train_until_stopped(tmp_path, 3)
+    warnings = []
+    train(
+        keeper(
+            tmp_path,
+            facts={**FACTS, "versions": {"tensorflow": "2.20.0"}, "environment": {"threads": 4}},
+            warn=warnings.append,
+        )
+    )
+    assert "tensorflow is 2.20.0 and was 2.21.0, threads is 4 and was 1" in warnings[0]
+
+
+def test_what_a_finished_run_left_is_not_resumed(tmp_path, unbroken):
+    train_until_stopped(tmp_path, 3)
+    seen = []
+    other = {**FACTS, "config": {**FACTS["config"], "seed": 8}}
+    train(keeper(tmp_path, facts=other, finished_run="this run", warn=seen.append))
+    assert seen == []
+
+
+@pytest.mark.parametrize(("job", "resumed"), [("this one", True), ("another", False)])
+def test_a_run_begun_anew_goes_on_in_the_place_of_a_pod_of_its_job(
+    tmp_path, unbroken, job, resumed
+):
+    facts = {**FACTS, "job": "this one"}
+    with pytest.raises(StoppedError):
+        train(keeper(tmp_path, facts=facts, resume="never", stop=Stopper(3)))
+    seen = []
+    again = {"facts": {**FACTS, "job": job}, "resume": "never", "warn": seen.append}
+    assert train(keeper(tmp_path, **again)) == unbroken
+    assert any("Resuming" in text for text in seen) == resumed
+
+
+def test_resume_must_needs_something_to_resume(tmp_path):
+    with pytest.raises(InputError, match=r"unfinished run to resume .* Received: none"):
+        train(keeper(tmp_path, resume="must"))
+
+
+def test_a_finished_run_leaves_nothing(tmp_path):
+    held = keeper(tmp_path)
+    train(held)
+    held.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_position_says_where_it_is():
+    assert str(Position(epoch=2, step=7)) == "epoch 3, step 7"
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[2]]
+from test_checkpoint import Stopper, keeper, train
+from trainer.errors import OutputError
+def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    return None
+held = keeper(Path(sys.argv[1]), stop=limit)
+try:
+    train(held)
+except OutputError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, command, unbroken):
+    train_until_stopped(tmp_path, 3)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path, str(__file__).rpartition("/")[0]],
+        env=command.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 73, done.stderr
+    assert "the last checkpoint stands" in done.stdout
+    assert train(keeper(tmp_path)) == unbroken

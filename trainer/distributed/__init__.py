@@ -1,0 +1,1 @@
+"""Workers: who they are, how they meet, compute together and end."""

@@ -1,0 +1,150 @@
+"""Opens pictures: photographs, scans and drawings, in files that may be anyone's.
+
+    grey = images.open_image(Path("seven.jpg"))        # uint8 (h, w), upright
+
+``trainer.inference.segmentation`` finds the digits in them.
+"""
+
+import contextlib
+import errno
+import io
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from trainer.errors import DataError, InputError
+
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "HEIF")
+MAX_PIXELS = 40_000_000  # Reading as many takes up to 0.75 GB.
+MAX_BYTES = 64_000_000
+MAX_SCANS = 500  # Of a progressive JPEG: each can take as long as the picture; ten are usual.
+LONGEST = 640  # Pixels of the longest side that is kept: a page of digits fits.
+
+
+def open_image(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
+    """Reads a picture.
+
+    Args:
+        source: A file, or one that is open.
+        name: What errors call it; None: its path.
+
+    Returns:
+        uint8 (h, w), grey, upright as its EXIF orientation says, its transparent parts filled with
+        paper, the longest side at most 640 pixels.
+
+    Raises:
+        InputError: The file is missing or cannot be read.
+        DataError: It is no image, truncated, damaged, or larger than 40 million pixels.
+    """
+    name = name or str(source)
+    try:
+        if isinstance(source, Path) and not (source.is_file() or source.is_dir()):
+            source.stat()  # It says of what is missing that it is.
+            # A pipe may never give anything.
+            raise OSError(
+                errno.EINVAL, "a pipe or device, no file. Give it on standard input, as -"
+            )
+        with (
+            contextlib.nullcontext(source) if hasattr(source, "read") else source.open("rb") as file
+        ):
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character.
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, IsADirectoryError):
+            reason = "a folder without images"
+        raise InputError(f"Expected an image at {name}. Received: {reason}.") from error
+    if len(content) > MAX_BYTES:
+        raise DataError(_expected(name, f"more than {MAX_BYTES:,} bytes. Make it smaller"))
+    try:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                most = f"{MAX_PIXELS:,} are the most. Make it smaller"
+                raise DataError(_expected(name, f"{width}×{height} pixels; {most}"))
+            if content.count(b"\xff\xda") > MAX_SCANS and image.format in ("JPEG", "MPO"):
+                raise DataError(_expected(name, f"a JPEG of more than {MAX_SCANS} scans"))
+            return np.asarray(_upright(_grey(image)))
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        kinds = ", ".join(_formats())
+        raise DataError(
+            _expected(name, f"a file that is none of {kinds}" if content else "an empty file")
+        ) from None
+    except Image.DecompressionBombError:
+        raise DataError(_expected(name, f"more than {MAX_PIXELS:,} pixels")) from None
+    except Exception as error:  # Pillow's decoders raise whatever the damage leads to.
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise DataError(
+            _expected(name, f"a truncated or damaged file ({reason}). Fetch or make it again")
+        ) from error
+
+
+def _expected(name: str, received: str) -> str:
+    return f"Expected an image at {name}. Received: {received}."
+
+
+def suffixes() -> set[str]:
+    """Returns how the names of files end that ``open_image`` may read: ``.png``, …"""
+    formats = _formats()
+    return {end for end, name in Image.registered_extensions().items() if name in formats}
+
+
+def _formats() -> list[str]:
+    with contextlib.suppress(ImportError):  # HEIC, of iPhones, where its plugin is installed.
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Returns a picture as mode L, reduced to the longest side, its transparency filled."""
+    image.draft("L", (LONGEST, LONGEST))  # A JPEG is decoded no finer than that.
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _stretched(_reduce(image.convert("F")))
+    if "A" in image.getbands() or "transparency" in image.info:
+        return _on_paper(_reduce(image.convert("RGBA")))
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return _reduce(image).convert("L")
+
+
+def _reduce(image: Image.Image) -> Image.Image:
+    factor = max(image.size) / LONGEST
+    if factor <= 1:
+        return image
+    size = [max(1, round(side / factor)) for side in image.size]
+    return image.resize(size, Image.Resampling.BOX, reducing_gap=1.0)
+
+
+def _stretched(image: Image.Image) -> Image.Image:
+    """Makes 8 bits of more: what is used of them, as cameras and scanners use 12 of 16."""
+    values = np.nan_to_num(np.asarray(image)).astype(np.float64)  # Their span may overflow.
+    low, high = float(values.min()), float(values.max())
+    # A blank sheet must not become a picture of its noise.
+    span = max(high - low, abs(high) / 64, 1e-6)
+    return Image.fromarray(((values - low) * (255 / span)).astype(np.uint8))
+
+
+def _on_paper(image: Image.Image) -> Image.Image:
+    """Fills what is transparent: with the colour of the rest where that is most of the picture;
+    else the rest is the ink, and the paper its opposite.
+    """
+    light, alpha = (np.asarray(band, np.float32) for band in image.convert("LA").split())
+    opaque = alpha > 127
+    paper = 255.0
+    if opaque.mean() > 0.5:
+        paper = float(np.median(light[opaque]))
+    elif opaque.any() and light[opaque].mean() > 127:
+        paper = 0.0
+    return Image.fromarray((paper + (light - paper) * alpha / 255).round().astype(np.uint8))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with contextlib.suppress(Exception):  # A damaged EXIF block says nothing.
+        return ImageOps.exif_transpose(image)
+    return image

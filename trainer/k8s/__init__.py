@@ -1,0 +1,1 @@
+"""Manifests, the API server, and a run in a cluster."""

@@ -1,0 +1,1 @@
+"""The network, its optimizers, and the fast training step on CPUs."""

@@ -1,0 +1,286 @@
+"""Pictures of a run and of what its model says, as figures of Matplotlib.
+
+    figure = charts.curves(history)
+    content = charts.png(figure)
+
+It uses Matplotlib's object-oriented interface alone, never pyplot: no window, no state that a
+notebook or another thread could meet. A figure is 100 units wide for each inch, at most 960.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer.reporting.scores import Scores
+
+if TYPE_CHECKING:  # Loaded by what draws, so that importing this module costs nothing.
+    from matplotlib.figure import Figure
+
+# Of Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, whom most colour-blind people can tell
+# apart.
+BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#b03a00"
+INK, GREY, PALE, PALER = "#24292f", "#6e7781", "#d0d7de", "#eaeef2"
+
+TILES = 24  # images in a picture of them, at most
+
+_STYLE = {
+    "font.family": ["DejaVu Sans"],  # It comes with Matplotlib.
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": PALE,
+    "grid.linewidth": 0.6,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "figure.facecolor": "white",
+    "savefig.dpi": 200,  # sharp on a screen of two pixels a unit
+}
+
+
+def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
+    """Draws loss and accuracy of every epoch, in training and on the test images.
+
+    Args:
+        history: As ``history.json`` has it: ``loss``, ``accuracy``, ``val_loss``, ``val_accuracy``.
+    """
+    with _style():
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+        figure = _figure(9.6, 3.6)
+        figure.get_layout_engine().set(wspace=0.08)
+        left, right = figure.subplots(1, 2)
+        epochs = np.arange(1, len(history["loss"]) + 1)
+        # Alone, a point has no line to be seen by; many crowd it.
+        size = 7 if len(epochs) == 1 else 4 if len(epochs) <= 30 else 0
+        for axes, name in ((left, "loss"), (right, "accuracy")):
+            for part, prefix, colour in (("training", "", ORANGE), ("test", "val_", BLUE)):
+                values = history[f"{prefix}{name}"]
+                axes.plot(
+                    epochs,
+                    values,
+                    color=colour,
+                    label=part,
+                    marker="o",
+                    markersize=size,
+                    clip_on=False,
+                )
+            axes.set_xlabel("epoch")
+            axes.set_xlim(0.5, len(epochs) + 0.5)
+            axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+            axes.margins(y=0.12)
+            axes.grid(axis="y")
+            axes.legend()
+        left.set_ylabel("loss (cross-entropy)")
+        left.set_ylim(bottom=0)
+        right.set_ylabel("accuracy")
+        right.set_ylim(top=min(right.get_ylim()[1], 1))
+        right.yaxis.set_major_formatter(PercentFormatter(1))
+        return figure
+
+
+def confusion(matrix: np.ndarray) -> "Figure":
+    """Draws a confusion matrix with its numbers. Its colours are those of the mistakes, which
+    beside the right ones would all look alike.
+
+    Args:
+        matrix: Integers (k, k), rows what an image is, columns what was said.
+    """
+    with _style():
+        from matplotlib.patches import Rectangle
+        from matplotlib.ticker import MaxNLocator
+
+        figure = _figure(6.0, 5.0)
+        axes = figure.subplots()
+        k = len(matrix)
+        wrong = np.ma.masked_equal(np.where(np.eye(k, dtype=bool), 0, matrix), 0)
+        most = int(wrong.max()) if wrong.count() else 1
+        # Not imshow, which takes six times the memory of the picture for a while.
+        places = np.arange(k)
+        lines = {"edgecolors": "white", "linewidth": 1.5}
+        cells = axes.pcolormesh(places, places, wrong, cmap="Oranges", vmin=0, vmax=most, **lines)
+        axes.set(aspect="equal", ylim=(k - 0.5, -0.5))
+        for (row, column), count in np.ndenumerate(matrix):
+            if row == column:
+                axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, color=PALER, zorder=0.4))
+            dark = row != column and count > 0.6 * most
+            axes.text(
+                column,
+                row,
+                f"{count:,}" if count else "·",
+                ha="center",
+                va="center",
+                fontsize=9 if count < 10_000 else 7,
+                color="white" if dark else INK if count else GREY,
+                fontweight="bold" if row == column else "normal",
+            )
+        axes.set_xticks(places)
+        axes.set_yticks(places)
+        axes.set_xlabel("said")
+        axes.set_ylabel("true")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(cells, ax=axes, shrink=0.6, aspect=22, label="mistakes")
+        bar.outline.set_visible(False)
+        bar.locator = MaxNLocator(6, integer=True)
+        bar.update_ticks()
+        return figure
+
+
+def mistakes(
+    images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, worst: np.ndarray
+) -> "Figure":
+    """Draws the worst mistakes, TILES at most: what was said, how sure that was, and what is true.
+
+    Args:
+        images: uint8 (n, 28, 28).
+        labels: Integers (n,).
+        probabilities: (n, 10).
+        worst: Which of them are mistakes, the worst first (``Scores.worst``).
+    """
+    return _grid(images, labels, probabilities, worst[:TILES], "No image was said wrong.")
+
+
+def samples(
+    images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, count: int = TILES
+) -> "Figure":
+    """Draws the first images, right or wrong; else as ``mistakes``."""
+    return _grid(images, labels, probabilities, np.arange(min(count, len(images))), "")
+
+
+def reliability(found: Scores) -> "Figure":
+    """Draws accuracy against confidence, the probability of what was said: the reliability diagram
+    of Guo et al. (2017), https://arxiv.org/abs/1706.04599; below it how many images a bin has.
+    """
+    with _style():
+        from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
+
+        figure = _figure(6.4, 5.0)
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        some = found.bin_counts > 0
+        middles = (found.bin_edges[:-1] + found.bin_edges[1:])[some] / 2
+        width = 0.92 * found.bin_edges[1]
+        above.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2, label="calibrated")
+        above.bar(middles, found.bin_accuracy[some], width, color=BLUE, label="accuracy")
+        above.hlines(
+            found.bin_confidence[some],
+            middles - width / 2,
+            middles + width / 2,
+            color=ORANGE,
+            label="mean confidence",
+        )
+        above.set_ylim(0, 1.02)
+        above.set_ylabel("accuracy")
+        above.yaxis.set_major_formatter(PercentFormatter(1))
+        above.grid(axis="y")
+        figure.legend(loc="outside upper center", ncols=3)
+        below.bar(middles, found.bin_counts[some], width, color=GREY)
+        below.set_yscale("log")
+        below.set_ylim(0.7, 3 * found.bin_counts.max())
+        below.yaxis.set_minor_locator(NullLocator())
+        below.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        below.set_ylabel("images")
+        below.grid(axis="y")
+        below.set_xlim(0, 1)
+        below.set_xlabel("confidence")
+        below.xaxis.set_major_formatter(PercentFormatter(1))
+        return figure
+
+
+def png(figure: "Figure") -> bytes:
+    """Returns a figure as the content of a PNG file, two pixels a unit."""
+    with _style():
+        figure.savefig(content := io.BytesIO(), format="png")
+    return content.getvalue()
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """Has Matplotlib draw as this package does, whatever a matplotlibrc says, and say nothing of
+    the folder of its own: it makes a temporary one where HOME cannot be written.
+    """
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import matplotlib
+        import matplotlib.figure
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_STYLE)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _grid(
+    images: np.ndarray,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    which: np.ndarray,
+    otherwise: str,
+) -> "Figure":
+    """Draws images with what was said of them; where there are none, says so."""
+    columns, width, height, side = 8, 1.2, 1.6, 1.08  # of a cell and of the image in it
+    with _style():
+        from matplotlib.figure import Figure
+
+        rows = -(-len(which) // columns) or 0.4
+        figure = Figure(figsize=(columns * width, rows * height))
+        # One system of axes for all, in inches from the upper left: 24 of them take seconds.
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, columns * width), ylim=(rows * height, 0))
+        axes.set_axis_off()
+        if not len(which):
+            axes.text(columns * width / 2, rows * height / 2, otherwise, ha="center", color=GREY)
+        for place, index in enumerate(which):
+            said = int(probabilities[index].argmax())
+            right = said == labels[index]
+            middle = (place % columns + 0.5) * width
+            top = place // columns * height + 0.27
+            extent = (middle - side / 2, middle + side / 2, top + side, top)
+            # Ink is dark, as on paper.
+            axes.imshow(images[index], cmap="gray_r", vmin=0, vmax=255, extent=extent)
+            left, end, bottom, top = extent
+            colour = PALE if right else RED
+            axes.plot([left, end, end, left, left], [top, top, bottom, bottom, top], colour, lw=1)
+            axes.text(
+                middle,
+                top - 0.07,
+                f"{said}  {probabilities[index, said]:.1%}",
+                ha="center",
+                color=INK if right else RED,
+                fontweight="bold",
+            )
+            axes.text(
+                middle,
+                bottom + 0.06,
+                f"#{index}" if right else f"is {labels[index]}   #{index}",
+                ha="center",
+                va="top",
+                fontsize=8,
+                color=GREY,
+            )
+        axes.set(xlim=(0, columns * width), ylim=(rows * height, 0))  # imshow sets its own
+        return figure

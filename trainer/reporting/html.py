@@ -1,0 +1,355 @@
+"""The report of a run: one page that needs nothing but itself, and its curves as a picture.
+
+    page.draw(config, model, manifest, history, images=…, labels=…, stopped=…, watcher=…)
+    # report.html, curves.png
+
+The page holds its style and its pictures (``data:`` URIs). It has no script, and a policy of its
+own (CSP) forbids it to load anything.
+"""
+
+import base64
+import gc
+import html
+import importlib.resources
+import string
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer import evaluate
+from trainer.config import TrainConfig
+from trainer.errors import StoppedError, TrainerError
+from trainer.evaluate import percent
+from trainer.reporting import charts, scores
+from trainer.reporting.bar import span
+from trainer.reporting.scores import Scores
+from trainer.training import artifacts as output
+
+if TYPE_CHECKING:
+    import keras
+
+    from trainer.reporting.progress import Watcher
+
+
+def draw(
+    config: TrainConfig,
+    model: "keras.Model",
+    manifest: dict,
+    history: Mapping[str, Sequence[float]],
+    *,
+    images: np.ndarray,
+    labels: np.ndarray,
+    stopped: Callable[[], str | None],
+    watcher: "Watcher",
+) -> None:
+    """Draws the report of a run whose files are written, or says why it did not. Whatever goes
+    wrong with it changes no exit code: 0 is for the model, and that is there.
+
+    Args:
+        config: The run's; its folder is under ``output.claim``.
+        model: As it was trained.
+        manifest: As ``mnist.json`` has it.
+        history: As ``history.json`` has it.
+        images: The test images, uint8 (n, 28, 28).
+        labels: Their digits, integers (n,).
+        stopped: Gives the name of the signal that has come, if one has.
+        watcher: What the run is watched by.
+    """
+
+    def go_on() -> None:
+        if stopped():
+            raise StoppedError(f"stopped by {stopped()}")
+
+    try:
+        # That of an earlier run would be taken for this one's.
+        output.remove(config.output_dir, output.REPORT_FILES)
+        if not config.report:
+            return
+        watcher.on_predict_begin()
+        go_on()
+        from trainer.runtime import keras, release_memory
+
+        release_memory()
+        # A copy outside the strategy, under which each pass would need every worker.
+        plain = keras.models.clone_model(model)
+        plain.set_weights(model.get_weights())
+        probabilities = evaluate.probabilities(
+            plain,
+            images,
+            batch_size=config.batch_size // manifest["environment"]["replicas"],
+            after_batch=go_on,
+        )
+        del plain
+        release_memory()
+        files = render(
+            manifest,
+            history,
+            images=images,
+            labels=labels,
+            probabilities=probabilities,
+            after_picture=go_on,
+        )
+        output.write(config.output_dir, files)
+    except (Exception, KeyboardInterrupt) as error:
+        reason = " ".join(str(error).split())
+        if stopped():
+            reason = f"stopped by {stopped()}"
+        elif isinstance(error, ImportError) and not isinstance(error, TrainerError):
+            reason += " (pip install matplotlib)"
+        elif not isinstance(error, TrainerError):  # A defect: where it is, at least.
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {reason} ({where.filename}, line {where.lineno})"
+        watcher.say(
+            f"No {output.PAGE_FILE}: {reason.rstrip('.')}. {output.MODEL_FILE} is complete.",
+            "notice",
+        )
+
+
+def render(
+    manifest: dict,
+    history: Mapping[str, Sequence[float]],
+    *,
+    images: np.ndarray,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    after_picture: Callable[[], None] = lambda: None,
+) -> dict[str, bytes]:
+    """Draws and writes out the report.
+
+    Args:
+        manifest: As ``mnist.json`` has it.
+        history: As ``history.json`` has it.
+        images: The test images, uint8 (n, 28, 28).
+        labels: Their digits, integers (n,).
+        probabilities: (n, 10), what the model says of them.
+        after_picture: Called after each picture; what it raises ends the drawing.
+
+    Returns:
+        The contents of ``output.REPORT_FILES`` by name.
+    """
+    found = scores.score(labels, probabilities)
+    drawn = {}
+    for name, draw in (
+        ("curves", lambda: charts.curves(history)),
+        ("confusion", lambda: charts.confusion(found.confusion)),
+        ("mistakes", lambda: charts.mistakes(images, labels, probabilities, found.worst)),
+        ("samples", lambda: charts.samples(images, labels, probabilities)),
+        ("reliability", lambda: charts.reliability(found)),
+    ):
+        drawn[name] = charts.png(draw())
+        gc.collect()  # A figure is full of cycles, and takes as much memory as a model.
+        after_picture()
+    template = (
+        importlib.resources.files("trainer.reporting") / "assets" / "report.html"
+    ).read_text("utf-8")
+    page = string.Template(template).substitute(
+        **{name: _escape(text) for name, text in _sentences(manifest, history, found).items()},
+        **{name: _picture(drawn[name], alt) for name, alt in _alts(history, found).items()},
+        figures=_figures(manifest, history, found),
+        **_tables(manifest, history, found),
+    )
+    return {output.PAGE_FILE: page.encode(), output.CURVES_FILE: drawn["curves"]}
+
+
+def _sentences(manifest: dict, history: Mapping, found: Scores) -> dict[str, str]:
+    accuracy = percent(manifest["metrics"]["val_accuracy"])
+    data, config = manifest["data"], manifest["config"]
+    epochs = len(history["loss"])
+    best = int(np.argmax(history["val_accuracy"]))
+    at_most = "" if config["schedule"] == "constant" else " at most"
+    return {
+        "title": f"{manifest['model']['file']}: {accuracy} of the test digits right",
+        "subtitle": (
+            f"A CNN of {manifest['model']['parameters']:,} parameters, trained on "
+            f"{data['train_examples']:,} images ({data['source']}) and measured on "
+            f"{data['test_examples']:,} others. Run {manifest['run']}."
+        ),
+        "training": (
+            f"{_many(epochs, 'epoch')} with {config['optimizer']}, learning rate "
+            f"{config['learning_rate']:g}{at_most}, batches of {config['batch_size']}, seed "
+            f"{config['seed']}. The best test accuracy was {percent(history['val_accuracy'][best])}"
+            f", after epoch {best + 1}; the model is that of the last epoch. Dropout, which is on "
+            "in training alone, is why training can look worse than the test."
+        ),
+        "mistaken": (
+            f"Taken for another digit: {len(found.worst):,} of {found.examples:,}. "
+            f"{_commonest(found)}"
+        ),
+        "calibration": (
+            "How often the model is right, against how sure it is. Where a bar ends at its line, "
+            "its probabilities can be taken at their word: the expected calibration error, "
+            f"{found.ece:.4f}, is the distance between the two, averaged over the images."
+        ),
+    }
+
+
+def _commonest(found: Scores) -> str:
+    wrong = found.confusion - np.diag(found.confusion.diagonal())
+    pairs = [f"a {true} for a {said}" for true, said in np.argwhere(wrong == wrong.max())]
+    if len(pairs) > 3:  # None stands out; there may be no mistake at all.
+        return ""
+    each = " each" if len(pairs) > 1 else ""
+    return f"Most often {' and '.join(pairs)}, {_times(wrong.max())}{each}."
+
+
+def _alts(history: Mapping, found: Scores) -> dict[str, str]:
+    """Says what each picture shows, to those who do not see it."""
+    first, last = (percent(history["val_accuracy"][epoch]) for epoch in (0, -1))
+    sure = found.bin_counts[-1] / found.examples
+    return {
+        "curves": (
+            f"Loss and accuracy of each epoch. Test accuracy: {first} after the first, {last} "
+            f"after the last of {len(history['loss'])}; the table below has all values."
+        ),
+        "confusion": (
+            f"Confusion matrix: {len(found.worst):,} of {found.examples:,} images lie off its "
+            f"diagonal. {_commonest(found)}"
+        ),
+        "mistakes": (
+            f"The {min(charts.TILES, len(found.worst))} worst mistakes as images, each with what "
+            "was said, its probability and what is true."
+        ),
+        "samples": "The first test images, each with what was said and its probability.",
+        "reliability": (
+            "Reliability diagram: accuracy against confidence. In the surest bin, which has "
+            f"{percent(sure)} of the images, {percent(found.bin_accuracy[-1])} are right."
+        ),
+    }
+
+
+def _figures(manifest: dict, history: Mapping, found: Scores) -> str:
+    metrics, model = manifest["metrics"], manifest["model"]
+    seconds = np.array(history["seconds"])
+    epochs = _many(len(seconds), "epoch")
+    figures = (
+        (
+            "Test accuracy",
+            percent(metrics["val_accuracy"]),
+            f"{len(found.worst):,} of {found.examples:,} wrong",
+        ),
+        ("Test loss", f"{metrics['val_loss']:.4f}", "cross-entropy"),
+        ("Calibration error", f"{found.ece:.4f}", f"expected, {scores.BINS} bins"),
+        ("Time", span(seconds.sum()), f"{epochs} of {seconds.mean():.1f} s"),
+        ("Speed", f"{_speed(manifest, seconds):,.0f}", "training images a second"),
+        ("Model", f"{model['bytes'] / 1e6:.1f} MB", f"{model['parameters']:,} parameters"),
+    )
+    return "\n".join(
+        f"<div><dt>{_escape(name)}</dt><dd>{_escape(figure)}</dd><dd>{_escape(text)}</dd></div>"
+        for name, figure, text in figures
+    )
+
+
+def _tables(manifest: dict, history: Mapping, found: Scores) -> dict[str, str]:
+    columns = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
+    seconds = np.array(history["seconds"])
+    data, model = manifest["data"], manifest["model"]
+    return {
+        "epochs": _table(
+            ("epoch", *columns),
+            [
+                (
+                    epoch + 1,
+                    *(f"{history[name][epoch]:.4f}" for name in columns[:-1]),
+                    f"{took:.1f}",
+                )
+                for epoch, took in enumerate(seconds)
+            ],
+            numbers=True,
+        ),
+        "digits": _table(
+            ("digit", "images", "precision", "recall", "wrong"),
+            [
+                (
+                    digit,
+                    f"{count:,}",
+                    percent(found.precision[digit]),
+                    percent(found.recall[digit]),
+                    f"{count - found.confusion[digit, digit]:,}",
+                )
+                for digit, count in enumerate(found.counts)
+            ],
+            numbers=True,
+        ),
+        "configuration": _table(
+            ("flag", "value"),
+            [
+                (f"--{name.replace('_', '-')}", "-" if value is None else value)
+                for name, value in manifest["config"].items()
+            ],
+        ),
+        "time": _table(
+            ("what", "time"),
+            [
+                ("an epoch, its evaluation included", f"{seconds.mean():.1f} s"),
+                ("the fastest one", f"{seconds.min():.1f} s"),
+                ("the slowest one", f"{seconds.max():.1f} s"),
+                ("all epochs", span(seconds.sum())),
+                ("the command that finished the run", span(manifest["seconds"])),
+                ("training images a second", f"{_speed(manifest, seconds):,.0f}"),
+            ],
+        ),
+        "versions": _table(
+            ("what", "which"), [*manifest["versions"].items(), *manifest["environment"].items()]
+        ),
+        "identity": _table(
+            ("what", "value"),
+            [
+                (f"SHA-256 of {model['file']}", model["sha256"]),
+                ("SHA-256 of the weights", model["weights_sha256"]),
+                ("SHA-256 of the data", data["sha256"]),
+                (
+                    "training and test images",
+                    f"{data['train_examples']:,}, {data['test_examples']:,}",
+                ),
+                ("run", manifest["run"]),
+            ],
+            code=True,
+        ),
+    }
+
+
+def _speed(manifest: dict, seconds: np.ndarray) -> float:
+    """Returns the training images a second in epochs of that many seconds."""
+    return manifest["data"]["train_examples"] * len(seconds) / max(seconds.sum(), 1e-9)
+
+
+def _table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    numbers: bool = False,
+    code: bool = False,
+) -> str:
+    """Writes a table; the first cell of each row is its head."""
+    lines = ['<table class="numbers">' if numbers else "<table>"]
+    cells = "".join(f'<th scope="col">{_escape(cell)}</th>' for cell in head)
+    lines.append(f"<thead><tr>{cells}</tr></thead>\n<tbody>")
+    for name, *values in rows:
+        texts = [f"<code>{_escape(value)}</code>" if code else _escape(value) for value in values]
+        cells = "".join(f"<td>{text}</td>" for text in texts)
+        lines.append(f'<tr><th scope="row">{_escape(name)}</th>{cells}</tr>')
+    return "\n".join([*lines, "</tbody>\n</table>"])
+
+
+def _picture(content: bytes, alt: str) -> str:
+    # Bytes 16 to 24 of a PNG file: its size. Two pixels are one unit.
+    width, height = (int.from_bytes(content[at : at + 4], "big") // 2 for at in (16, 20))
+    data = base64.b64encode(content).decode()
+    return (
+        f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" '
+        f'alt="{_escape(alt)}">'
+    )
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
+
+
+def _escape(value: object) -> str:
+    return html.escape(str(value))
