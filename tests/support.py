@@ -1,11 +1,15 @@
-"""What several test modules share: the command as a user runs it, and small data."""
+"""What several test modules share: the command as a user runs it, points at which it pauses, and
+small data.
+"""
 
+import dataclasses
 import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +45,94 @@ class Command:
             self.argv(*flags), cwd=self.folder, env=self.env, check=False, **options
         )
 
-    def start(self, *flags: object, **options) -> subprocess.Popen:
+    def start(
+        self, *flags: object, hooks: Sequence["Pause | Constant"] = (), **options
+    ) -> subprocess.Popen:
+        """Starts it; the hooks take effect in all processes of the run."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-        return subprocess.Popen(self.argv(*flags), cwd=self.folder, env=self.env, **options)
+        env = with_hooks(self.env, hooks)
+        return subprocess.Popen(self.argv(*flags), cwd=self.folder, env=env, **options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pause:
+    """A point at which a process that a test starts blocks until ``go``.
+
+        pause = Pause(folder=tmp_path / "pause", after_step=(1, 3))
+        run = command.start("--steps-per-execution", 1, hooks=[pause])
+        pause.wait(run)
+        run.send_signal(signal.SIGTERM)
+        pause.wait(run, seen="SIGTERM")  # by a parent, say, which passes it on
+        pause.go()
+
+    Attributes:
+        folder: Where test and process meet; the process creates it.
+        after_step: Epoch and step, counted from 1, after which the training loop blocks, once, when
+            ``after_call`` has returned; (2, 0) is the end of epoch 1, with its evaluation.
+        importing: A module before whose execution it blocks: "tensorflow".
+        calling: A function before whose call it blocks: "os:replace".
+        call: The number of that call.
+        worker: The only worker that blocks; None: all do.
+        error: An expression; its value is raised after the pause: "tf.errors.InternalError(...)".
+    """
+
+    folder: Path
+    after_step: tuple[int, int] | None = None
+    importing: str | None = None
+    calling: str | None = None
+    call: int = 1
+    worker: int | None = None
+    error: str | None = None
+    constant: None = None
+
+    def wait(self, *processes: subprocess.Popen, seen: str = "reached") -> None:
+        """Waits until the point is reached, or a signal that came there has been ``seen``."""
+        log = self.folder / "log"
+        wait_for(lambda: log.exists() and seen in log.read_text().splitlines(), *processes)
+
+    def go(self) -> None:
+        """Lets the process go on; before it is there, too."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "go").touch()
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Another value of a module's constant: ``Constant("trainer.distributed.parent:STOP", 60)``."""
+
+    constant: str
+    value: object
+    after_step: None = None
+    importing: None = None
+    calling: None = None
+    worker: None = None
+
+
+def with_hooks(env: dict[str, str], hooks: Sequence[Pause | Constant]) -> dict[str, str]:
+    """Returns an environment in which the hooks take effect in every Python."""
+    if not hooks:
+        return env
+    paths = [str(ROOT / "tests" / "hooks"), env.get("PYTHONPATH", "")]
+    content = json.dumps([dataclasses.asdict(hook) for hook in hooks], default=str)
+    return {**env, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "TEST_HOOKS": content}
+
+
+def wait_for(
+    condition: Callable[[], object], *processes: subprocess.Popen, seconds: float = 300
+) -> None:
+    """Waits until a condition holds; fails where one of the processes ends before that.
+
+    ``seconds`` only turn a hang into a failure.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        for process in processes:
+            if process.poll() is not None and not condition():
+                raise AssertionError(
+                    f"ended with {process.returncode} too early: {process.communicate()}"
+                )
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
 
 
 def save_npz(path: Path, train: int = 60, test: int = 20, **arrays) -> Path:
