@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from trainer import evaluate, predict
+from trainer import predict
 from trainer.data import sources as data
 from trainer.errors import DataError
 from trainer.inference import model_file as saved
@@ -233,12 +233,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    cnn = saved.load(args.model)
+    from trainer.models import cnn  # Here: it starts TensorFlow, which drawing does without.
+
+    model = saved.load(args.model)
     groups = {name: group(name, args.seed) for name in GROUPS}
     said = []
     for see in (plain, cut_out):
         seen = np.stack([see(grey) for pictures, _ in groups.values() for grey in pictures])
-        said.append(evaluate.probabilities(cnn, seen, batch_size=len(seen) // 20 + 1))
+        said.append(cnn.probabilities(model, seen, batch_size=len(seen) // 20 + 1))
     sure, right = [], []
     print("| pictures | number | without | with | called unsure | right of the others |")
     print("|---|---|---|---|---|---|")

@@ -6,10 +6,6 @@ import numpy as np
 import pytest
 from support import Command, save_npz
 
-from trainer import evaluate
-from trainer.errors import NotFiniteError
-from trainer.reporting import scores
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -101,44 +97,3 @@ def test_what_is_wrong_is_one_line(command, tmp_path, flags, code, part):
     assert done.stderr.startswith("python -m trainer.evaluate: error: ")
     assert done.stderr.count("\n") == 1, done.stderr
     assert part in done.stderr
-
-
-def build():
-    from trainer.models import cnn as model
-
-    return model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
-
-
-def test_probabilities_do_not_depend_on_the_batches(mnist):
-    cnn, calls = build(), []
-    images = mnist.x_test[:50]
-    one = evaluate.probabilities(cnn, images, batch_size=50)
-    several = evaluate.probabilities(
-        cnn, images, batch_size=20, after_batch=lambda: calls.append(None)
-    )
-    assert len(calls) == 3
-    assert one.shape == (50, 10)
-    np.testing.assert_allclose(one, several, rtol=1e-5)
-    np.testing.assert_allclose(
-        one, cnn.predict(images[..., None].astype("float32") / 255, verbose=0), rtol=1e-5
-    )
-
-
-def test_weights_that_overflow_are_named(mnist):
-    cnn = build()
-    # The last ones: what is behind them lets NaN through, on every processor.
-    cnn.layers[-1].kernel.assign(np.full((256, 10), 3e38, "float32"))
-    with pytest.raises(NotFiniteError, match="for 5 of 5 images"):
-        evaluate.probabilities(cnn, mnist.x_test[:5], batch_size=5)
-
-
-def test_what_cannot_be_divided_is_a_dash_and_null():
-    found = scores.score(np.array([3]), np.eye(10)[[3]])
-    assert evaluate.as_dict(found)["digits"][4] == {
-        "digit": 4,
-        "examples": 0,
-        "precision": None,
-        "recall": None,
-    }
-    json.dumps(evaluate.as_dict(found), allow_nan=False)
-    assert "    4       0          -        -" in evaluate.as_text(found)

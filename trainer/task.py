@@ -95,8 +95,8 @@ def train(
             from trainer.distributed.strategy import lost_peers
             from trainer.models import cnn as model
             from trainer.models import fast_step as fast
-            from trainer.reporting import html as page
             from trainer.reporting import progress as report
+            from trainer.training import report as run_report
             from trainer.training.manifest import gather, in_common
 
             facts = gather(config, source, digits, job=os.environ.get(JOB))
@@ -145,7 +145,7 @@ def train(
                 if chief:
                     manifest = _save(config, model, history, facts, start)
                     keeper.finish()
-                    page.draw(
+                    run_report.draw(
                         config,
                         model,
                         manifest,

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from trainer import evaluate
 from trainer.errors import DataError
 from trainer.inference import model_file as saved
 from trainer.inference import segmentation
@@ -141,12 +140,14 @@ def test_where_no_digit_is_none_is_found(picture, digits):
 @pytest.mark.parametrize("group", foreign.GROUPS)
 def test_digits_that_are_not_mnists_are_read(group, trained):
     """The model has seen the training images once. Seed 1 is none that anything was chosen by."""
-    cnn = saved.load(trained / "mnist.h5")
+    from trainer.models import cnn
+
+    model = saved.load(trained / "mnist.h5")
     pictures, digits = foreign.group(
         group, seed=1, each=foreign.EACH[foreign.GROUPS[group][0]] // 2 or 1
     )
     with_it, without = (
-        (evaluate.probabilities(cnn, np.stack(list(map(see, pictures))), batch_size=128)
+        (cnn.probabilities(model, np.stack(list(map(see, pictures))), batch_size=128)
          .argmax(axis=1) == digits).mean()
         for see in (foreign.cut_out, foreign.plain)
     )  # fmt: skip

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from trainer.errors import NotFiniteError
 from trainer.models import cnn as model
 from trainer.runtime import keras
 from trainer.training.artifacts import weights_sha256
@@ -123,3 +124,26 @@ def test_preprocess_makes_what_the_saved_model_takes():
 def test_losses_and_metrics_give_one_value_an_example(name):
     function = {"loss": model.LOSS, **model.METRICS}[name]
     assert function(np.eye(10, dtype=np.float32), np.full((10, 10), 0.1, np.float32)).shape == 10
+
+
+def test_probabilities_do_not_depend_on_the_batches(mnist):
+    network, calls = build(), []
+    images = mnist.x_test[:50]
+    one = model.probabilities(network, images, batch_size=50)
+    several = model.probabilities(
+        network, images, batch_size=20, after_batch=lambda: calls.append(None)
+    )
+    assert len(calls) == 3
+    assert one.shape == (50, 10)
+    np.testing.assert_allclose(one, several, rtol=1e-5)
+    np.testing.assert_allclose(
+        one, network.predict(images[..., None].astype("float32") / 255, verbose=0), rtol=1e-5
+    )
+
+
+def test_weights_that_overflow_are_named(mnist):
+    network = build()
+    # The last ones: what is behind them lets NaN through, on every processor.
+    network.layers[-1].kernel.assign(np.full((256, 10), 3e38, "float32"))
+    with pytest.raises(NotFiniteError, match="for 5 of 5 images"):
+        model.probabilities(network, mnist.x_test[:5], batch_size=5)

@@ -1,18 +1,17 @@
 """The report's page and its pictures: what they say, and what they leave alone."""
 
 import base64
-import html.parser
 import io
 import json
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from support import save_npz
 
-from trainer.reporting import charts, scores
-from trainer.reporting import html as page
+from trainer.reporting import charts, html, scores
 from trainer.training import artifacts as output
 
 HOSTILE = '<script>alert("1")</script> & $title'
@@ -51,7 +50,7 @@ MANIFEST = {
 VOID = {"meta", "img", "br", "link"}
 
 
-class Page(html.parser.HTMLParser):
+class Page(HTMLParser):
     """Reads a page; an element that is not closed where it should be fails."""
 
     def __init__(self, content):
@@ -86,18 +85,17 @@ def digits(mnist):
 
 
 @pytest.fixture(scope="module")
-def files(digits):
+def report(digits):
     images, labels, probabilities = digits
-    return page.render(MANIFEST, HISTORY, images=images, labels=labels, probabilities=probabilities)
+    return html.render(MANIFEST, HISTORY, images=images, labels=labels, probabilities=probabilities)
 
 
 @pytest.fixture(scope="module")
-def shown(files):
-    return Page(files["report.html"].decode())
+def shown(report):
+    return Page(report.page.decode())
 
 
-def test_the_page_says_what_the_manifest_says(shown, files):
-    assert set(files) == set(output.REPORT_FILES)
+def test_the_page_says_what_the_manifest_says(shown, report):
     for figure in (
         "mnist.h5: 90.00% of the test digits right",
         "90.00%",  # as val_accuracy
@@ -117,8 +115,8 @@ def test_the_page_says_what_the_manifest_says(shown, files):
     assert shown.all("title")
 
 
-def test_the_page_needs_nothing_but_itself(shown, files):
-    content = files["report.html"].decode()
+def test_the_page_needs_nothing_but_itself(shown, report):
+    content = report.page.decode()
     assert not {tag for tag, _ in shown.elements} & {"script", "link", "iframe", "object", "base"}
     assert "url(" not in content
     assert "@import" not in content
@@ -130,19 +128,19 @@ def test_the_page_needs_nothing_but_itself(shown, files):
     assert policy["content"].startswith("default-src 'none';")
 
 
-def test_names_from_elsewhere_are_text(shown, files):
+def test_names_from_elsewhere_are_text(shown, report):
     assert HOSTILE in shown.text
     assert shown.all("script") == []
-    assert b"alert(&quot;1&quot;)" in files["report.html"]
+    assert b"alert(&quot;1&quot;)" in report.page
 
 
-def test_each_picture_is_there_and_described(shown, files):
+def test_each_picture_is_there_and_described(shown, report):
     from PIL import Image
 
     pictures = shown.all("img")
     assert len(pictures) == 5
     contents = [base64.b64decode(picture["src"].split(",")[1]) for picture in pictures]
-    assert contents[0] == files["curves.png"]
+    assert contents[0] == report.curves
     for picture, content in zip(pictures, contents, strict=True):
         with Image.open(io.BytesIO(content)) as image:
             assert image.format == "PNG"
@@ -159,7 +157,7 @@ def test_the_drawing_can_be_ended_between_two_pictures(digits):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        page.render(
+        html.render(
             MANIFEST,
             HISTORY,
             images=images,
@@ -172,14 +170,14 @@ def test_the_drawing_can_be_ended_between_two_pictures(digits):
 def test_a_model_without_a_mistake_has_a_page_too(digits):
     images, labels, _ = digits
     history = {name: values[:1] for name, values in HISTORY.items()}
-    files = page.render(
+    report = html.render(
         MANIFEST,
         history,
         images=images[:1],
         labels=labels[:1],
         probabilities=np.eye(10, dtype=np.float32)[labels[:1]],
     )
-    text = Page(files["report.html"].decode()).text
+    text = Page(report.page.decode()).text
     assert "0 of 1 wrong" in text
     assert "1 epoch of 12.0 s" in text
 
@@ -196,7 +194,7 @@ def test_a_model_without_a_mistake_has_a_page_too(digits):
 )
 def test_the_commonest_mistakes_are_named(taken, sentence):
     true, said = np.array([(3, 3), *taken]).T
-    assert page._commonest(scores.score(true, np.eye(10)[said])) == sentence
+    assert html._commonest(scores.score(true, np.eye(10)[said])) == sentence
 
 
 def test_one_epoch_has_one_tick_and_points_that_show():

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -99,3 +100,15 @@ def test_shapes_that_do_not_fit_are_refused(labels, shape):
 def test_integer_types_of_any_size_are_labels():
     for dtype in (np.uint8, np.int64):
         assert score(np.array([9, 1], dtype), said((9, 0.5), (1, 0.5))).accuracy == 1
+
+
+def test_what_cannot_be_divided_is_a_dash_and_null():
+    found = score(np.array([3]), np.eye(10)[[3]])
+    assert scores.as_dict(found)["digits"][4] == {
+        "digit": 4,
+        "examples": 0,
+        "precision": None,
+        "recall": None,
+    }
+    json.dumps(scores.as_dict(found), allow_nan=False)
+    assert "    4       0          -        -" in scores.as_text(found)

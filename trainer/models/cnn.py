@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from trainer.config import Precision, Schedule, TrainConfig
+from trainer.errors import NotFiniteError
 from trainer.runtime import keras, tf
 
 INPUT_SHAPE = (28, 28, 1)
@@ -168,3 +169,43 @@ def preprocess(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tens
     """
     inputs = tf.cast(images[..., tf.newaxis], tf.float32) / 255.0
     return inputs, tf.one_hot(labels, NUM_CLASSES, dtype=tf.float32)
+
+
+def probabilities(
+    model: keras.Model,
+    images: np.ndarray,
+    *,
+    batch_size: int,
+    after_batch: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Passes images through the network.
+
+    Args:
+        model: As ``build`` returns it, under no strategy of several replicas.
+        images: uint8 (n, 28, 28), 0 is background and 255 ink.
+        batch_size: Images at once.
+        after_batch: Called after each batch; what it raises ends the pass.
+
+    Returns:
+        float32 (n, 10), of each digit.
+
+    Raises:
+        NotFiniteError: The network gives something else: its weights overflow. What overflows in
+            front of the pooling may stay unseen (see ``trainer.training.loop``).
+    """
+    # Not model.predict, which compiles with XLA: the kernels, and so the bits, are those of the
+    # evaluation in training.
+    predict = tf.function(lambda inputs: model(inputs, training=False), autograph=False)
+    parts = []
+    for start in range(0, len(images), batch_size):
+        inputs = np.float32(images[start : start + batch_size, ..., np.newaxis]) / 255
+        parts.append(predict(inputs).numpy())
+        after_batch()
+    found = np.concatenate(parts)
+    if not np.isfinite(found).all():
+        raise NotFiniteError(
+            "Expected probabilities. Received: NaN from the network, for "
+            f"{len(found) - int(np.isfinite(found).all(axis=1).sum()):,} of {len(found):,} images. "
+            "Train it anew, with a smaller --learning-rate."
+        )
+    return found

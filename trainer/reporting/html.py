@@ -1,10 +1,10 @@
-"""The report of a run: one page that needs nothing but itself, and its curves as a picture.
+"""The report of a run as one HTML page that needs no other file, and its curves as a picture.
 
-    page.draw(config, model, manifest, history, images=…, labels=…, stopped=…, watcher=…)
-    # report.html, curves.png
+    report = render(manifest, history, images=x_test, labels=y_test, probabilities=probabilities)
+    Path("report.html").write_bytes(report.page)
 
-The page holds its style and its pictures (``data:`` URIs). It has no script, and a policy of its
-own (CSP) forbids it to load anything.
+Style and pictures are part of the page (``data:`` URIs). It has no script, and its Content Security
+Policy forbids it to load anything.
 """
 
 import base64
@@ -12,99 +12,26 @@ import gc
 import html
 import importlib.resources
 import string
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 
-from trainer import evaluate
-from trainer.config import TrainConfig
-from trainer.errors import StoppedError, TrainerError
-from trainer.evaluate import percent
 from trainer.reporting import charts, scores
 from trainer.reporting.bar import span
-from trainer.reporting.scores import Scores
-from trainer.training import artifacts as output
-
-if TYPE_CHECKING:
-    import keras
-
-    from trainer.reporting.progress import Watcher
+from trainer.reporting.scores import Scores, percent
 
 
-def draw(
-    config: TrainConfig,
-    model: "keras.Model",
-    manifest: dict,
-    history: Mapping[str, Sequence[float]],
-    *,
-    images: np.ndarray,
-    labels: np.ndarray,
-    stopped: Callable[[], str | None],
-    watcher: "Watcher",
-) -> None:
-    """Draws the report of a run whose files are written, or says why it did not. Whatever goes
-    wrong with it changes no exit code: 0 is for the model, and that is there.
+class Report(NamedTuple):
+    """The files of a report.
 
-    Args:
-        config: The run's; its folder is under ``output.claim``.
-        model: As it was trained.
-        manifest: As ``mnist.json`` has it.
-        history: As ``history.json`` has it.
-        images: The test images, uint8 (n, 28, 28).
-        labels: Their digits, integers (n,).
-        stopped: Gives the name of the signal that has come, if one has.
-        watcher: What the run is watched by.
+    Attributes:
+        page: An HTML document, UTF-8.
+        curves: A PNG image of loss and accuracy by epoch.
     """
 
-    def go_on() -> None:
-        if stopped():
-            raise StoppedError(f"stopped by {stopped()}")
-
-    try:
-        # That of an earlier run would be taken for this one's.
-        output.remove(config.output_dir, output.REPORT_FILES)
-        if not config.report:
-            return
-        watcher.on_predict_begin()
-        go_on()
-        from trainer.runtime import keras, release_memory
-
-        release_memory()
-        # A copy outside the strategy, under which each pass would need every worker.
-        plain = keras.models.clone_model(model)
-        plain.set_weights(model.get_weights())
-        probabilities = evaluate.probabilities(
-            plain,
-            images,
-            batch_size=config.batch_size // manifest["environment"]["replicas"],
-            after_batch=go_on,
-        )
-        del plain
-        release_memory()
-        files = render(
-            manifest,
-            history,
-            images=images,
-            labels=labels,
-            probabilities=probabilities,
-            after_picture=go_on,
-        )
-        output.write(config.output_dir, files)
-    except (Exception, KeyboardInterrupt) as error:
-        reason = " ".join(str(error).split())
-        if stopped():
-            reason = f"stopped by {stopped()}"
-        elif isinstance(error, ImportError) and not isinstance(error, TrainerError):
-            reason += " (pip install matplotlib)"
-        elif not isinstance(error, TrainerError):  # A defect: where it is, at least.
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {reason} ({where.filename}, line {where.lineno})"
-        watcher.say(
-            f"No {output.PAGE_FILE}: {reason.rstrip('.')}. {output.MODEL_FILE} is complete.",
-            "notice",
-        )
+    page: bytes
+    curves: bytes
 
 
 def render(
@@ -115,19 +42,16 @@ def render(
     labels: np.ndarray,
     probabilities: np.ndarray,
     after_picture: Callable[[], None] = lambda: None,
-) -> dict[str, bytes]:
-    """Draws and writes out the report.
+) -> Report:
+    """Draws the charts and fills the page's template.
 
     Args:
         manifest: As ``mnist.json`` has it.
         history: As ``history.json`` has it.
         images: The test images, uint8 (n, 28, 28).
         labels: Their digits, integers (n,).
-        probabilities: (n, 10), what the model says of them.
+        probabilities: (n, 10), what the model predicts for them.
         after_picture: Called after each picture; what it raises ends the drawing.
-
-    Returns:
-        The contents of ``output.REPORT_FILES`` by name.
     """
     found = scores.score(labels, probabilities)
     drawn = {}
@@ -150,7 +74,7 @@ def render(
         figures=_figures(manifest, history, found),
         **_tables(manifest, history, found),
     )
-    return {output.PAGE_FILE: page.encode(), output.CURVES_FILE: drawn["curves"]}
+    return Report(page.encode(), drawn["curves"])
 
 
 def _sentences(manifest: dict, history: Mapping, found: Scores) -> dict[str, str]:

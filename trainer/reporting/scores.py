@@ -7,6 +7,7 @@ It knows neither Keras nor TensorFlow: where the probabilities come from does no
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -116,6 +117,59 @@ def score(labels: np.ndarray, probabilities: np.ndarray) -> Scores:
     )
 
 
+def as_dict(found: Scores) -> dict:
+    """Returns scores as JSON can hold them; None where there was nothing to divide by."""
+    return {
+        "examples": found.examples,
+        "accuracy": found.accuracy,
+        "loss": found.loss,
+        "expected_calibration_error": found.ece,
+        "digits": [
+            {
+                "digit": digit,
+                "examples": int(found.counts[digit]),
+                "precision": _number(found.precision[digit]),
+                "recall": _number(found.recall[digit]),
+            }
+            for digit in range(len(found.counts))
+        ],
+        "confusion": found.confusion.tolist(),
+    }
+
+
+def as_text(found: Scores) -> str:
+    """Returns scores as tables."""
+    wrong = len(found.worst)
+    digits = range(len(found.counts))
+    table = [("digit", "images", "precision", "recall")]
+    for digit in digits:
+        rates = (percent(found.precision[digit]), percent(found.recall[digit]))
+        table.append((str(digit), f"{found.counts[digit]:,}", *rates))
+    matrix = [("", *map(str, digits))]
+    for digit in digits:
+        matrix.append((str(digit), *(f"{n:,}" if n else "." for n in found.confusion[digit])))
+    return "\n".join(
+        (
+            f"accuracy {found.accuracy:.2%} ({wrong:,} wrong), loss {found.loss:.4f}, "
+            f"expected calibration error {found.ece:.4f}",
+            "",
+            *_aligned(table),
+            "",
+            "Rows: what an image is. Columns: what was said.",
+            *_aligned(matrix),
+        )
+    )
+
+
+def percent(share: float) -> str:
+    """Writes a share as people do; a dash where there is none.
+
+    >>> percent(0.99196), percent(float("nan"))
+    ('99.20%', '-')
+    """
+    return "-" if share != share else f"{share:.2%}"
+
+
 def _cross_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
     right = probabilities[np.arange(len(labels)), labels] / probabilities.sum(axis=1)
     return float(-np.log(np.clip(right, EPSILON, 1 - EPSILON)).mean())
@@ -124,3 +178,14 @@ def _cross_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
 def _share(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
     """Divides, where there is something to divide by; NaN elsewhere."""
     return np.divide(parts, wholes, out=np.full(len(parts), np.nan), where=wholes > 0)
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else float(value)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """Puts the cells of each column under one another, at its right edge."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
