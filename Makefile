@@ -1,57 +1,63 @@
-# make train     one command from a fresh clone to mnist.h5:   make train ARGS="--epochs 2"
-# make test      the tests, within five minutes;  make test-full: those that take longer
-# make image     the container image, by docker, or by IMAGE_BUILD="buildah bud"; TARGET=cpu|gpu|tpu
-# make test-cluster  the manifests on the cluster of KUBECONFIG, with the image loaded there
-# make lock      the exact versions of the image's packages, anew
-# make manifests k8s/job.yaml and all that is written out from k8s/, by kubectl
-# make notebook  digitclassification-model.ipynb anew: executed, and stored with its outputs
-# make lint      ruff: rules and format; hadolint
-# make bench     measurements, some hours of them; ARGS="step --repeats 3" for a part
-# PYTHON=... names the Python to use, EXTRA=cpu|gpu|tpu the TensorFlow to install.
+# make train         trains: from a fresh clone to mnist.h5 in one command. ARGS="--epochs 2" adds flags
+# make test          the tests, in about five minutes. ARGS="-k checkpoint" selects some
+# make test-full     the tests that take longer
+# make test-cluster  the manifests, on the cluster of KUBECONFIG with the image loaded into it
+# make lint          rules and format (ruff), types (mypy), imports between layers (import-linter), hadolint
+# make format        applies ruff's fixes and format
+# make docs          the documentation, as HTML in build/docs; a warning is an error
+# make bench         measurements, some hours of them. ARGS="step --repeats 3" selects a part
+# make notebook      executes digitclassification-model.ipynb and stores its outputs
+# make image         the container image. TARGET=cpu|gpu|tpu; IMAGE_BUILD="buildah bud" instead of docker
+# make lock          updates docker/requirements-*.txt, the exact versions inside the image
+# make manifests     renders k8s/ with kubectl: k8s/job.yaml, k8s/fetch.yaml, trainer/k8s/assets
+# make clean         removes the virtual environment, builds and caches
+#
+# PYTHON=...             the Python to make the virtual environment with: 3.11, 3.12 or 3.13
+# EXTRA=cpu|gpu|tpu      the TensorFlow to install; gpu where nvidia-smi works
 
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 EXTRA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 
-# What an installation is made of, the code apart.
-INSTALLED = setup.py trainer/__init__.py $(wildcard trainer/models/winograd.*)
+# A change of these needs another installation: it is editable, so other changes of code do not.
+INSTALLED = pyproject.toml setup.py trainer/__init__.py $(wildcard trainer/models/winograd.*)
 
 TARGET ?= cpu
 IMAGE ?= digits-trainer:$(VERSION)$(if $(filter-out cpu,$(TARGET)),-$(TARGET))
 IMAGE_BUILD ?= docker build
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)
 
-.PHONY: train test test-full test-cluster lint format bench notebook image lock manifests clean
+.PHONY: train test test-full test-cluster lint format docs bench notebook image lock manifests clean
 
 train: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m trainer.task $(ARGS)
 
-# Three at a time on two cores: some wait for a deadline.
-test: $(VENV)/.installed-$(EXTRA)-test
+# Three processes for two cores: some tests wait for timeouts.
+test: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) -m pytest -n 3 --dist worksteal -m "not full" $(ARGS)
 
-test-full: $(VENV)/.installed-$(EXTRA)-test
+test-full: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) -m pytest -n 2 --dist worksteal --durations=10 -m full $(ARGS)
 
-test-cluster: $(VENV)/.installed-$(EXTRA)-test
+test-cluster: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) -m pytest tests/cluster --durations=10 $(ARGS)
 
 image:
 	$(IMAGE_BUILD) --file docker/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) --tag $(IMAGE) .
 
-# The image for CPUs runs on ARM too; TensorFlow for GPUs and TPUs is made for x86 alone.
-lock: $(VENV)/.installed-$(EXTRA)
-	$(RUN) -m pip install --quiet uv
+# The image for CPUs runs on ARM too; TensorFlow for GPUs and TPUs has wheels for x86 only.
+lock: $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check uv
 	echo setuptools | $(LOCK) - --output-file docker/requirements-build.txt
-	$(LOCK) setup.py --extra cpu --universal --output-file docker/requirements-cpu.txt
-	$(LOCK) setup.py --extra gpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-gpu.txt
-	$(LOCK) setup.py --extra tpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-tpu.txt
+	$(LOCK) pyproject.toml --extra cpu --universal --output-file docker/requirements-cpu.txt
+	$(LOCK) pyproject.toml --extra gpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-gpu.txt
+	$(LOCK) pyproject.toml --extra tpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-tpu.txt
 
 LOCK = $(RUN) -m uv pip compile --quiet --upgrade --python-version 3.13 \
     --generate-hashes --no-emit-index-url --no-header --no-annotate
 
-# What kustomize makes of k8s/, written out: the two files that are used alone, each under the comment
-# that it opens with, and what trainer.submit finds in the wheel.
+# Two files that are applied alone, which keep the comment they open with, and those that the wheel
+# has for trainer.submit.
 manifests:
 	$(call write_out,k8s/base,k8s/job.yaml)
 	$(call write_out,k8s/fetch,k8s/fetch.yaml)
@@ -62,33 +68,36 @@ manifests:
 
 write_out = (awk '!/^\#/ {exit} 1' $2; kubectl kustomize $1) >$2.tmp && mv $2.tmp $2
 
-lint: $(VENV)/.installed-$(EXTRA)-test
+# Without TensorFlow: neither mypy nor import-linter imports what it checks.
+lint: $(VENV)/.installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/hadolint docker/Dockerfile
 
-format: $(VENV)/.installed-$(EXTRA)-test
+format: $(VENV)/.installed-lint
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+docs: $(VENV)/.installed-$(EXTRA),docs
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/docs
+	@echo "Open build/docs/index.html"
 
 bench: $(VENV)/.installed-$(EXTRA)
 	$(RUN) bench/pipeline.py
 	$(RUN) bench/checkpoint.py
 	$(RUN) bench/compare.py $(ARGS)
 
-notebook: $(VENV)/.installed-$(EXTRA)-test
+notebook: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) tests/execute_notebook.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
-$(VENV)/.installed-%-test: $(INSTALLED) $(VENV)/bin/python
-	@echo "Installing TensorFlow ($*) and the tests' packages into $(VENV): a minute or two"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*,test]"
-	@touch $@
-
+# The stem is the list of extras.
 $(VENV)/.installed-%: $(INSTALLED) $(VENV)/bin/python
-	@echo "Installing TensorFlow ($*) into $(VENV): a minute or two"
+	@echo "Installing digits-trainer[$*] into $(VENV): a minute or two"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 

@@ -73,7 +73,7 @@ def test_the_installed_wheel_is_the_same_command_with_its_data(wheel, tmp_path):
 @pytest.fixture
 def fresh(tmp_path):
     (tmp_path / "trainer").mkdir()
-    for name in ("Makefile", "setup.py", "trainer/__init__.py"):
+    for name in ("Makefile", "pyproject.toml", "setup.py", "trainer/__init__.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
