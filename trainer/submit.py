@@ -192,7 +192,7 @@ class _Lines:
     def show(self, place: dict, logs: dict[str, float]) -> None:
         self.say(place["message"])
 
-    def note(self, facts: str) -> None:
+    def set_status(self, text: str) -> None:
         pass
 
 
@@ -303,7 +303,7 @@ class _Submitted:
         """Fetches its files, and deletes it."""
         from trainer.k8s.fetch import fetch
 
-        self.screen.note("fetching the files")
+        self.screen.set_status("fetching the files")
         try:
             files = fetch(
                 self.server, self.name, image=self.image, screen=self.screen, stop=self.stop

@@ -96,6 +96,7 @@ def train(
             from trainer.models import cnn as model
             from trainer.models import fast_step as fast
             from trainer.reporting import progress as report
+            from trainer.reporting.tensorboard import EpochEvents
             from trainer.training import report as run_report
             from trainer.training.manifest import gather, in_common
 
@@ -108,7 +109,9 @@ def train(
                 runtime.set_deterministic()
             with (
                 report.progress(
-                    config.log_format, batch_size=config.batch_size, chief=chief
+                    config.log_format,
+                    batch_size=config.batch_size,
+                    worker=members.index if members else 0,
                 ) as watcher,
                 lost_peers() if link else contextlib.nullcontext(),
             ):
@@ -127,7 +130,7 @@ def train(
                 callbacks = [watcher]
                 if config.tensorboard and chief:
                     callbacks.append(
-                        report.Events(
+                        EpochEvents(
                             config.output_dir,
                             learning_rate=model.rates(config, len(digits.x_train)),
                             before=lambda: keeper.saved.history,
@@ -331,7 +334,6 @@ def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "report.
     watcher.say(
         text,
         "weights",
-        worker=workers.index,
         workers=workers.count,
         same=same,
         weights_sha256=sha256,

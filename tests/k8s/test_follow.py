@@ -1,11 +1,10 @@
 """What is said of a run, from what the API server sends; ``tests/cluster`` has the real thing."""
 
-import json
-
 import pytest
 
 from trainer.k8s.api import Change, RefusedError
 from trainer.k8s.follow import Watched
+from trainer.log_lines import json_line
 
 
 class Screen:
@@ -72,10 +71,6 @@ def warning(uid, about, reason, message):
         "reason": reason,
         "message": message,
     }
-
-
-def event(kind, message, **facts):
-    return json.dumps({"event": kind, "message": message, **facts})
 
 
 FAILED = {"type": "Failed", "reason": "PodFailurePolicy", "message": "by its policy"}
@@ -160,9 +155,10 @@ def test_a_warning_is_said_once_and_none_of_another_run(run):
 
 
 def test_the_log_is_shown_as_a_terminal_would_have(run):
-    run.take("log", event("start", "60,000 images"))
-    run.take("log", event("step", "epoch 1/2", epoch=1, step=3, loss=0.5))
-    for line in ("not JSON", "[1]", "python -m trainer.task: error: comes with the end"):
+    run.take("log", json_line("start", "60,000 images"))
+    run.take("log", json_line("step", "epoch 1/2", epoch=1, step=3, loss=0.5))
+    end = "python -m trainer.task: error: in the termination message, too"
+    for line in ("not JSON", "[1]", end, json_line("error", end, severity="ERROR")):
         run.take("log", line)
     assert run.screen.lines == ["60,000 images", "not JSON", "[1]"]
     assert run.screen.place["step"] == 3

@@ -1,15 +1,12 @@
+"""What each kind of output gets, from a run that takes no time: the clock is the test's."""
+
 import io
 import json
 import os
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-from support import events
-
-from trainer.errors import OutputError
-from trainer.reporting import progress as report
+from trainer.reporting.progress import Quiet, Terminal, progress
 
 
 class Clock:
@@ -37,7 +34,9 @@ def train(watcher, clock, *, epochs=2, steps=40, seconds=1.0, per_call=4):
 
 def lines(log_format, **run):
     stream, clock = io.StringIO(), Clock()
-    with report.progress(log_format, batch_size=128, stream=stream, clock=clock) as watcher:
+    with progress(
+        log_format, batch_size=128, stream=stream, clock=clock, wall_clock=clock
+    ) as watcher:
         train(watcher, clock, **run)
     return stream.getvalue().splitlines()
 
@@ -67,6 +66,9 @@ def test_json_lines_hold_the_same_as_numbers():
     written = [json.loads(line) for line in lines("json")]
     assert [line["event"] for line in written] == [*["step"] * 3, "epoch"] * 2
     assert written[0] == {
+        "time": "1970-01-01T00:00:12.000Z",
+        "severity": "INFO",
+        "worker": 0,
         "event": "step",
         "message": "epoch 1/2  step 12/40  loss 1.2500  accuracy 0.5000  128 images/s  1m 08s left",
         "epoch": 1,
@@ -82,9 +84,53 @@ def test_json_lines_hold_the_same_as_numbers():
     assert written[3]["seconds"] == 40.0
 
 
+def say_three(log_format, worker):
+    """What a worker writes of three events of a run."""
+    stream = io.StringIO()
+    with progress(
+        log_format, batch_size=1, worker=worker, stream=stream, wall_clock=lambda: 0.5
+    ) as watcher:
+        watcher.say("60,000 images", "start", run="a")
+        watcher.say("slow", "notice")
+        watcher.say("the same weights", "weights", same=True)
+    return stream.getvalue().splitlines()
+
+
+def test_a_json_line_says_when_how_bad_and_which_worker():
+    start, notice, weights = map(json.loads, say_three("json", worker=0))
+    assert start == {
+        "time": "1970-01-01T00:00:00.500Z",
+        "severity": "INFO",
+        "worker": 0,
+        "event": "start",
+        "message": "60,000 images",
+        "run": "a",
+    }
+    assert (notice["severity"], weights["severity"]) == ("WARNING", "INFO")
+
+
+def test_workers_other_than_the_chief_write_only_how_they_ended():
+    assert say_three("plain", worker=2) == ["the same weights"]
+    assert say_three("auto", worker=1) == ["the same weights"]
+    (line,) = map(json.loads, say_three("json", worker=2))
+    assert line == {
+        "time": "1970-01-01T00:00:00.500Z",
+        "severity": "INFO",
+        "worker": 2,
+        "event": "weights",
+        "message": "the same weights",
+        "same": True,
+    }
+
+
+def test_a_worker_on_a_terminal_has_no_bar_unless_it_is_the_chief():
+    with progress("auto", batch_size=1, worker=1, stream=TerminalStream()) as watcher:
+        assert isinstance(watcher, Quiet)
+
+
 def test_the_rate_is_counted_without_the_call_that_compiles():
     stream, clock = io.StringIO(), Clock()
-    with report.progress("json", batch_size=10, stream=stream, clock=clock) as watcher:
+    with progress("json", batch_size=10, stream=stream, clock=clock) as watcher:
         watcher.set_params({"epochs": 1, "steps": 100})
         watcher.on_train_begin()
         watcher.on_epoch_begin(0)
@@ -95,7 +141,7 @@ def test_the_rate_is_counted_without_the_call_that_compiles():
     assert json.loads(stream.getvalue().splitlines()[-1])["images_per_second"] == 20.0
 
 
-class Terminal(io.StringIO):
+class TerminalStream(io.StringIO):
     def isatty(self):
         return True
 
@@ -103,9 +149,9 @@ class Terminal(io.StringIO):
 def test_a_terminal_gets_a_bar_that_leaves_the_epochs_behind(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    stream, clock = Terminal(), Clock()
-    with report.progress("auto", batch_size=128, stream=stream, clock=clock) as watcher:
-        assert isinstance(watcher, report.Terminal)
+    stream, clock = TerminalStream(), Clock()
+    with progress("auto", batch_size=128, stream=stream, clock=clock) as watcher:
+        assert isinstance(watcher, Terminal)
         train(watcher, clock)
         watcher.on_train_batch_end(39, {"loss": 1.25})
         watcher.bar.refresh()
@@ -119,8 +165,8 @@ def test_a_terminal_gets_a_bar_that_leaves_the_epochs_behind(monkeypatch):
 def test_a_reader_that_goes_away_does_not_end_the_run(command):
     program = """
 import sys
-from trainer.reporting import progress as report
-with report.progress("plain", batch_size=1) as watcher:
+from trainer.reporting.progress import progress
+with progress("plain", batch_size=1) as watcher:
     for number in range(100_000):
         watcher.say(f"line {number}", "line")
 print("the end", file=sys.stderr)
@@ -141,54 +187,8 @@ print("the end", file=sys.stderr)
 
 def test_colours_are_not_written_to_a_file(tmp_path):
     with (tmp_path / "log").open("w") as stream:
-        with report.progress("auto", batch_size=1, stream=stream) as watcher:
+        with progress("auto", batch_size=1, stream=stream) as watcher:
             watcher.say("[bold]not markup[/bold] \N{ROCKET}", "start")
         stream.flush()
         os.fsync(stream.fileno())
     assert (tmp_path / "log").read_text() == "[bold]not markup[/bold] \N{ROCKET}\n"
-
-
-LOGS = {"accuracy": 0.5, "loss": 1.25, "val_accuracy": 0.75, "val_loss": 1.5}
-
-
-def write_events(folder, before, epochs):
-    """Goes through the epochs of a run that had the history ``before``."""
-    written = report.Events(folder, learning_rate=lambda epoch: 0.25, before=lambda: before)
-    written.on_train_begin()
-    for epoch in epochs:
-        written.on_epoch_end(epoch, LOGS)
-    return written
-
-
-def test_events_of_a_run_that_goes_on_are_there_once(tmp_path):
-    write_events(tmp_path, {}, range(3))  # and then it is killed: of epoch 2 no checkpoint is left
-    before = {name: [value, value / 2] for name, value in LOGS.items()}
-    write_events(tmp_path, {**before, "seconds": [9.0, 8.0]}, range(2, 4)).on_train_end()
-    for part, prefix in (("train", ""), ("validation", "val_")):
-        seen = events(tmp_path / "tensorboard" / part)
-        for name in ("accuracy", "loss"):
-            value = np.float32(LOGS[prefix + name])
-            values = [value, value / 2, value, value]
-            assert seen.pop(f"epoch_{name}") == list(enumerate(values))
-        rates = {"epoch_learning_rate": [(epoch, 0.25) for epoch in range(4)]}
-        assert seen == (rates if part == "train" else {})
-
-
-def test_events_can_be_read_while_the_run_goes_on(tmp_path):
-    write_events(tmp_path, {}, range(1))
-    assert events(tmp_path / "tensorboard" / "train")["epoch_loss"] == [(0, 1.25)]
-
-
-def test_other_files_beside_the_events_stay(tmp_path):
-    (tmp_path / "tensorboard" / "train").mkdir(parents=True)
-    for name in ("train/notes.txt", "events.out.tfevents.1"):
-        (tmp_path / "tensorboard" / name).write_text("the user's")
-    write_events(tmp_path, {}, range(1)).on_train_end()
-    for name in ("train/notes.txt", "events.out.tfevents.1"):
-        assert (tmp_path / "tensorboard" / name).read_text() == "the user's"
-
-
-def test_events_that_cannot_be_written_end_in_one_line(tmp_path):
-    (tmp_path / "tensorboard").write_text("a file")
-    with pytest.raises(OutputError, match="leave out --tensorboard"):
-        write_events(tmp_path, {}, range(1))

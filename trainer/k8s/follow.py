@@ -33,8 +33,8 @@ class Screen(Protocol):
     def show(self, place: dict, logs: dict[str, float]) -> None:
         """Shows where the run is, as ``reporting.bar.Bar.show``; ``place`` has a ``message``."""
 
-    def note(self, facts: str) -> None:
-        """Says for a while what is going on."""
+    def set_status(self, text: str) -> None:
+        """Shows what is going on, until it is replaced."""
 
 
 class Outcome(NamedTuple):
@@ -226,15 +226,15 @@ class Watched:
             event = json.loads(line)
             kind, text = event["event"], event["message"]
         except (ValueError, TypeError, KeyError):
-            # A pod's last word comes with its end.
+            # The error in which the command ended: the pod's termination message has it, too.
             if not line.startswith("python -m trainer.task: "):
                 self.screen.say(line)
             return
         self.begun = self.begun or kind == "start"
         if kind == "step":
-            means = {name: value for name, value in event.items() if name in ("loss", "accuracy")}
-            self.screen.show(event, means)
-        else:
+            metrics = {name: event[name] for name in ("loss", "accuracy") if name in event}
+            self.screen.show(event, metrics)
+        elif kind != "error":
             self.screen.say(text)
 
     def _update(self, known: dict[str, dict], change: Change, gone: Callable[[str], None]) -> None:

@@ -1,10 +1,10 @@
-"""A bar that fills with each epoch, on a terminal, under the lines that are said meanwhile.
+"""A progress bar for the current epoch, at the bottom of a terminal, below the lines so far.
 
     with Bar(sys.stdout) as bar:
         bar.show({"epoch": 1, "epochs": 10, "step": 5, "steps": 469, ...}, {"loss": 2.1})
         bar.say("epoch 1/10  loss 0.2")
 
-It knows neither Keras nor TensorFlow: what it shows may come from another machine.
+It needs neither Keras nor TensorFlow: what it shows may come from another machine.
 """
 
 from typing import TextIO
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 
 class Bar(Progress):
-    """The bar; it begins with ``with`` and leaves the terminal as it was.
+    """The bar, from ``with`` on; at the end the terminal is as it was.
 
     Args:
         stream: A terminal.
@@ -25,46 +25,47 @@ class Bar(Progress):
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[status]}"),
             console=Console(file=stream, highlight=False),
             transient=True,
         )
-        self.run = self.add_task("", total=None, epoch="", facts="starting")
+        self.epoch = self.add_task("", total=None, epoch="", status="starting")
 
-    def show(self, place: dict, logs: dict[str, float]) -> None:
-        """Shows where a run is.
+    def show(self, position: dict, metrics: dict[str, float]) -> None:
+        """Shows how far a run is.
 
         Args:
-            place: epoch, epochs, step, steps (from 1), images_per_second, seconds_left.
-            logs: Means over the epoch so far, by name.
+            position: ``epoch`` of ``epochs`` and ``step`` of ``steps``, both counted from 1,
+                ``images_per_second``, and ``seconds_left`` of the whole run.
+            metrics: Means over the epoch so far, by name.
         """
         self.update(
-            self.run,
-            # It is drawn ten times a second, which an epoch may not last: a full bar is seen.
-            refresh=place["step"] == place["steps"],
-            total=place["steps"],
-            completed=place["step"],
-            epoch=f"{place['epoch']}/{place['epochs']}",
-            facts=f"{means(logs)}  {place['images_per_second']:,.0f} images/s  "
-            f"{span(place['seconds_left'])} left",
+            self.epoch,
+            # Rich redraws ten times a second, and an epoch may be shorter: draw the full bar now.
+            refresh=position["step"] == position["steps"],
+            total=position["steps"],
+            completed=position["step"],
+            epoch=f"{position['epoch']}/{position['epochs']}",
+            status=f"{means(metrics)}  {position['images_per_second']:,.0f} images/s  "
+            f"{span(position['seconds_left'])} left",
         )
 
-    def note(self, facts: str) -> None:
-        """Says beside the bar what is going on."""
-        self.update(self.run, facts=facts)
+    def set_status(self, text: str) -> None:
+        """Replaces the text beside the bar."""
+        self.update(self.epoch, status=text)
 
     def say(self, text: str) -> None:
-        """Writes a line that stays."""
+        """Writes a line above the bar."""
         self.console.print(text, soft_wrap=True, markup=False)
 
 
 def means(logs: dict[str, float]) -> str:
-    """Writes means as people read them: the loss first, those of training before the others.
+    """Formats metrics: loss first, training before validation.
 
     >>> means({"accuracy": 0.5, "loss": 1.25, "val_loss": 1})
     'loss 1.2500  accuracy 0.5000  val_loss 1.0000'
     """
-    # Keras hands them over sorted by name.
+    # Keras sorts them by name.
     order = sorted(
         logs, key=lambda name: (name.startswith("val_"), not name.endswith("loss"), name)
     )
@@ -72,7 +73,7 @@ def means(logs: dict[str, float]) -> str:
 
 
 def span(seconds: float) -> str:
-    """Writes a time as people do.
+    """Formats a duration.
 
     >>> span(7.6), span(61), span(3725)
     ('8s', '1m 01s', '1h 02m')

@@ -1,30 +1,28 @@
-"""What a person watches while a run goes on: a bar on a terminal or in a notebook, lines, JSON.
+"""Progress of a run as a person or a program follows it: a bar, lines of text, or JSON.
 
     with progress("auto", batch_size=128) as watcher:
         loop.fit(..., callbacks=[watcher])
 
-Each watcher is a Keras callback and writes to stdout.
+Each watcher is a Keras callback that writes to stdout.
 """
 
 import contextlib
 import html
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from rich.console import Console
 
 from trainer.config import LogFormat
-from trainer.errors import OutputError
+from trainer.log_lines import Severity, json_line
 from trainer.reporting.bar import Bar, means, span
-from trainer.runtime import keras, tf
+from trainer.runtime import keras
 
-EVENTS_FOLDER = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
+SEVERITIES: dict[str, Severity] = {"notice": "WARNING", "error": "ERROR"}  # INFO for other events
 
 
 @contextlib.contextmanager
@@ -32,42 +30,46 @@ def progress(
     log_format: LogFormat,
     *,
     batch_size: int,
-    chief: bool = True,
+    worker: int = 0,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
+    wall_clock: Callable[[], float] = time.time,
 ) -> Iterator["Watcher | Quiet"]:
-    """Gives the watcher for this output, and leaves the terminal as it was at the end.
+    """Yields the watcher for this kind of output, and restores the terminal at the end.
 
     Args:
-        log_format: As ``TrainConfig.log_format``.
-        batch_size: Images in a step, for images a second.
-        chief: Whether this is the worker that speaks for all; the others say how they ended.
-        stream: Where to write; None: stdout.
-        clock: Seconds, monotonic.
+        log_format: As in ``TrainConfig.log_format``.
+        batch_size: Images per step, for the number of images a second.
+        worker: Index of this worker. Worker 0, the chief, reports for all; the others write only
+            how they ended.
+        stream: Where to write; None means stdout.
+        clock: Monotonic time in seconds, for rates and durations.
+        wall_clock: Unix time in seconds, for the timestamps of JSON lines.
     """
     stream = stream or sys.stdout
-    if not chief:
-        kind = JsonLines if log_format == "json" else PlainLines
-        yield Quiet(kind(batch_size, stream, clock))
-    elif log_format == "json":
-        yield JsonLines(batch_size, stream, clock)
+    if log_format == "json":
+        lines = JsonLines(batch_size, stream, clock, worker=worker, wall_clock=wall_clock)
+    else:
+        lines = PlainLines(batch_size, stream, clock)
+    if worker:
+        yield Quiet(lines)
     elif log_format == "auto" and stream is sys.stdout and Console().is_jupyter:
         with Notebook(batch_size, stream, clock) as notebook:
             yield notebook
-    elif log_format == "plain" or not Console(file=stream).is_terminal:
-        yield PlainLines(batch_size, stream, clock)
-    else:
+    elif log_format == "auto" and Console(file=stream).is_terminal:
         with Terminal(batch_size, stream, clock) as terminal:
             yield terminal
+    else:
+        yield lines
 
 
 class Watcher(keras.callbacks.Callback):
-    """Follows a run and says where it is; the subclasses say it in their own way.
+    """Computes rate and remaining time at each step; a subclass shows them.
 
     Args:
-        batch_size: Images in a step.
+        batch_size: Images per step.
         stream: Where to write.
-        clock: Seconds, monotonic.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(self, batch_size: int, stream: TextIO, clock: Callable[[], float]) -> None:
@@ -75,14 +77,26 @@ class Watcher(keras.callbacks.Callback):
         self.batch_size = batch_size
         self.stream = stream
         self.clock = clock
-        self.rate = None  # steps a second
+        self.rate: float | None = None  # steps a second
 
-    def say(self, text: str, event: str, **facts: object) -> None:
-        """Says something about the run: a sentence to people, an event with facts to machines."""
+    def say(self, message: str, event: str, **fields: object) -> None:
+        """Reports an event.
+
+        Args:
+            message: What people read.
+            event: Its kind, for programs: ``start``, ``strategy``, ``epoch``, ``notice``, ``done``.
+            fields: The values in the message, for programs.
+        """
         raise NotImplementedError
 
-    def on_step(self, place: dict, logs: dict[str, float]) -> None:
-        """Shows ``place``: epoch, epochs, step, steps (from 1), images_per_second, seconds_left."""
+    def on_step(self, position: dict, metrics: dict[str, float]) -> None:
+        """Shows how far the run is.
+
+        Args:
+            position: ``epoch`` of ``epochs`` and ``step`` of ``steps``, both counted from 1,
+                ``images_per_second``, and ``seconds_left`` of the whole run.
+            metrics: Means over the epoch so far, by name.
+        """
         raise NotImplementedError
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -94,8 +108,9 @@ class Watcher(keras.callbacks.Callback):
         step, steps, epochs = batch + 1, self.params["steps"], self.params["epochs"]
         now = self.clock()
         if self.first is None:
-            # The first call of an epoch starts its pipeline, and that of a run compiles as well:
-            # the rate is counted from its end, and until then it is that of the epoch before.
+            # The first call of an epoch starts the input pipeline, and that of the run compiles
+            # the step, too: the rate is measured from its end. Until then, that of the previous
+            # epoch is shown.
             self.first = (now, step)
             if self.rate is None:
                 self.rate = step / max(now - self.epoch_start, 1e-9)
@@ -103,7 +118,7 @@ class Watcher(keras.callbacks.Callback):
             start, first = self.first
             self.rate = (step - first) / max(now - start, 1e-9)
         rate = self.rate
-        place = {
+        position = {
             "epoch": self.epoch + 1,
             "epochs": epochs,
             "step": step,
@@ -111,7 +126,7 @@ class Watcher(keras.callbacks.Callback):
             "images_per_second": round(rate * self.batch_size, 1),
             "seconds_left": round((steps * (epochs - self.epoch) - step) / rate, 1),
         }
-        self.on_step(place, logs or {})
+        self.on_step(position, logs or {})
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         seconds = self.clock() - self.epoch_start
@@ -126,26 +141,21 @@ class Watcher(keras.callbacks.Callback):
 
 
 class PlainLines(Watcher):
-    """For a pipe or a pod's log: a line every ten seconds, and one an epoch."""
+    """For a pipe or the log of a pod: a line every ten seconds and one per epoch."""
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self.last = self.clock()
 
-    def on_step(self, place: dict, logs: dict[str, float]) -> None:
+    def on_step(self, position: dict, metrics: dict[str, float]) -> None:
         if self.clock() - self.last >= SECONDS_BETWEEN_LINES:
             self.last = self.clock()
-            self.say(
-                _sentence(place, logs),
-                "step",
-                **place,
-                **logs,
-            )
+            self.say(_sentence(position, metrics), "step", **position, **metrics)
 
-    def say(self, text: str, event: str, **facts: object) -> None:
-        self.write(text)
+    def say(self, message: str, event: str, **fields: object) -> None:
+        self.write(message)
 
     def write(self, line: str) -> None:
-        """Writes a line at once. A reader that has gone away does not end the training."""
+        """Writes a line and flushes it. A reader that has gone away does not end the training."""
         try:
             print(line, file=self.stream, flush=True)
         except BrokenPipeError:
@@ -154,33 +164,61 @@ class PlainLines(Watcher):
 
 
 class JsonLines(PlainLines):
-    """For programs: what ``PlainLines`` says, as JSON objects: ``event``, the sentence as
-    ``message``, as clouds' log viewers show it, and the facts in it.
+    """For log collectors and programs: the events of ``PlainLines`` as ``json_line`` has them.
+
+    Args:
+        batch_size: Images per step.
+        stream: Where to write.
+        clock: Monotonic time in seconds.
+        worker: Index of this worker.
+        wall_clock: Unix time in seconds.
     """
 
-    def say(self, text: str, event: str, **facts: object) -> None:
-        self.write(json.dumps({"event": event, "message": text, **facts}))
+    def __init__(
+        self,
+        batch_size: int,
+        stream: TextIO,
+        clock: Callable[[], float],
+        *,
+        worker: int,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        super().__init__(batch_size, stream, clock)
+        self.worker = worker
+        self.wall_clock = wall_clock
+
+    def say(self, message: str, event: str, **fields: object) -> None:
+        self.write(
+            json_line(
+                event,
+                message,
+                severity=SEVERITIES.get(event, "INFO"),
+                worker=self.worker,
+                clock=self.wall_clock,
+                **fields,
+            )
+        )
 
 
 class Quiet(keras.callbacks.Callback):
-    """For a worker that does not speak for all: it says how it ended, and nothing before.
+    """For the workers other than the chief, which reports for all: only how this one ended.
 
     Args:
-        lines: How it says that.
+        lines: Writes that.
     """
 
     def __init__(self, lines: PlainLines) -> None:
         super().__init__()
         self.lines = lines
 
-    def say(self, text: str, event: str, **facts: object) -> None:
+    def say(self, message: str, event: str, **fields: object) -> None:
         """As ``Watcher.say``."""
         if event == "weights":
-            self.lines.say(text, event, **facts)
+            self.lines.say(message, event, **fields)
 
 
 class Terminal(Watcher):
-    """For a terminal: a bar that fills with each epoch, under the lines of the epochs so far."""
+    """For a terminal: a progress bar for the current epoch, below a line for each one before."""
 
     def __enter__(self) -> "Terminal":
         self.bar = Bar(self.stream)
@@ -190,22 +228,22 @@ class Terminal(Watcher):
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()
 
-    def on_step(self, place: dict, logs: dict[str, float]) -> None:
-        self.bar.show(place, logs)
+    def on_step(self, position: dict, metrics: dict[str, float]) -> None:
+        self.bar.show(position, metrics)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
-        self.bar.note("evaluating")
+        self.bar.set_status("evaluating")
 
     def on_predict_begin(self, logs: dict | None = None) -> None:
-        self.bar.note("drawing the report")
+        self.bar.set_status("drawing the report")
 
-    def say(self, text: str, event: str, **facts: object) -> None:
-        self.bar.say(text)
+    def say(self, message: str, event: str, **fields: object) -> None:
+        self.bar.say(message)
 
 
 class Notebook(Watcher):
-    """For a notebook: a bar that fills with each epoch, under the lines of the epochs so far. It is
-    all one output, replaced as it changes, so that a notebook stores its last state alone.
+    """For a notebook: as ``Terminal``, in one output cell that is replaced as it changes, so that
+    a saved notebook holds its last state alone.
     """
 
     def __enter__(self) -> "Notebook":
@@ -217,11 +255,11 @@ class Notebook(Watcher):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if exception == (None, None, None):  # Else it shows how far it came.
+        if exception == (None, None, None):  # After an error the bar stays where it was.
             self._show()
 
-    def on_step(self, place: dict, logs: dict[str, float]) -> None:
-        self._show(_sentence(place, logs), place["step"] / place["steps"])
+    def on_step(self, position: dict, metrics: dict[str, float]) -> None:
+        self._show(_sentence(position, metrics), position["step"] / position["steps"])
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         self._show("evaluating")
@@ -229,107 +267,27 @@ class Notebook(Watcher):
     def on_predict_begin(self, logs: dict | None = None) -> None:
         self._show("drawing the report")
 
-    def say(self, text: str, event: str, **facts: object) -> None:
-        self.lines.append(text)
+    def say(self, message: str, event: str, **fields: object) -> None:
+        self.lines.append(message)
         self._show()
 
-    def _show(self, now: str = "", share: float | None = None) -> None:
-        self.handle.update(self._content(now, share), raw=True)
+    def _show(self, status: str = "", fraction: float | None = None) -> None:
+        self.handle.update(self._content(status, fraction), raw=True)
 
-    def _content(self, now: str, share: float | None = None) -> dict[str, str]:
-        """Returns what is shown, by MIME type; ``share`` is how full the bar is, None: unknown."""
-        value = "" if share is None else f' value="{share:.3f}"'
-        bar = f"<progress{value}></progress>  {html.escape(now)}" if now else ""
+    def _content(self, status: str, fraction: float | None = None) -> dict[str, str]:
+        """Returns the output by MIME type; ``fraction`` None is an indeterminate bar."""
+        value = "" if fraction is None else f' value="{fraction:.3f}"'
+        bar = f"<progress{value}></progress>  {html.escape(status)}" if status else ""
         lines = "".join(f"{html.escape(line)}\n" for line in self.lines)
         return {
             "text/html": f"<pre>{lines}{bar}</pre>",
-            "text/plain": "\n".join([*self.lines, now]).rstrip(),
+            "text/plain": "\n".join([*self.lines, status]).rstrip(),
         }
 
 
-class Events(keras.callbacks.Callback):
-    """For TensorBoard: event files with the scalars of each epoch, named as
-    ``keras.callbacks.TensorBoard`` names them.
-
-    That callback does not know what a resumed run did before, and needs the package tensorboard,
-    which TensorFlow 2.21 installs no more and which only a reader needs. This one writes the files
-    anew when it begins: first the epochs before, so that none is there twice, or missing.
-
-    Args:
-        output_dir: The run's; the files are in ``tensorboard/train`` and ``tensorboard/validation``
-            there.
-        learning_rate: Gives that at the end of an epoch, counted from 0.
-        before: Gives the history of the epochs before, as ``loop.fit`` returns it.
-    """
-
-    def __init__(
-        self,
-        output_dir: Path,
-        *,
-        learning_rate: Callable[[int], float],
-        before: Callable[[], Mapping[str, Sequence[float]]],
-    ) -> None:
-        super().__init__()
-        self.folder = output_dir / EVENTS_FOLDER
-        self.learning_rate = learning_rate
-        self.before = before
-
-    def on_train_begin(self, logs: dict | None = None) -> None:
-        with self._errors():
-            for path in self.folder.glob("*/events.out.tfevents.*"):
-                path.unlink()
-            self.writers = {
-                name: tf.summary.create_file_writer(str(self.folder / name))
-                for name in ("train", "validation")
-            }
-            history = {name: values for name, values in self.before().items() if name != "seconds"}
-            for epoch, values in enumerate(zip(*history.values(), strict=True)):
-                self._write(epoch, dict(zip(history, values, strict=True)))
-            self._flush()
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        with self._errors():
-            self._write(epoch, logs)
-            self._flush()
-
-    def on_train_end(self, logs: dict | None = None) -> None:
-        with self._errors():
-            for writer in self.writers.values():
-                writer.close()
-
-    def _write(self, epoch: int, logs: Mapping[str, float]) -> None:
-        # As tf.summary.scalar writes it, which calls the package tensorboard.
-        kind = tf.compat.v1.SummaryMetadata(data_class="DATA_CLASS_SCALAR")
-        kind.plugin_data.plugin_name = "scalars"
-        for name, value in {**logs, "learning_rate": self.learning_rate(epoch)}.items():
-            part = "validation" if name.startswith("val_") else "train"
-            with self.writers[part].as_default():
-                tf.summary.write(
-                    f"epoch_{name.removeprefix('val_')}",
-                    tf.constant(value, tf.float32),
-                    step=epoch,
-                    metadata=kind,
-                )
-
-    def _flush(self) -> None:
-        for writer in self.writers.values():
-            writer.flush()
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, tf.errors.OpError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise OutputError(
-                f"Expected to write event files in {self.folder}. Received: {reason}. Make room "
-                "or permission there, or leave out --tensorboard."
-            ) from error
-
-
-def _sentence(place: dict, logs: dict[str, float]) -> str:
+def _sentence(position: dict, metrics: dict[str, float]) -> str:
     return (
-        f"epoch {place['epoch']}/{place['epochs']}  "
-        f"step {place['step']}/{place['steps']}  {means(logs)}  "
-        f"{place['images_per_second']:,.0f} images/s  {span(place['seconds_left'])} left"
+        f"epoch {position['epoch']}/{position['epochs']}  "
+        f"step {position['step']}/{position['steps']}  {means(metrics)}  "
+        f"{position['images_per_second']:,.0f} images/s  {span(position['seconds_left'])} left"
     )
