@@ -1,20 +1,43 @@
-"""The wheel, and make in a folder that has nothing yet."""
+"""The wheel, its console scripts, and make in a folder where nothing has been installed."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
 from support import ROOT
 
+# What the Makefile reads: a make that runs these tests exports its own to them.
+VARIABLES = ("ARGS", "EXTRA", "IMAGE", "IMAGE_BUILD", "PYTHON", "TARGET", "VENV")
+
 
 def run(*argv, **options):
-    # A make that runs these tests must not speak for the one that they run.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("MAKE") and name not in VARIABLES
+    }
     options = {"check": True, "capture_output": True, "text": True, "env": env, **options}
     return subprocess.run([str(part) for part in argv], **options)
+
+
+def test_every_command_has_a_console_script():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    modules = []
+    for target in project["scripts"].values():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+        modules.append(module)
+    commands = [
+        f"trainer.{path.stem}"
+        for path in (ROOT / "trainer").glob("*.py")
+        if "\ndef main(" in path.read_text() and "__main__" in path.read_text()
+    ]
+    assert sorted(modules) == sorted(commands)
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +54,27 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.full
-def test_the_wheel_holds_the_data_and_both_licences(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "trainer/data/assets/mnist.npz" in names
-    assert "trainer/data/assets/LICENSE.mnist" in names
-    for manifest in (ROOT / "trainer" / "k8s" / "assets").iterdir():
-        assert f"trainer/k8s/assets/{manifest.name}" in names
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    assert not any(name.startswith("tests/") or name.endswith("bundle.py") for name in names)
+def test_the_wheel_holds_the_package_its_data_and_both_licences(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if "/_winograd." not in name}
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "trainer").rglob("*.py")
+        if path.name != "bundle.py"
+    }
+    data = {
+        "trainer/py.typed",
+        "trainer/data/assets/mnist.npz",
+        "trainer/data/assets/LICENSE.mnist",
+        "trainer/reporting/assets/report.html",
+    }
+    manifests = {
+        f"trainer/k8s/assets/{path.name}"
+        for path in (ROOT / "trainer" / "k8s" / "assets").glob("*.yaml")
+    }
+    metadata = {name for name in names if ".dist-info/" in name}
+    assert names - metadata == modules | data | manifests
+    licences = {name.partition("/licenses/")[2] for name in metadata}
+    assert {"LICENSE", "trainer/data/assets/LICENSE.mnist"} <= licences
 
 
 @pytest.mark.full
@@ -52,6 +88,7 @@ def test_the_installed_wheel_is_the_same_command_with_its_data(wheel, tmp_path):
 
     run(python, "-m", "pip", "install", "--quiet", wheel)
     assert run(python, "-m", "trainer.task", "--help", **here).stdout.startswith("usage:")
+    assert run(python.with_name("digits-train"), "--help", **here).stdout.startswith("usage:")
     without = run(python, "-m", "trainer.task", **here, check=False)
     assert without.returncode == 78
     assert "pip install 'digits-trainer[cpu]'" in without.stderr
@@ -72,6 +109,7 @@ def test_the_installed_wheel_is_the_same_command_with_its_data(wheel, tmp_path):
 
 @pytest.fixture
 def fresh(tmp_path):
+    """A folder with what make needs to plan an installation."""
     (tmp_path / "trainer").mkdir()
     for name in ("Makefile", "pyproject.toml", "setup.py", "trainer/__init__.py"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -79,7 +117,7 @@ def fresh(tmp_path):
 
 
 def python_of_version(folder, version):
-    """Stands for a Python of another version: it answers what make asks it."""
+    """Writes a program that answers to make as a Python of this version would."""
     script = folder / "python-of-that-version"
     script.write_text(
         f'#!/bin/sh\ncase "$1" in --version) echo Python {version};; *) exit 1;; esac\n'
