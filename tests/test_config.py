@@ -4,8 +4,10 @@ import math
 
 import pytest
 
-from trainer.config import LEARNING_RATES, RECIPES, TrainConfig, available_cpus
+from trainer.config import TrainConfig
 from trainer.errors import UsageError
+from trainer.machine import available_cpus
+from trainer.recipes import LEARNING_RATES, RECIPES
 
 
 def test_the_default_is_the_recipe():

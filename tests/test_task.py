@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from support import events, save_npz
 
-from trainer.training import artifacts as output
+from trainer.files import FILES, REPORT_FILES, lock_output_dir
 
 # As small as a run can be: a few seconds, most of them TensorFlow's start.
 DRAWN = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)
 SMALL = (*DRAWN, "--no-report")
 
-FILES = set(output.FILES)
+FILES = set(FILES)
 
 
 def assert_one_line(done, code, *parts):
@@ -49,7 +49,7 @@ def test_a_run_ends_with_the_files_and_says_so(command, tmp_path, tmp_path_facto
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(word.read_text())
     assert "test accuracy" in word.read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {*FILES, *output.REPORT_FILES}
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, *REPORT_FILES}
     made = manifest(tmp_path)
     assert f"SHA-256 {made['model']['sha256']}" in done.stdout
     assert f"test accuracy {made['metrics']['val_accuracy']:.2%}" in done.stdout
@@ -136,14 +136,14 @@ def test_an_unreachable_tensorflow_dataset_is_66(command, tmp_path):
 
 
 def test_a_loss_that_becomes_nan_is_70_and_keeps_the_files(command, tmp_path):
-    for name in output.FILES:
+    for name in FILES:
         (tmp_path / name).write_text("of an earlier run")
     done = command.run(*SMALL, "--optimizer", "sgd", "--learning-rate", 1e30)
     assert done.returncode == 70
     assert done.stderr.count("\n") == 1
     assert "in epoch 1, step" in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == set(output.FILES)
-    assert all((tmp_path / name).read_text() == "of an earlier run" for name in output.FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert all((tmp_path / name).read_text() == "of an earlier run" for name in FILES)
 
 
 def test_an_output_that_cannot_be_written_is_73(command, tmp_path):
@@ -157,7 +157,7 @@ def test_an_output_that_cannot_be_written_is_73(command, tmp_path):
 
 
 def test_a_folder_in_use_is_73(command, tmp_path):
-    with output.claim(tmp_path):
+    with lock_output_dir(tmp_path):
         assert_one_line(command.run(), 73, "no other run is using", "Wait for that run")
 
 
@@ -309,7 +309,7 @@ def test_a_signal_while_the_report_is_drawn_costs_the_report_alone(
     notice = f"No report.html: stopped by {number.name}. mnist.h5 is complete."
     assert notice in stdout.splitlines()
     assert stdout.splitlines()[-2].startswith("test accuracy ")
-    assert {path.name for path in tmp_path.iterdir()} == set(output.FILES)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
     assert_loads(tmp_path)
 
 
@@ -330,7 +330,7 @@ def kill_in_save(command, folder, seed):
     start = (folder / "mnist.h5").stat().st_mtime_ns
     wait_for(
         lambda: (
-            any((folder / f".{name}.tmp").exists() for name in output.FILES)
+            any((folder / f".{name}.tmp").exists() for name in FILES)
             or (folder / "mnist.h5").stat().st_mtime_ns != start
             or run.poll() is not None
         )

@@ -5,20 +5,21 @@ def main(argv=None) -> int:
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TypeVar
 
+from trainer import machine
 from trainer.errors import StoppedError, TrainerError, UsageError
 
 Config = TypeVar("Config")
+
+TASK = "python -m trainer.task"  # The command that trains, which the others speak of.
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 CLOSED = 141  # 128 + SIGPIPE
@@ -29,6 +30,8 @@ def run(
     kind: type[Config],
     command: Callable[[Config], None],
     argv: Sequence[str] | None = None,
+    *,
+    worker: Callable[[], int] = lambda: 0,
 ) -> int:
     """Parses flags into a configuration, runs the command on it, and returns the exit code.
 
@@ -36,31 +39,43 @@ def run(
         prog: The command as a user types it; it opens every error.
         kind: The dataclass whose fields are the flags.
         command: What to do with the configuration. A ``TrainerError`` it raises ends in one line
-            on stderr and its exit code; any other exception is a bug and keeps its traceback.
+            on stderr and its exit code; any other exception is a bug and keeps its traceback. With
+            ``--log-format json`` the line is a JSON object.
         argv: The arguments; None: those of the process.
+        worker: Gives the worker's index, for a JSON line.
 
     Returns:
         0, or the exit code of the error; 130 after Ctrl-C; 141 where nobody reads the output.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # A name of a file may be in no encoding.
+    words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A file name may be valid in no encoding.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        command(parse(prog, kind, sys.argv[1:] if argv is None else argv))
+        config = parse(prog, kind, words)
+        _prepare_process(config)
+        command(config)
         if sys.stdout:
             sys.stdout.flush()
     except TrainerError as error:
         label = "" if isinstance(error, StoppedError) else "error: "
-        line, code = f"{prog}: {label}{' '.join(str(error).split())}", error.exit_code
+        text = label + " ".join(str(error).split()) + _flags(kind, str(error))
+        code = error.exit_code
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
-        line, code = f"{prog}: interrupted.{reason}", INTERRUPTED
+        text, code = f"interrupted.{reason}", INTERRUPTED
     except BrokenPipeError:  # Whoever read the output has enough: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED
     else:
         return 0
+    line = f"{prog}: {text}"
+    write_termination_message(line)
+    if _logs_json(words):
+        from trainer.log_lines import json_line
+
+        severity = "WARNING" if code in (StoppedError.exit_code, INTERRUPTED) else "ERROR"
+        line = json_line("error", line, severity=severity, worker=worker(), exit_code=code)
     print(line, file=sys.stderr, flush=True)
-    leave_word(line)
     return code
 
 
@@ -76,54 +91,13 @@ def split(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
     return words[: words.index("--")], words[words.index("--") + 1 :]
 
 
-def leave_word(text: str) -> None:
+def write_termination_message(text: str) -> None:
     """Writes how a command ended to the file that TRAINER_TERMINATION_LOG names, if it does: in a
     pod /dev/termination-log, from which ``kubectl describe`` shows it.
     """
     if path := os.environ.get("TRAINER_TERMINATION_LOG"):
         with contextlib.suppress(OSError):
             Path(path).write_text(f"{text}\n", encoding="utf-8")
-
-
-class Signals:
-    """Turns SIGINT (Ctrl-C) and SIGTERM into a question that can be asked between two steps.
-
-    Before ``defer()`` each ends the program at once, as a ``KeyboardInterrupt``: then there is
-    nothing to lose. Afterwards the first is only remembered, because an exception in the middle
-    of TensorFlow's tracing comes out as another one; a second one ends the program at once.
-    Outside the main thread, which signals do not reach, it does nothing.
-
-        with Signals() as signals:
-            signals.defer()
-            while not signals.received: ...
-    """
-
-    received: str | None = None
-
-    def __enter__(self) -> "Signals":
-        self.deferred = False
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def defer(self) -> None:
-        """From now on the first signal is only remembered, in ``received``."""
-        self.deferred = True
-        for number in self.before:
-            # Once more, because TensorFlow's cluster of several workers has put a handler of its
-            # own in place of SIGTERM's (SigtermNotifier in TensorFlow 2.21).
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.deferred or self.received:
-            raise KeyboardInterrupt(signal.Signals(number).name)
-        self.received = signal.Signals(number).name
 
 
 def parse(prog: str, kind: type[Config], argv: Sequence[str]) -> Config:
@@ -182,3 +156,40 @@ def _one_line(box: str, prog: str) -> str:
 def _choices(listed: re.Match) -> str:
     """Puts choices in order, where tyro 1.0 has them in a set's, and leaves out its None."""
     return ", ".join(sorted(set(listed[0].split(", ")) - {"'None'"}))
+
+
+def _prepare_process(config: object) -> None:
+    """Sets what a command wants of its own process, before TensorFlow starts in it: Keras on
+    TensorFlow, whatever ~/.keras/keras.json says; no chatter, unless it is asked for; one heap.
+    """
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    level = "0" if getattr(config, "tensorflow_logs", False) else "3"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", level)
+    machine.use_one_heap()
+
+
+def _flags(kind: type, message: str) -> str:
+    """Names the flags of the settings that a message of the library is about.
+
+    >>> from trainer.config import TrainConfig
+    >>> _flags(TrainConfig, "Received: batch_size=100. Use 96."), _flags(TrainConfig, "No data.")
+    (' (--batch-size)', '')
+    """
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    about = [
+        name
+        for name in names
+        if re.search(rf"\b{name}=" if "_" not in name else rf"\b{name}\b", message)
+    ]
+    flags = [f"--{name.replace('_', '-')}" for name in about]
+    flags = [flag for flag in flags if flag not in message]
+    return f" ({', '.join(flags)})" if flags else ""
+
+
+def _logs_json(words: Sequence[str]) -> bool:
+    """Tells whether arguments ask for JSON, also those that cannot be parsed.
+
+    >>> _logs_json(["--epochs", "x", "--log-format", "json"]), _logs_json(["--log-format=plain"])
+    (True, False)
+    """
+    return "--log-format json" in " ".join(words).replace("_", "-").replace("=", " ")

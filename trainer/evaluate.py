@@ -15,8 +15,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from trainer import cli
-from trainer.config import available_cpus
 from trainer.errors import UsageError
+from trainer.machine import available_cpus
 
 PROG = "python -m trainer.evaluate"
 

@@ -25,7 +25,8 @@ from tyro.conf import Positional
 
 from trainer import cli
 from trainer.errors import ConfigurationError, OutputError, UsageError
-from trainer.training import artifacts as output
+from trainer.files import flush
+from trainer.signals import Signals
 
 if TYPE_CHECKING:  # --help loads none of these.
     import keras
@@ -101,7 +102,7 @@ def export(config: ExportConfig) -> None:
     if config.format == "onnx":
         _check_packages("onnx", "tf2onnx")
 
-    with cli.Signals() as signals:
+    with Signals() as signals:
         from trainer.inference import model_file as saved
 
         cnn = saved.load(config.model)
@@ -313,7 +314,7 @@ def _put(made: Path, target: Path) -> None:
             _exchange(temporary, target)
         else:
             temporary.replace(target)
-        output.flush(target.parent)
+        flush(target.parent)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -329,7 +330,7 @@ def _copy(source: Path, target: Path) -> None:
             _copy(path, target / path.name)
     else:
         shutil.copyfile(source, target)
-    output.flush(target)
+    flush(target)
 
 
 def _exchange(new: Path, old: Path) -> None:

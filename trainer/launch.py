@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import TextIO
 
 from trainer import cli
-from trainer.config import TrainConfig, available_cpus
+from trainer.config import TrainConfig
 from trainer.distributed import worker as child
 from trainer.distributed.cluster import Cluster
 from trainer.errors import ConfigurationError, StoppedError, TrainerError, UsageError
+from trainer.machine import available_cpus
 
 PROG = "python -m trainer.launch"
 TASK = "python -m trainer.task"

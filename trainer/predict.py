@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from trainer import cli
-from trainer.config import available_cpus
 from trainer.errors import OutputError, TrainerError, UsageError
 from trainer.inference import decoders as reader
+from trainer.machine import available_cpus
 
 if TYPE_CHECKING:  # --help loads none of these.
     import numpy as np

@@ -1,32 +1,37 @@
-"""TensorFlow and Keras, started as this package needs them; every module imports them from here.
+"""TensorFlow and Keras; every module imports them from here.
 
     from trainer.runtime import keras, tf
 
-They start without chatter, unless TF_CPP_MIN_LOG_LEVEL is set, and Keras runs on TensorFlow.
+What decides the bits of a result is set here, for a command, a notebook and a library call alike:
+importing this module sets TF_ENABLE_ONEDNN_OPTS to 1 before TensorFlow is imported, unless it is
+set. Where TensorFlow was imported before, it stays as it was, and a run's manifest says so. Nothing
+else of the process is changed by the import. The functions below change TensorFlow's settings for
+the whole process, as each says.
 """
 
 import contextlib
-import ctypes
 import gc
 import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from trainer import machine
 from trainer.config import Precision
 from trainer.errors import ConfigurationError
 
-_M_ARENA_MAX = -8  # of <malloc.h>
+_ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what is written to stderr, by C++ too, and shows it only if an error follows.
-
-    TensorFlow 2.21 logs about the processor before it reads TF_CPP_MIN_LOG_LEVEL, so the variable
-    alone does not silence it.
+def _silent_import() -> Iterator[None]:
+    """Where TF_CPP_MIN_LOG_LEVEL is 3, keeps what is written to stderr, by C++ too, and shows it
+    only if an error follows: TensorFlow 2.21 logs about the processor before it reads the variable.
     """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "3" or "tensorflow" in sys.modules:
+        yield
+        return
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as kept:
@@ -42,82 +47,23 @@ def _quiet() -> Iterator[None]:
             os.close(stderr)
 
 
-def _check_backend() -> None:
-    # A file ~/.keras/keras.json may name another backend; this variable has precedence over it.
-    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    if "keras" in sys.modules:  # Imported before this module, and so for good.
-        backend = sys.modules["keras"].backend.backend()
-    if backend != "tensorflow":
-        raise ConfigurationError(
-            f"Expected Keras on TensorFlow. Received: KERAS_BACKEND={backend}. "
-            "Unset it, or set it to tensorflow, before Keras is imported."
-        )
-
-
-@contextlib.contextmanager
-def _hidden(*names: str) -> Iterator[None]:
-    """Has modules that are installed be missing for a moment."""
-    names = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(names))
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
-
-
-def _command() -> str:
-    """Returns which of this package's commands this process is (``trainer.task``); or nothing."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec and spec.name.startswith("trainer.") else ""
-
-
-def _set_onednn() -> None:
+def _set_onednn() -> str:
     """Switches oneDNN's operations on, which TensorFlow 2.21 itself does on processors with AVX-512
     only: with AVX2 alone they take two thirds of the time (docs/performance.md).
+
+    Returns:
+        What TensorFlow runs with, for a run's manifest.
     """
-    if platform.machine() in ("x86_64", "AMD64"):
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    default = "the processor's"
+    if platform.machine() not in ("x86_64", "AMD64") or "tensorflow" in sys.modules:
+        return os.environ.get(_ONEDNN, default)
+    return os.environ.setdefault(_ONEDNN, "1")
 
 
-def _glibc(name: str) -> Callable[..., int] | None:
-    """Returns a function of glibc; None where there is another library (macOS, Windows, musl)."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
-
-
-def _set_allocator() -> None:
-    """Keeps one heap for all threads (``man mallopt``), where glibc would make eight for each core
-    and keep in each what it once needed. Blocks that are small it gives out without a lock.
-    """
-    if mallopt := _glibc("mallopt"):
-        mallopt(_M_ARENA_MAX, 1)
-
-
-def _unused() -> tuple[str, ...]:
-    """Names what TensorFlow 2.21 and Keras 3.15 import where it is installed, in a second or two,
-    and work without, as the commands of this package do. In another program they are left as they
-    are.
-    """
-    if not (command := _command()):
-        return ()
-    unused = ("IPython", "matplotlib", "pandas", "sklearn")
-    # Those that find digits in pictures import SciPy themselves, in another thread.
-    return (*unused, "scipy") if command == "trainer.task" else unused
-
-
-def _start() -> contextlib.AbstractContextManager:
-    _check_backend()
-    if _command():
-        _set_onednn()
-        _set_allocator()
-    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
-        return contextlib.nullcontext()
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    return _quiet()
-
+ONEDNN = _set_onednn()
 
 try:
-    with _start(), _hidden(*_unused()):
+    with _silent_import():
         import tensorflow as tf
 except ModuleNotFoundError as error:
     if error.name != "tensorflow":
@@ -129,43 +75,60 @@ except ModuleNotFoundError as error:
 
 import keras  # noqa: E402  (TensorFlow loads it)
 
-__all__ = ["keras", "release_memory", "set_deterministic", "set_precision", "set_threads", "tf"]
+if keras.backend.backend() != "tensorflow":
+    raise ConfigurationError(
+        f"Expected Keras on TensorFlow. Received: Keras on {keras.backend.backend()}. Set "
+        "KERAS_BACKEND=tensorflow before Keras is imported."
+    )
+
+__all__ = [
+    "ONEDNN",
+    "keras",
+    "release_memory",
+    "set_deterministic",
+    "set_precision",
+    "set_threads",
+    "tf",
+]
 
 
 def set_threads(threads: int) -> None:
-    """Sets the threads inside one operation, which only works before the first one.
+    """Sets the threads inside one operation, for the whole process; only before the first one.
 
     Raises:
         ConfigurationError: TensorFlow is running already, with another number.
     """
-    if tf.config.threading.get_intra_op_parallelism_threads() == threads:
+    running = tf.config.threading.get_intra_op_parallelism_threads()
+    if running == threads:
         return
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
     except RuntimeError as error:
+        running = running or machine.affine_cpus()  # 0: TensorFlow's choice
+        if running == threads:
+            return
         raise ConfigurationError(
             f"Expected to set threads={threads} before TensorFlow's first operation. Received: "
-            "a TensorFlow that is running with another number. Start a new Python (in a notebook: "
-            "restart the kernel)."
+            f"a TensorFlow that is running with threads={running}. Start a new Python (in a "
+            f"notebook: restart the kernel), or use threads={running}."
         ) from error
 
 
 def release_memory() -> None:
-    """Gives back to the system what is not used any more: ``tf.function`` objects are cycles, and
-    glibc keeps what was freed.
+    """Returns unused memory to the system: ``tf.function`` objects are cycles, and glibc keeps
+    what was freed.
     """
     gc.collect()
-    if malloc_trim := _glibc("malloc_trim"):
-        malloc_trim(0)
+    machine.trim_heap()
 
 
 def set_deterministic() -> None:
-    """Has every operation give the same bits each time, on a GPU too; for the whole process."""
+    """Has every operation give the same bits each time, on a GPU too, for the whole process."""
     tf.config.experimental.enable_op_determinism()
 
 
 def set_precision(precision: Precision) -> None:
-    """Lets GPUs round the factors of products to TensorFloat-32, or not; for the whole process.
-    What is mixed is a matter of the model: ``model.build``.
+    """Allows TensorFloat-32 in matrix products on GPUs, or not, for the whole process. A mixed
+    precision is set in the model: ``models.cnn.build``.
     """
     tf.config.experimental.enable_tensor_float_32_execution(precision != "float32")

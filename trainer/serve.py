@@ -27,6 +27,7 @@ from trainer import cli
 from trainer.errors import ConfigurationError, DataError, TrainerError, UsageError
 from trainer.inference import decoders as reader
 from trainer.inference.web.request_filter import Gate
+from trainer.signals import Signals
 
 if TYPE_CHECKING:  # --help loads none of them.
     import gradio as gr
@@ -88,7 +89,7 @@ def serve(config: ServeConfig) -> None:
             "Install it: pip install 'digits-trainer[web]'"
         )
     with (
-        cli.Signals(),
+        Signals(),
         contextlib.suppress(KeyboardInterrupt),  # The usual end.
         _listen(config) as listener,
         _folder() as folder,

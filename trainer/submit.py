@@ -27,8 +27,16 @@ from trainer.errors import (
     TrainerError,
     UsageError,
 )
+from trainer.files import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    REPORT_FILES,
+    lock_output_dir,
+    remove_files,
+    write_files,
+)
 from trainer.k8s import manifests
-from trainer.training import artifacts as output
+from trainer.signals import Signals
 
 if TYPE_CHECKING:  # --help loads neither.
     from trainer.k8s.api import Kind, Server
@@ -141,7 +149,7 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
 
     from trainer.k8s.api import Server
 
-    with output.claim(config.output_dir), cli.Signals() as signals:
+    with lock_output_dir(config.output_dir), Signals() as signals:
         server = Server(context=config.context, namespace=config.namespace)
         signals.defer()
         with _screen() as screen:
@@ -311,15 +319,15 @@ class _Submitted:
             if files is None:
                 raise self._detached()
             # That of another run would be taken for this one's.
-            output.remove(self.config.output_dir, set(output.REPORT_FILES) - files.keys())
-            output.write(self.config.output_dir, files)
+            remove_files(self.config.output_dir, set(REPORT_FILES) - files.keys())
+            write_files(self.config.output_dir, files)
         except (ConfigurationError, DataError, OutputError) as error:
             raise type(error)(
                 f"{error} Nothing is deleted in the cluster: {self.how_to_come_back} tries again."
             ) from error
-        model = json.loads(files[output.MANIFEST_FILE])["model"]
+        model = json.loads(files[MANIFEST_FILE])["model"]
         self.screen.say(
-            f"{self.config.output_dir / output.MODEL_FILE}  {model['bytes'] / 1e6:.1f} MB  "
+            f"{self.config.output_dir / MODEL_FILE}  {model['bytes'] / 1e6:.1f} MB  "
             f"SHA-256 {model['sha256']}, as in the cluster"
         )
         self._clean_up()

@@ -18,6 +18,7 @@ from trainer import cli
 from trainer.config import Fast, TrainConfig
 from trainer.distributed import cluster
 from trainer.errors import StoppedError, UsageError
+from trainer.signals import Signals
 from trainer.training import artifacts as output
 
 if TYPE_CHECKING:  # --help loads none of these.
@@ -78,7 +79,7 @@ def train(
     """
     start = time.monotonic()
     chief = members is None or members.is_chief
-    with cli.Signals() as signals, contextlib.ExitStack() as held:
+    with Signals() as signals, contextlib.ExitStack() as held:
         try:
             if chief:
                 wait = LINGER if os.environ.get(JOB) else 0
@@ -296,7 +297,7 @@ def _keeper(
     config: TrainConfig,
     facts: dict,
     strategy: "tf.distribute.Strategy",
-    signals: cli.Signals,
+    signals: Signals,
     watcher: "report.Watcher",
 ) -> "checkpoint.Keeper":
     from trainer.distributed.strategy import Workers
@@ -330,7 +331,7 @@ def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "report.
     if not same:
         others = "other weights than the others: their processors round differently"
     text = f"worker {workers.index} of {workers.count} has {others}: SHA-256 {sha256}"
-    cli.leave_word(text)
+    cli.write_termination_message(text)
     watcher.say(
         text,
         "weights",
@@ -364,7 +365,7 @@ def _say_result(config: TrainConfig, manifest: dict, watcher: "report.Watcher") 
         f"{manifest['model']['bytes'] / 1e6:.1f} MB  "
         f"SHA-256 {manifest['model']['sha256']}"
     )
-    cli.leave_word(text)
+    cli.write_termination_message(text)
     watcher.say(
         text,
         "done",

@@ -14,6 +14,7 @@ from support import ROOT
 
 from trainer import export
 from trainer.errors import UsageError
+from trainer.files import lock_output_dir
 from trainer.inference import model_file as saved
 from trainer.models import cnn as model
 from trainer.training import artifacts as output
@@ -50,7 +51,7 @@ def folder(tmp_path_factory, mnist):
     images = np.float32(mnist.x_train[:2048, ..., None]) / 255
     labels = np.eye(10)[mnist.y_train[:2048]]
     cnn.fit(images, labels, batch_size=64, shuffle=False, verbose=0)
-    with output.claim(folder):
+    with lock_output_dir(folder):
         output.save(folder, cnn, {}, {})
     return folder
 

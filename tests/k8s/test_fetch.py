@@ -6,20 +6,26 @@ import json
 import pytest
 
 from trainer.errors import ConfigurationError, DataError
+from trainer.files import (
+    CURVES_FILE,
+    FILES,
+    HISTORY_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    PAGE_FILE,
+    REPORT_FILES,
+)
 from trainer.k8s.fetch import TRIES, fetch
-from trainer.training import artifacts as output
 
 MODEL = b"a model"
 SOUND = {
-    output.MODEL_FILE: MODEL,
-    output.HISTORY_FILE: b"{}",
-    output.MANIFEST_FILE: json.dumps(
-        {"model": {"sha256": hashlib.sha256(MODEL).hexdigest()}}
-    ).encode(),
+    MODEL_FILE: MODEL,
+    HISTORY_FILE: b"{}",
+    MANIFEST_FILE: json.dumps({"model": {"sha256": hashlib.sha256(MODEL).hexdigest()}}).encode(),
 }
 DRAWN = {
-    output.PAGE_FILE: b"<html></html>\n",
-    output.CURVES_FILE: b"\x89PNG IEND\xaeB`\x82",
+    PAGE_FILE: b"<html></html>\n",
+    CURVES_FILE: b"\x89PNG IEND\xaeB`\x82",
 }
 
 
@@ -74,17 +80,17 @@ def test_sound_files_are_read_and_the_pod_is_deleted():
 def test_what_was_drawn_of_the_run_comes_with_it():
     files, lines = read(Server({**SOUND, **DRAWN}))
     assert (files, lines) == ({**SOUND, **DRAWN}, [])
-    assert list(files)[-1] == output.MANIFEST_FILE
+    assert list(files)[-1] == MANIFEST_FILE
 
 
-@pytest.mark.parametrize("file", output.FILES)
+@pytest.mark.parametrize("file", FILES)
 def test_a_run_is_not_without_its_files(file):
     incomplete = {name: content for name, content in SOUND.items() if name != file}
     with pytest.raises(ConfigurationError, match=f"{file}: No such file or directory"):
         read(Server(*[incomplete] * TRIES))
 
 
-@pytest.mark.parametrize("file", [*output.FILES, *output.REPORT_FILES])
+@pytest.mark.parametrize("file", [*FILES, *REPORT_FILES])
 def test_what_was_cut_off_is_read_again(file):
     sound = {**SOUND, **DRAWN}
     files, lines = read(Server({**sound, file: sound[file][:-1]}, sound))
@@ -94,7 +100,7 @@ def test_what_was_cut_off_is_read_again(file):
 
 
 def test_a_model_that_stays_another_is_an_error():
-    server = Server(*[{**SOUND, output.MODEL_FILE: b"another"}] * TRIES)
+    server = Server(*[{**SOUND, MODEL_FILE: b"another"}] * TRIES)
     with pytest.raises(DataError, match="7 bytes with another one"):
         read(server)
     assert server.pod is None

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from support import save_npz
 
+from trainer.files import FILES
 from trainer.reporting import charts, html, scores
-from trainer.training import artifacts as output
 
 HOSTILE = '<script>alert("1")</script> & $title'
 HISTORY = {
@@ -302,7 +302,7 @@ def test_a_run_without_matplotlib_says_so_and_is_done(command, tmp_path):
         "\nNo report.html: No module named 'matplotlib' (pip install matplotlib). "
         "mnist.h5 is complete.\ntest accuracy "
     ) in done.stdout
-    assert {path.name for path in out.iterdir()} == set(output.FILES)
+    assert {path.name for path in out.iterdir()} == set(FILES)
 
 
 @pytest.mark.full
@@ -315,7 +315,7 @@ def test_a_report_that_cannot_be_written_changes_no_exit_code(command, tmp_path)
     assert "No report.html: Expected a folder that can be written at out. Received: " in stdout
     assert "test accuracy" in stdout
     (tmp_path / "out" / ".report.html.tmp").rmdir()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(output.FILES)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
 
 
 @pytest.mark.full

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from trainer.errors import OutputError, StoppedError
+from trainer.files import FILES, REPORT_FILES, lock_output_dir, remove_files
 from trainer.models import cnn as model
 from trainer.training import artifacts as output
 
@@ -21,13 +22,13 @@ def cnn():
 
 
 def save(folder, cnn, **facts):
-    with output.claim(folder):
+    with lock_output_dir(folder):
         return output.save(folder, cnn, HISTORY, {**FACTS, **facts})
 
 
 def test_the_files_say_what_they_hold(tmp_path, cnn):
     manifest = save(tmp_path, cnn)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(output.FILES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     assert json.loads((tmp_path / "history.json").read_text()) == HISTORY
     assert json.loads((tmp_path / "mnist.json").read_text()) == manifest
     shown = subprocess.run(
@@ -123,18 +124,18 @@ def test_the_folder_is_created(tmp_path, cnn):
 )
 def test_a_folder_that_cannot_be_used_is_found_at_once(tmp_path, make, message):
     make(tmp_path / "out")
-    with pytest.raises(OutputError, match=message), output.claim(tmp_path / "out"):
+    with pytest.raises(OutputError, match=message), lock_output_dir(tmp_path / "out"):
         pytest.fail("the folder was taken")
 
 
 def test_two_runs_cannot_use_one_folder(tmp_path):
     with (
-        output.claim(tmp_path),
+        lock_output_dir(tmp_path),
         pytest.raises(OutputError, match="no other run is using"),
-        output.claim(tmp_path),
+        lock_output_dir(tmp_path),
     ):
         pytest.fail("the folder was taken twice")
-    with output.claim(tmp_path):
+    with lock_output_dir(tmp_path):
         pass  # and afterwards it is free again
 
 
@@ -142,8 +143,8 @@ def test_what_a_killed_run_left_is_removed(tmp_path, cnn):
     save(tmp_path, cnn)
     for name in (".mnist.h5.tmp", ".report.html.tmp", ".curves.png.tmp"):
         (tmp_path / name).write_bytes(b"half a file")
-    with output.claim(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(output.FILES)
+    with lock_output_dir(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
 
 
 # The folder is full, or a file may not grow: each at several sizes, so that the model, and then
@@ -153,13 +154,14 @@ import resource, sys
 from pathlib import Path
 from trainer.models import cnn as model
 from trainer.training import artifacts as output
+from trainer.files import lock_output_dir
 from trainer.errors import OutputError, StoppedError
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 cnn = model.build(optimizer="adadelta", learning_rate=1.0, seed=int(sys.argv[3]))
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    with output.claim(folder):
+    with lock_output_dir(folder):
         output.save(folder, cnn, {}, {})
 except OutputError as error:
     print(error)
@@ -178,14 +180,14 @@ def save_in_process(command, folder, limit, seed):
 
 
 def assert_old_files_stand(command, folder, limit=0):
-    old = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in output.FILES}
-    assert sorted(old) == sorted(output.FILES)
+    old = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
+    assert sorted(old) == sorted(FILES)
     done = save_in_process(command, folder, limit, seed=2)
     assert done.returncode == 73, done.stderr
     assert "Make room or permission there" in done.stdout
     for name, content in old.items():
         assert (folder / name).read_bytes() == content
-    assert {path.name for path in folder.iterdir()} - set(output.FILES) <= {"filler"}
+    assert {path.name for path in folder.iterdir()} - set(FILES) <= {"filler"}
 
 
 @pytest.mark.parametrize("limit", [5_000_000, 9_530_000])
@@ -213,25 +215,25 @@ def test_a_disk_that_fills_up_leaves_the_old_files(tmp_path, cnn, command):
 
 def test_what_is_removed_is_gone_or_said_to_stay(tmp_path):
     (tmp_path / "report.html").write_text("of an earlier run")
-    output.remove(tmp_path, output.REPORT_FILES)
+    remove_files(tmp_path, REPORT_FILES)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "report.html").mkdir()
     with pytest.raises(OutputError, match="Make room or permission there"):
-        output.remove(tmp_path, output.REPORT_FILES)
+        remove_files(tmp_path, REPORT_FILES)
 
 
 def test_a_folder_in_use_is_waited_for_until_it_is_too_long(tmp_path):
     got = threading.Event()
 
     def wait():
-        with output.claim(tmp_path, wait=60):
+        with lock_output_dir(tmp_path, wait=60):
             got.set()
 
     waiting = threading.Thread(target=wait)
-    with output.claim(tmp_path):
+    with lock_output_dir(tmp_path):
         with (
             pytest.raises(StoppedError, match="no other run is using"),
-            output.claim(tmp_path, wait=0.1),
+            lock_output_dir(tmp_path, wait=0.1),
         ):
             pass
         waiting.start()

@@ -1,7 +1,7 @@
 """Reads the files that a run has left in its claim, through a pod that lives for that long.
 
 files = fetch(server, "digits-a1b2c", image="digits-trainer:0.1.0", screen=screen, stop=stop)
-output.write(folder, files)
+write_files(folder, files)
 """
 
 import contextlib
@@ -11,17 +11,25 @@ import time
 from collections.abc import Callable
 
 from trainer.errors import ConfigurationError, DataError, TrainerError
+from trainer.files import (
+    CURVES_FILE,
+    FILES,
+    HISTORY_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    PAGE_FILE,
+    REPORT_FILES,
+)
 from trainer.k8s import manifests
 from trainer.k8s.api import Server
 from trainer.k8s.follow import Screen, pending
-from trainer.training import artifacts as output
 
 BEGIN = 300.0  # Seconds in which the pod begins.
 TRIES = 3  # How often the files are read, when that fails.
 TICK = 0.5  # Seconds between two looks at the pod.
 
 # No manifest names their SHA-256.
-_ENDS = {output.PAGE_FILE: b"</html>\n", output.CURVES_FILE: b"IEND\xaeB`\x82"}
+_ENDS = {PAGE_FILE: b"</html>\n", CURVES_FILE: b"IEND\xaeB`\x82"}
 
 
 def fetch(
@@ -70,7 +78,7 @@ def _read(
             return None
         files = _report(server, pod)
         # The manifest is the last, as output.write has it.
-        files |= {file: server.read_file(pod, f"/output/{file}") for file in output.FILES}
+        files |= {file: server.read_file(pod, f"/output/{file}") for file in FILES}
     finally:
         with contextlib.suppress(TrainerError):
             server.delete("Pod", pod)
@@ -101,7 +109,7 @@ def _begins(server: Server, pod: str, screen: Screen, stop: Callable[[], str | N
 def _report(server: Server, pod: str) -> dict[str, bytes]:
     """Reads what was drawn of the run: nothing, where its pod was stopped before."""
     files = {}
-    for file in output.REPORT_FILES:
+    for file in REPORT_FILES:
         try:
             files[file] = server.read_file(pod, f"/output/{file}")
         except ConfigurationError as error:
@@ -111,15 +119,15 @@ def _report(server: Server, pod: str) -> dict[str, bytes]:
 
 
 def _check(files: dict[str, bytes]) -> None:
-    model = files[output.MODEL_FILE]
+    model = files[MODEL_FILE]
     try:
-        json.loads(files[output.HISTORY_FILE])
-        expected = json.loads(files[output.MANIFEST_FILE])["model"]["sha256"]
+        json.loads(files[HISTORY_FILE])
+        expected = json.loads(files[MANIFEST_FILE])["model"]["sha256"]
     except (ValueError, KeyError, TypeError):
         expected = None
     if hashlib.sha256(model).hexdigest() != expected:
         raise DataError(
-            f"Expected {output.MODEL_FILE} to have the SHA-256 that {output.MANIFEST_FILE} names. "
+            f"Expected {MODEL_FILE} to have the SHA-256 that {MANIFEST_FILE} names. "
             f"Received: {len(model):,} bytes with another one."
         )
     for file, end in _ENDS.items():

@@ -13,10 +13,17 @@ import numpy as np
 
 from trainer.config import TrainConfig
 from trainer.errors import StoppedError, TrainerError
+from trainer.files import (
+    CURVES_FILE,
+    MODEL_FILE,
+    PAGE_FILE,
+    REPORT_FILES,
+    remove_files,
+    write_files,
+)
 from trainer.models import cnn
 from trainer.reporting import html
 from trainer.runtime import keras, release_memory
-from trainer.training import artifacts
 
 if TYPE_CHECKING:
     from trainer.reporting.progress import Watcher
@@ -55,18 +62,18 @@ def draw(
 
     try:
         # An earlier run's would be taken for this one's.
-        artifacts.remove(config.output_dir, artifacts.REPORT_FILES)
+        remove_files(config.output_dir, REPORT_FILES)
         if not config.report:
             return
         watcher.on_predict_begin()
         check_stopped()
         report = _render(config, model, manifest, history, images, labels, check_stopped)
-        files = {artifacts.PAGE_FILE: report.page, artifacts.CURVES_FILE: report.curves}
-        artifacts.write(config.output_dir, files)
+        files = {PAGE_FILE: report.page, CURVES_FILE: report.curves}
+        write_files(config.output_dir, files)
     except (Exception, KeyboardInterrupt) as error:
         reason = f"stopped by {stopped()}" if stopped() else _reason(error)
         watcher.say(
-            f"No {artifacts.PAGE_FILE}: {reason.rstrip('.')}. {artifacts.MODEL_FILE} is complete.",
+            f"No {PAGE_FILE}: {reason.rstrip('.')}. {MODEL_FILE} is complete.",
             "notice",
         )
 

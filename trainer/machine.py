@@ -1,0 +1,96 @@
+"""What this machine offers: its CPUs, its processor, and its memory.
+
+It loads neither NumPy nor TensorFlow before it is asked for memory.
+"""
+
+import ctypes
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import DTypeLike
+
+ALIGNMENT = 64  # bytes; EIGEN_MAX_ALIGN_BYTES of TensorFlow's builds
+
+_M_ARENA_MAX = -8  # of <malloc.h>
+
+
+def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Counts the CPUs this process may use: its affinity, and its container's quota rounded up.
+
+    Args:
+        cgroup: Where the control group file system is mounted; version 2 (``cpu.max``) and
+            version 1 (``cpu/cpu.cfs_quota_us``) are understood.
+
+    Returns:
+        At least 1.
+    """
+    count = affine_cpus()
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in files).split()
+        except (OSError, ValueError):
+            continue
+        if quota not in ("max", "-1"):
+            count = min(count, math.ceil(int(quota) / int(period)))
+    return max(count, 1)
+
+
+def affine_cpus() -> int:
+    """Counts the CPUs of this process' affinity, which is what TensorFlow's default follows."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS and Windows have no affinity to ask for.
+
+
+def processor() -> str:
+    """Names the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: "DTypeLike") -> "np.ndarray":
+    """Returns an uninitialized array that begins where TensorFlow wants its tensors to begin, so
+    that TensorFlow can use the same memory without a copy.
+
+    Args:
+        shape: The array's.
+        dtype: The array's.
+
+    Returns:
+        A C-contiguous, writeable array whose address is a multiple of ``ALIGNMENT``.
+    """
+    import numpy as np
+
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def use_one_heap() -> None:
+    """Has glibc keep one heap for all threads of this process (``man mallopt``), where it would
+    make eight for each core and keep in each what it once needed. It changes no bit of a result.
+    """
+    if mallopt := _glibc("mallopt"):
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def trim_heap() -> None:
+    """Has glibc return to the system what was freed (``man malloc_trim``)."""
+    if malloc_trim := _glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    """Returns a function of glibc; None where there is another library (macOS, Windows, musl)."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
