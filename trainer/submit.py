@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -179,7 +179,7 @@ def _check(config: SubmitConfig, flags: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _screen():
+def _screen() -> "Iterator[Screen]":
     from rich.console import Console
 
     from trainer.reporting.bar import Bar

@@ -14,8 +14,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 from trainer.errors import ConfigurationError, TrainerError
 from trainer.k8s.manifests import MISSING
@@ -289,7 +289,7 @@ class Server:
         with self._errors():
             return self._method(verb, kind)(*names, **options, **self._limits())
 
-    def _method(self, verb: str, kind: Kind, *subresource: str):
+    def _method(self, verb: str, kind: Kind, *subresource: str) -> Callable[..., Any]:
         """Returns a method of the client, bound to the namespace."""
         group, noun = _METHODS[kind]
         api = getattr(self.kubernetes.client, group)(self.client)
@@ -322,7 +322,7 @@ class Server:
                 f"{reason}. kubectl cluster-info should answer; --context names another."
             )
         with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
-            reason = json.loads(error.body)["message"]
+            reason = json.loads(getattr(error, "body", ""))["message"]
         remedy = {
             401: " Log in to the cluster again.",
             403: f" Ask for the permission, or another quota, in the namespace {self.namespace}.",

@@ -142,7 +142,7 @@ class Watched:
                 raise change
             self.begun = self.begun or kind == "log"
             self.screen.say(f"The {kind.lower()}s of {self.name} cannot be shown: {change}")
-        elif kind == "log":
+        elif isinstance(change, str):
             self._line(change)
         elif change.type == "LOST":
             if not self.lost:  # Each try has its own words.

@@ -10,6 +10,8 @@ kustomizations of ``k8s/``, and what is done to them here is what a person would
 import re
 from collections.abc import Sequence
 from importlib import resources
+from types import ModuleType
+from typing import Any
 
 from trainer.errors import ConfigurationError
 
@@ -106,7 +108,7 @@ def _load(kind: str, name: str) -> list[dict]:
     return _renamed(objects, re.compile(r"\bdigits\b(?!-trainer)"), name)
 
 
-def _renamed(part: object, word: re.Pattern, name: str) -> object:
+def _renamed(part: Any, word: re.Pattern, name: str) -> Any:
     if isinstance(part, dict):
         return {key: _renamed(value, word, name) for key, value in part.items()}
     if isinstance(part, list):
@@ -114,7 +116,7 @@ def _renamed(part: object, word: re.Pattern, name: str) -> object:
     return word.sub(name, part) if isinstance(part, str) else part
 
 
-def _yaml():
+def _yaml() -> ModuleType:
     try:
         import yaml
     except ImportError as error:

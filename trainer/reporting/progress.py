@@ -102,7 +102,7 @@ class Watcher(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self.epoch = epoch
         self.epoch_start = self.clock()
-        self.first = None
+        self.first: tuple[float, int] | None = None  # clock and step where the rate begins
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         step, steps, epochs = batch + 1, self.params["steps"], self.params["epochs"]
@@ -128,7 +128,7 @@ class Watcher(keras.callbacks.Callback):
         }
         self.on_step(position, logs or {})
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         seconds = self.clock() - self.epoch_start
         self.say(
             f"epoch {epoch + 1}/{self.params['epochs']}  {means(logs)}  {span(seconds)}",

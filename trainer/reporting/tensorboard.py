@@ -58,7 +58,7 @@ class EpochEvents(keras.callbacks.Callback):
                 self._write(epoch, dict(zip(history, values, strict=True)))
             self._flush()
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, float]) -> None:
         with self._errors():
             self._write(epoch, logs)
             self._flush()
