@@ -20,8 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from trainer import predict
 from trainer.data import sources as data
 from trainer.errors import DataError
-from trainer.inference import model_file as saved
-from trainer.inference import segmentation
+from trainer.inference import model_file, segmentation
 
 SIDE = 240  # Pixels of a picture that is drawn here.
 
@@ -235,7 +234,7 @@ def main() -> None:
     args = parser.parse_args()
     from trainer.models import cnn  # Here: it starts TensorFlow, which drawing does without.
 
-    model = saved.load(args.model)
+    model = model_file.load(args.model)
     groups = {name: group(name, args.seed) for name in GROUPS}
     said = []
     for see in (plain, cut_out):

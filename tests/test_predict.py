@@ -12,8 +12,7 @@ from support import Command
 
 from trainer import cli, predict
 from trainer.errors import UsageError
-from trainer.inference import pictures as images
-from trainer.inference import segmentation
+from trainer.inference import pictures, segmentation
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +27,14 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def digits(tmp_path_factory):
     """A folder with a picture of each digit, 0.png to 9.png."""
-    folder = tmp_path_factory.mktemp("pictures")
+    digits = tmp_path_factory.mktemp("pictures")
     for digit in range(10):
         picture = foreign.draw(digit, "felt-tip", np.random.default_rng(digit))
-        Image.fromarray(picture).save(folder / f"{digit}.png")
-    (folder / "notes.txt").write_text("no picture, and not named as one")
-    return folder
+        Image.fromarray(picture).save(digits / f"{digit}.png")
+    (digits / "notes.txt").write_text("no picture, and not named as one")
+    return digits
 
 
 @pytest.fixture
@@ -48,15 +47,15 @@ def expected(model, paths) -> np.ndarray:
     """Says what stock Keras makes of the pictures."""
     import keras
 
-    seen = np.stack([segmentation.find(images.open_image(path))[0].pixels for path in paths])
+    seen = np.stack([segmentation.find(pictures.open_image(path))[0].pixels for path in paths])
     return keras.models.load_model(model).predict(seen[..., None] / 255.0, verbose=0)
 
 
-def test_each_line_has_file_digit_and_probability(ask, model, pictures):
-    paths = sorted(pictures.glob("*.png"))
+def test_each_line_has_file_digit_and_probability(ask, model, digits):
+    paths = sorted(digits.glob("*.png"))
     answers = expected(model, paths)
     threshold = np.sort(answers.max(axis=1))[4:6].mean()  # It is unsure of half of them.
-    done = ask.run(pictures, "--threshold", threshold)
+    done = ask.run(digits, "--threshold", threshold)
     assert (done.returncode, done.stderr) == (0, "")
     for line, path, said in zip(done.stdout.splitlines(), paths, answers, strict=True):
         doubt = "  unsure" if said.max() < threshold else ""
@@ -65,44 +64,44 @@ def test_each_line_has_file_digit_and_probability(ask, model, pictures):
 
 
 @pytest.mark.full
-def test_json_has_all_of_it(ask, model, pictures):
-    done = ask.run(pictures / "3.png", pictures / "nowhere.png", "--json", "--threshold", 1)
+def test_json_has_all_of_it(ask, model, digits):
+    done = ask.run(digits / "3.png", digits / "nowhere.png", "--json", "--threshold", 1)
     assert done.returncode == 66
     first, second = map(json.loads, done.stdout.splitlines())
-    [said] = expected(model, [pictures / "3.png"])
+    [said] = expected(model, [digits / "3.png"])
     [digit] = first["digits"]
-    assert first["file"] == str(pictures / "3.png")
+    assert first["file"] == str(digits / "3.png")
     assert digit["digit"] == said.argmax()
     assert digit["probability"] == pytest.approx(said.max(), abs=1e-5)
     assert digit["unsure"]  # Nothing is sure enough for 1, but what is rounded to it.
-    [seen] = segmentation.find(images.open_image(pictures / "3.png"))
+    [seen] = segmentation.find(pictures.open_image(digits / "3.png"))
     assert tuple(digit["box"]) == seen.box
     assert second["code"] == 66
-    assert second["error"].startswith(f"Expected an image at {pictures / 'nowhere.png'}. Received:")
+    assert second["error"].startswith(f"Expected an image at {digits / 'nowhere.png'}. Received:")
 
 
 @pytest.mark.full
-def test_many_digits_are_shown_as_the_model_saw_them(ask, model, pictures, tmp_path):
-    row = [np.asarray(Image.open(pictures / f"{digit}.png")) for digit in (4, 0, 7)]
+def test_many_digits_are_shown_as_the_model_saw_them(ask, model, digits, tmp_path):
+    row = [np.asarray(Image.open(digits / f"{digit}.png")) for digit in (4, 0, 7)]
     Image.fromarray(np.concatenate(row, axis=1)).save(tmp_path / "407.png")
     done = ask.run("407.png", "--digits", "many", "--show", "seen/here")
     assert (done.returncode, done.stderr) == (0, "")
-    said = expected(model, [pictures / f"{digit}.png" for digit in (4, 0, 7)])
+    said = expected(model, [digits / f"{digit}.png" for digit in (4, 0, 7)])
     found = re.findall(r"^407\.png  (\d)  [\d.]+%", done.stdout, re.MULTILINE)
     assert found == [str(p.argmax()) for p in said]
     [shown] = (tmp_path / "seen" / "here").iterdir()
     assert shown.name == "0001-407.png"
     sheet = np.asarray(Image.open(shown).convert("L"))
-    seen = segmentation.find(images.open_image(tmp_path / "407.png"), digits="many")[2]
+    seen = segmentation.find(pictures.open_image(tmp_path / "407.png"), digits="many")[2]
     enlarged = np.kron(seen.pixels, np.ones((8, 8), np.uint8))
     # Beside the original, under the first of the two above it.
     assert np.array_equal(sheet[248:472, 456:680], enlarged)
 
 
 @pytest.mark.full
-def test_what_cannot_be_read_is_named_and_the_others_go_on(ask, pictures, tmp_path):
-    shutil.copy(pictures / "1.png", tmp_path / "good [1].png")
-    content = (pictures / "2.png").read_bytes()
+def test_what_cannot_be_read_is_named_and_the_others_go_on(ask, digits, tmp_path):
+    shutil.copy(digits / "1.png", tmp_path / "good [1].png")
+    content = (digits / "2.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.png").write_text("no image")
     Image.new("L", (100, 100), 255).save(tmp_path / "blank.png")
@@ -128,10 +127,10 @@ def test_what_cannot_be_read_is_named_and_the_others_go_on(ask, pictures, tmp_pa
 
 
 @pytest.mark.full
-def test_a_picture_comes_on_standard_input(ask, model, pictures):
-    with (pictures / "8.png").open("rb") as stdin:
+def test_a_picture_comes_on_standard_input(ask, model, digits):
+    with (digits / "8.png").open("rb") as stdin:
         done = ask.run("-", stdin=stdin)
-    [said] = expected(model, [pictures / "8.png"])
+    [said] = expected(model, [digits / "8.png"])
     assert done.stdout.startswith(f"standard input  {said.argmax()}  {said.max():.1%}")
     assert done.returncode == 0
 
@@ -147,17 +146,17 @@ def test_one_picture_without_a_digit_is_one_line(ask, tmp_path):
 
 
 @pytest.mark.full
-def test_a_reader_that_has_enough_is_no_error(ask, pictures):
-    program = [*ask.argv(*[pictures] * 200)]
+def test_a_reader_that_has_enough_is_no_error(ask, digits):
+    program = [*ask.argv(*[digits] * 200)]
     ask.prefix, ask.program = ["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "bash"], []
     done = ask.run(*program[1:])
     assert (done.returncode, done.stdout.count("\n"), done.stderr) == (141, 1, "")
 
 
 @pytest.mark.full
-def test_a_folder_that_cannot_be_written_is_73(ask, pictures, tmp_path):
+def test_a_folder_that_cannot_be_written_is_73(ask, digits, tmp_path):
     (tmp_path / "taken").write_text("")
-    done = ask.run(pictures / "1.png", "--show", "taken")
+    done = ask.run(digits / "1.png", "--show", "taken")
     assert (done.returncode, done.stderr.count("\n")) == (73, 1)
     assert "Expected to write to taken. Received: File exists" in done.stderr
 
@@ -177,8 +176,8 @@ def test_a_wrong_flag_is_one_line(argv, message):
 
 
 @pytest.mark.full
-def test_a_missing_model_ends_it_whatever_the_pictures_are(command, pictures):
+def test_a_missing_model_ends_it_whatever_the_pictures_are(command, digits):
     command.program = ["-m", "trainer.predict"]
-    done = command.run("nowhere.h5", pictures)
+    done = command.run("nowhere.h5", digits)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (66, "", 1)
     assert "nowhere.h5" in done.stderr

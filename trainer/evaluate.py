@@ -80,11 +80,11 @@ def evaluate(config: EvaluateConfig) -> None:
 
     digits = data.load(config.data).first(None, config.test_limit)
 
-    from trainer.inference import model_file as saved
+    from trainer.inference import model_file
     from trainer.models import cnn
     from trainer.reporting import scores
 
-    model = saved.load(config.model, threads=config.threads)
+    model = model_file.load(config.model, threads=config.threads)
     predicted = cnn.probabilities(model, digits.x_test, batch_size=config.batch_size)
     found = scores.score(digits.y_test, predicted)
     if config.json:

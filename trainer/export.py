@@ -103,9 +103,9 @@ def export(config: ExportConfig) -> None:
         _check_packages("onnx", "tf2onnx")
 
     with Signals() as signals:
-        from trainer.inference import model_file as saved
+        from trainer.inference import model_file
 
-        cnn = saved.load(config.model)
+        cnn = model_file.load(config.model)
         # A KeyboardInterrupt in the middle of a conversion, which is short, would come out of it
         # as another error.
         signals.defer()

@@ -21,13 +21,13 @@ from tyro.conf import Positional
 
 from trainer import cli
 from trainer.errors import OutputError, TrainerError, UsageError
-from trainer.inference import decoders as reader
 from trainer.machine import available_cpus
 
 if TYPE_CHECKING:  # --help loads none of these.
     import numpy as np
 
-    from trainer.inference.segmentation import Digits, Seen
+    from trainer.inference import decoders
+    from trainer.inference.digit import Digit, DigitCount
 
 PROG = "python -m trainer.predict"
 
@@ -134,7 +134,7 @@ class _Answer:
     name: str
     error: TrainerError | None = None
     grey: "np.ndarray | None" = None  # uint8 (h, w)
-    seen: "Sequence[Seen]" = ()
+    seen: "Sequence[Digit]" = ()
     probabilities: "np.ndarray | None" = None  # float32 (digits, 10)
 
 
@@ -156,7 +156,9 @@ def _expand(names: Iterable[str]) -> Iterator[str]:
 def _answers(config: PredictConfig, names: Sequence[str]) -> Iterator[_Answer]:
     """Yields what is said of each picture, in their order."""
     groups = [names[:FIRST], *(names[at : at + LATER] for at in range(FIRST, len(names), LATER))]
-    with reader.readers(min(config.threads, len(names))) as start:
+    from trainer.inference import decoders
+
+    with decoders.start(min(config.threads, len(names))) as start:
 
         def read(group: Sequence[str]) -> list[tuple[str, Future]]:
             return [_read(start, name, config.digits) for name in group]
@@ -173,7 +175,7 @@ def _answers(config: PredictConfig, names: Sequence[str]) -> Iterator[_Answer]:
                 yield answer
 
 
-def _read(read: reader.Read, name: str, digits: "Digits") -> tuple[str, Future]:
+def _read(read: "decoders.Decode", name: str, digits: "DigitCount") -> tuple[str, Future]:
     """Returns what a picture is called, and what its process will say of it."""
     if name != STDIN:
         return (called := _printable(name)), read(Path(name), called, digits)
@@ -194,9 +196,9 @@ def _classifier(config: PredictConfig) -> "Callable[[list[np.ndarray]], np.ndarr
     """Loads the model; returns what makes float32 (n, 10) of n pictures, uint8 (28, 28)."""
     import numpy as np
 
-    from trainer.inference import model_file as saved
+    from trainer.inference import model_file
 
-    cnn = saved.load(config.model, threads=config.threads)
+    cnn = model_file.load(config.model, threads=config.threads)
 
     def classify(pictures: list[np.ndarray]) -> np.ndarray:
         if not pictures:

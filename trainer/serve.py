@@ -25,7 +25,6 @@ from tyro.conf import Positional
 
 from trainer import cli
 from trainer.errors import ConfigurationError, DataError, TrainerError, UsageError
-from trainer.inference import decoders as reader
 from trainer.inference.web.request_filter import Gate
 from trainer.signals import Signals
 
@@ -33,6 +32,8 @@ if TYPE_CHECKING:  # --help loads none of them.
     import gradio as gr
     import numpy as np
     from starlette.types import ASGIApp
+
+    from trainer.inference import decoders
 
 PROG = "python -m trainer.serve"
 
@@ -88,12 +89,14 @@ def serve(config: ServeConfig) -> None:
             "Expected Gradio. Received: a Python without it. "
             "Install it: pip install 'digits-trainer[web]'"
         )
+    from trainer.inference import decoders
+
     with (
         Signals(),
         contextlib.suppress(KeyboardInterrupt),  # The usual end.
         _listen(config) as listener,
         _folder() as folder,
-        reader.readers(1) as read,
+        decoders.start(1) as read,
     ):
         page = build(read, _compile(config.model), config.model.name)
         app = _mount(page, folder, config.max_upload_mb * 2**20)
@@ -139,10 +142,10 @@ def _folder() -> Iterator[Path]:
 
 def _compile(path: Path) -> Classify:
     """Loads the model, and compiles it before the first picture comes."""
-    from trainer.inference import model_file as saved
+    from trainer.inference import model_file
     from trainer.runtime import tf
 
-    cnn = saved.load(path)
+    cnn = model_file.load(path)
 
     @tf.function(input_signature=[tf.TensorSpec((28, 28), tf.uint8)])
     def probabilities(pixels: tf.Tensor) -> tf.Tensor:
@@ -153,7 +156,7 @@ def _compile(path: Path) -> Classify:
     return lambda pixels: probabilities(pixels).numpy()
 
 
-def build(read: reader.Read, classify: Classify, name: str) -> "gr.Blocks":
+def build(read: "decoders.Decode", classify: Classify, name: str) -> "gr.Blocks":
     """Builds the page, and its endpoint ``predict``.
 
     Args:

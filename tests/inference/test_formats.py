@@ -15,7 +15,7 @@ from support import ROOT
 from trainer import export
 from trainer.errors import UsageError
 from trainer.files import lock_output_dir
-from trainer.inference import model_file as saved
+from trainer.inference import model_file
 from trainer.models import cnn as model
 from trainer.training import artifacts as output
 
@@ -113,7 +113,7 @@ def test_its_own_runtime_says_what_keras_says(here, capfd, images, kind):
         os.umask(umask)
         assert all(path.stat().st_mode & 0o777 == 0o666 & ~umask for path in files)
 
-    cnn = saved.load(here / "mnist.h5")
+    cnn = model_file.load(here / "mnist.h5")
     alone = kind in ("onnx", "litert")
     for part, said in answers(SNIPPETS[kind], images, here, alone).items():
         assert (said.shape, said.dtype) == ((len(images[part]), 10), np.float32)
@@ -168,7 +168,9 @@ def test_the_files_carry_names_and_a_free_number_of_images(here):
 
     # And training can go on with what Keras loads, once it is compiled.
     loaded = keras.models.load_model("a/b/x.keras")
-    assert output.weights_sha256(loaded) == output.weights_sha256(saved.load(here / "mnist.h5"))
+    assert output.weights_sha256(loaded) == output.weights_sha256(
+        model_file.load(here / "mnist.h5")
+    )
     loaded.compile("adam", "categorical_crossentropy")
     loaded.fit(np.ones((4, 28, 28, 1), np.float32), np.eye(4, 10), verbose=0)
 
@@ -180,7 +182,7 @@ def test_quantized_it_is_a_quarter_of_the_size_and_says_the_same_digits(here, ca
     assert (here / "mnist_quantized.tflite").stat().st_size < 0.26 * 9_528_224
     code = SNIPPETS["litert"].replace("mnist.tflite", "mnist_quantized.tflite")
     said = answers(code, images, here, alone=True)["many"]
-    expected = saved.load(here / "mnist.h5").predict(images["many"], verbose=0)
+    expected = model_file.load(here / "mnist.h5").predict(images["many"], verbose=0)
     assert np.abs(said - expected).max() > 1e-5  # It is quantized.
     assert np.mean(said.argmax(axis=1) == expected.argmax(axis=1)) >= 0.99
 

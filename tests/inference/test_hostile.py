@@ -21,13 +21,10 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from support import ROOT, Command
+from support import Command
 
 from trainer.errors import DataError, InputError
-from trainer.inference import decoders as reader
-from trainer.inference import model_file as saved
-from trainer.inference import pictures as images
-from trainer.inference import segmentation
+from trainer.inference import model_file, pictures, segmentation
 from trainer.training import artifacts as output
 
 GIGABYTE = 10**9
@@ -129,7 +126,7 @@ def progressive(scans: int) -> bytes:
 
 def samples() -> dict[str, bytes]:
     """One small picture of each format and mode."""
-    images._formats()  # HEIC too, where it can be read.
+    pictures._formats()  # HEIC too, where it can be read.
     image, exif = stroke(), Image.Exif()
     exif[0x112] = 6
     made = {f"png-{mode}.png": encoded(image.convert(mode), "PNG") for mode in ("L", "P", "RGBA")}
@@ -139,7 +136,7 @@ def samples() -> dict[str, bytes]:
     for compression in ("raw", "tiff_lzw", "tiff_deflate", "jpeg"):
         made[f"tiff-{compression}.tif"] = encoded(image, "TIFF", compression=compression)
     for kind in ("WEBP", "AVIF", "HEIF", "MPO"):
-        if kind in images._formats() and kind in Image.SAVE:
+        if kind in pictures._formats() and kind in Image.SAVE:
             name = f"{kind.lower()}.{'jpg' if kind == 'MPO' else kind.lower()}"
             more = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
             made[name] = encoded(image.convert("RGB"), kind, **more)
@@ -299,7 +296,7 @@ def digits(mnist, folder: Path, cnn) -> dict[str, str]:
         path = folder / f"{'0mz~é'[number]}-good.png"
         picture = Image.fromarray(255 - mnist.x_test[number])
         picture.resize((112, 112)).save(path)
-        [seen] = segmentation.find(images.open_image(path))
+        [seen] = segmentation.find(pictures.open_image(path))
         [answer] = cnn(seen.pixels[np.newaxis, ..., np.newaxis] / np.float32(255)).numpy()
         lines[path.name] = f"{path}  {answer.argmax()}  {answer.max():.1%}"
     return lines
@@ -355,28 +352,6 @@ def test_a_corpus_of_hostile_pictures(command, cnn, sound, mnist, tmp_path):
     good = digits(mnist, folder, cnn)
     done = predict_all(command, sound, folder, made, good, others=["\x01.png"])
     assert done.code == 66  # The first one's.
-
-
-def test_a_picture_whose_reading_crashes_is_named_and_the_next_read(tmp_path):
-    content = encoded(stroke(), "PNG")
-    one = reader._Reader()
-    try:
-        assert len(one.read(content, "one.png", "one")[1]) == 1
-        one._process.kill()
-        with pytest.raises(DataError, match=r"at two.png\. Received: .* reading it crashed"):
-            one.read(content, "two.png", "one")
-        assert len(one.read(content, "three.png", "many")[1]) == 1
-    finally:
-        one.end()
-    assert one._process.poll() is not None
-
-
-def test_a_picture_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "DEADLINE", 0.001)
-    with reader.readers(1) as read:
-        future = read(encoded(stroke(), "PNG"), "one.png", "one")
-        with pytest.raises(DataError, match=r"at one.png\. Received: .* more than 0.001 s"):
-            future.result()
 
 
 # ---- models
@@ -529,10 +504,10 @@ def changed(source: Path, target: Path, change: Change) -> Path:
 def refusal(path: Path) -> str:
     """Returns the one line with which a file is refused."""
     with pytest.raises((DataError, InputError)) as caught:
-        saved.load(path)
+        model_file.load(path)
     text = str(caught.value)
     assert text.startswith(f"Expected a model of the digits CNN at {path}. Received: "), text
-    assert text.endswith(saved.REMEDY)
+    assert text.endswith(model_file.REMEDY)
     assert text.isprintable(), text
     assert len(text) < 1000 + len(str(path))
     return text
@@ -554,7 +529,7 @@ def test_a_changed_model_is_refused(sound, tmp_path, name):
 @pytest.mark.parametrize("name", ["block", "declared", "declared whole", "filled", "many layers"])
 def test_reading_a_model_takes_little_memory(command, sound, tmp_path, name):
     path = changed(sound, tmp_path / "changed.h5", CHANGES[name])
-    done = Run(command, "-P", ROOT / "trainer" / "inference" / "read_hdf5.py", path)
+    done = Run(command, "-P", "-m", "trainer.inference.read_hdf5", path)
     assert done.memory < GIGABYTE, f"{done.memory:,} bytes"
 
 
@@ -575,7 +550,7 @@ def test_a_model_with_flipped_bytes_is_refused_or_loads(sound, tmp_path, seed):
         content[draw.choice(places)] ^= 1 << draw.randrange(8)
     (tmp_path / "flipped.h5").write_bytes(content)
     with contextlib.suppress(DataError):
-        assert saved.load(tmp_path / "flipped.h5").count_params() == 2_380_938
+        assert model_file.load(tmp_path / "flipped.h5").count_params() == 2_380_938
 
 
 def test_code_in_a_file_is_never_run(command, sound, tmp_path):

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from trainer.errors import DataError, InputError
-from trainer.inference import pictures as images
-from trainer.inference import segmentation
+from trainer.inference import pictures, segmentation
 
 
 def seven(pen: str = "felt-tip") -> np.ndarray:
@@ -25,7 +24,7 @@ def packed(picture: Image.Image | np.ndarray, kind: str, **options) -> io.BytesI
 
 
 def opened(picture: Image.Image | np.ndarray, kind: str = "PNG", **options) -> np.ndarray:
-    return images.open_image(packed(picture, kind, **options))
+    return pictures.open_image(packed(picture, kind, **options))
 
 
 def assert_alike(one: np.ndarray, other: np.ndarray, most: float = 2.0) -> None:
@@ -38,14 +37,14 @@ def assert_alike(one: np.ndarray, other: np.ndarray, most: float = 2.0) -> None:
     "kind", ["PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "HEIF"]
 )
 def test_every_format_is_the_same_picture(kind):
-    images.suffixes()  # registers HEIF's plugin
+    pictures.suffixes()  # registers HEIF's plugin
     assert_alike(opened(seven(), kind), seven())
 
 
 def test_names_end_as_the_formats_have_it():
     for end in (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".heic"):
-        assert end in images.suffixes()
-    assert not images.suffixes() & {".eps", ".pdf", ".txt", ".h5"}  # EPS would run Ghostscript.
+        assert end in pictures.suffixes()
+    assert not pictures.suffixes() & {".eps", ".pdf", ".txt", ".h5"}  # EPS would run Ghostscript.
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -119,7 +118,7 @@ def test_a_large_picture_is_made_smaller(kind):
 def test_a_truncated_file_is_a_sentence(kind):
     content = packed(seven("pencil"), kind).read()
     with pytest.raises(DataError, match=r"^Expected an image at a\.x\. Received: a truncated or"):
-        images.open_image(io.BytesIO(content[: len(content) // 2]), "a.x")
+        pictures.open_image(io.BytesIO(content[: len(content) // 2]), "a.x")
 
 
 @pytest.mark.parametrize(
@@ -128,24 +127,24 @@ def test_a_truncated_file_is_a_sentence(kind):
         (b"", "an empty file"),
         (b"seven", "a file that is none of PNG, JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "a file that is none of PNG"),
-        (bytes(images.MAX_BYTES + 1), "more than 64,000,000 bytes"),
+        (bytes(pictures.MAX_BYTES + 1), "more than 64,000,000 bytes"),
     ],
 )
 def test_what_is_no_image_is_a_sentence(content, sentence):
     with pytest.raises(DataError, match=sentence):
-        images.open_image(io.BytesIO(content))
+        pictures.open_image(io.BytesIO(content))
 
 
 def test_a_decompression_bomb_is_not_decoded():
     bomb = packed(Image.new("1", (20_000, 2_001)), "PNG")
     with pytest.raises(DataError, match=r"20000×2001 pixels; 40,000,000 are the most"):
-        images.open_image(bomb)
+        pictures.open_image(bomb)
 
 
 def test_what_cannot_be_read_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.png\. Received: No such file"):
-        images.open_image(tmp_path / "nowhere.png")
+        pictures.open_image(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match="a folder without images"):
-        images.open_image(tmp_path)
+        pictures.open_image(tmp_path)
     with pytest.raises(InputError, match="embedded null byte"):
-        images.open_image(tmp_path / "a\0b")
+        pictures.open_image(tmp_path / "a\0b")

@@ -8,8 +8,7 @@ import pytest
 from scipy import ndimage
 
 from trainer.errors import DataError
-from trainer.inference import model_file as saved
-from trainer.inference import segmentation
+from trainer.inference import model_file, segmentation
 
 
 def seven(pen: str = "felt-tip") -> np.ndarray:
@@ -142,7 +141,7 @@ def test_digits_that_are_not_mnists_are_read(group, trained):
     """The model has seen the training images once. Seed 1 is none that anything was chosen by."""
     from trainer.models import cnn
 
-    model = saved.load(trained / "mnist.h5")
+    model = model_file.load(trained / "mnist.h5")
     pictures, digits = foreign.group(
         group, seed=1, each=foreign.EACH[foreign.GROUPS[group][0]] // 2 or 1
     )

@@ -1,172 +1,143 @@
-"""Pictures, which may be anyone's, read in processes of their own.
+"""Processes that decode pictures, which may be anyone's, and find the digits in them.
 
-    with reader.readers(2) as read:
-        future = read(Path("seven.jpg"), "seven.jpg", "one")
-        grey, seen = future.result()                            # or a TrainerError
+    with decoders.start(2) as decode:
+        future = decode(Path("seven.jpg"), "seven.jpg", "one")
+        picture, digits = future.result()                       # or a DataError, an InputError
 
-Decoders are C, and a picture of 40 million pixels takes up to 0.7 GB while it is decoded: here that
-is another process's memory, which is bounded; one that crashes or hangs is a picture that cannot be
-read, and the next has a new process.
+Image decoders are written in C, and a picture of 40 million pixels takes up to 0.7 GB while it is
+decoded: here that is another process's memory, which is limited; one that crashes or hangs is a
+picture that cannot be read, and the next has a new process.
 """
 
 import contextlib
-import os
-import pickle
+import io
 import queue
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from trainer.errors import DataError, TrainerError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from trainer.inference.segmentation import Digits, Seen
+from trainer.inference import sandbox
+from trainer.inference.digit import MAX_DIGITS, SIZE, Digit, DigitCount
+from trainer.inference.pictures import LONGEST
 
 MEMORY = 900_000_000  # Bytes of data of one process; code is not counted.
 DEADLINE = 60.0  # Seconds for one picture.
-MOST = 4  # Processes: each may take that memory.
+MAX_PROCESSES = 4  # Each may take that memory.
+MODULE = "trainer.inference.decoders"  # What a process runs.
 
-Read = Callable[[Path | bytes, str, "Digits"], "Future[tuple[np.ndarray, list[Seen]]]"]
+Decode = Callable[[Path | bytes, str, DigitCount], Future[tuple[np.ndarray, list[Digit]]]]
 
 
 @contextlib.contextmanager
-def readers(number: int) -> Iterator[Read]:
-    """Starts processes, at most four, that read pictures side by side.
+def start(processes: int) -> Iterator[Decode]:
+    """Starts processes, at most four, that decode pictures side by side.
 
     Yields:
-        What has one read: its path or content, the name for its errors, and how many digits it
-        shows; the future is the picture and its digits, as ``trainer.inference.pictures`` and
-        ``trainer.inference.segmentation`` give them, or one of their errors.
+        A function that submits a picture: its path or content, the name for its errors, and how
+        many digits it shows. The future is the picture, as ``pictures.open_image`` gives it, and
+        its digits, as ``segmentation.find`` gives them; or an error of one of the two.
     """
-    number = min(number, MOST)
-    idle: queue.SimpleQueue[_Reader] = queue.SimpleQueue()
-    all_readers = [_Reader() for _ in range(number)]
-    for reader in all_readers:
-        idle.put(reader)
+    processes = min(processes, MAX_PROCESSES)
+    idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
+    decoders = [_Decoder() for _ in range(processes)]
+    for decoder in decoders:
+        idle.put(decoder)
 
-    def read(*request: object) -> tuple:
-        reader = idle.get()
+    def decode(*request: object) -> tuple:
+        decoder = idle.get()
         try:
-            return reader.read(*request)
+            return decoder.decode(*request)
         finally:
-            idle.put(reader)
+            idle.put(decoder)
 
-    with ThreadPoolExecutor(number) as pool:
+    with ThreadPoolExecutor(processes) as pool:
         try:
-            yield lambda *request: pool.submit(read, *request)
+            yield lambda *request: pool.submit(decode, *request)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for reader in all_readers:
-                reader.end()
+            for decoder in decoders:
+                decoder.end()
 
 
-class _Reader:
-    """One process; another takes its place when it has ended."""
+class _Decoder:
+    """One process; when it has ended, the next picture starts another."""
 
     def __init__(self) -> None:
-        self._ended = False
-        self._start()
+        self._child = sandbox.Child(MODULE)
 
-    def read(self, source: Path | bytes, name: str, digits: str) -> tuple:
-        overdue = threading.Event()
-
-        def give_up() -> None:
-            overdue.set()
-            self._process.kill()
-
-        timer = threading.Timer(DEADLINE, give_up)
-        timer.daemon = True
-        timer.start()
+    def decode(
+        self, source: Path | bytes, name: str, digits: DigitCount
+    ) -> tuple[np.ndarray, list[Digit]]:
+        if not self._child:
+            self._child = sandbox.Child(MODULE)
+        child = self._child
+        name = sandbox.printable(name)
+        content = source if isinstance(source, bytes) else b""
+        path = None if isinstance(source, bytes) else str(source)
         try:
-            pickle.dump((source, name, digits), self._process.stdin)
-            self._process.stdin.flush()
-            answer = pickle.load(self._process.stdout)  # noqa: S301  (made by _serve, of arrays)
-        except (EOFError, OSError, pickle.UnpicklingError):
-            self._end_process()
-            if not self._ended:
-                self._start()
-            reason = "reading it crashed"
-            if overdue.is_set():
-                reason = f"reading it takes more than {DEADLINE:g} s"
-            answer = DataError(
-                f"Expected an image at {name}. Received: a damaged file: {reason}. Leave it out."
-            )
-        finally:
-            timer.cancel()
-        if isinstance(answer, TrainerError):
-            raise answer
-        return answer
+            with child.deadline(DEADLINE):
+                request = {"path": path, "bytes": len(content), "name": name, "digits": digits}
+                child.send(request, content)
+                return _receive(child)
+        except sandbox.ProtocolError as error:
+            child.end()
+            self._child = None
+            raise DataError(
+                f"Expected an image at {name}. Received: a damaged file: {error}. Leave it out."
+            ) from error
 
     def end(self) -> None:
         """Ends the process, whatever it is doing."""
-        self._ended = True
-        self._end_process()
+        if child := self._child:
+            child.end()
 
-    def _start(self) -> None:
-        # This package is imported from where it is here, whatever the folder. Blocks over 4 MB go
-        # back to the system at once, or one large picture would leave too little for the next.
-        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "trainer.inference.decoders"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # Warnings of Pillow and its libraries.
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-                "PYTHONWARNINGS": "ignore",
-                "OPENBLAS_NUM_THREADS": "1",
-                "MALLOC_MMAP_THRESHOLD_": "4000000",
-            },
-        )
 
-    def _end_process(self) -> None:
-        process = self._process
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # What is left in it has no reader.
-                stream.close()
+def _receive(child: sandbox.Child) -> tuple[np.ndarray, list[Digit]]:
+    """Receives a picture and its digits, within the bounds that every picture keeps."""
+    header = child.receive()
+    height, width = sandbox.integers(header.get("shape"), count=2, most=LONGEST)
+    digits = header.get("digits")
+    if not (height and width and isinstance(digits, list) and 1 <= len(digits) <= MAX_DIGITS):
+        raise sandbox.ProtocolError
+    picture = np.frombuffer(child.read(height * width), np.uint8).reshape(height, width)
+    return picture, [_receive_digit(child, digit, width, height) for digit in digits]
+
+
+def _receive_digit(child: sandbox.Child, header: object, width: int, height: int) -> Digit:
+    match header:
+        case {"box": box, "several": bool(several)}:
+            left, top, right, bottom = box = sandbox.integers(box, count=4, most=LONGEST)
+            if left <= right <= width and top <= bottom <= height:
+                pixels = np.frombuffer(child.read(SIZE * SIZE), np.uint8)
+                return Digit(pixels.reshape(SIZE, SIZE), box, several)
+    raise sandbox.ProtocolError
 
 
 def _serve() -> None:
-    """Answers what comes on stdin on stdout, until it ends."""
-    import io
-    import signal
+    """Answers the requests of the parent until it ends."""
+    channel = sandbox.enter(data=MEMORY)
 
-    # Ctrl-C reaches every process of the terminal; the command's own ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # A library's print is no answer.
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no limits.
-        import resource
+    from trainer.inference import pictures, segmentation
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    from trainer.inference import pictures as images
-    from trainer.inference import segmentation
-
-    while True:
-        try:
-            source, name, digits = pickle.load(sys.stdin.buffer)  # noqa: S301  (of the command)
-        except EOFError:
-            return
-        try:
-            grey = images.open_image(
-                io.BytesIO(source) if isinstance(source, bytes) else source, name
-            )
-            answer = grey, segmentation.find(grey, digits=digits, name=name)
-        except TrainerError as error:
-            answer = type(error)(*error.args)  # Without what its traceback keeps.
-        pickle.dump(answer, answers)
-        answers.flush()
+    with contextlib.suppress(sandbox.ProtocolError):  # The parent has ended.
+        while True:
+            request = channel.receive()
+            content = channel.read(request["bytes"])
+            path, name = request["path"], request["name"]
+            try:
+                picture = pictures.open_image(
+                    io.BytesIO(content) if path is None else Path(path), name
+                )
+                digits = segmentation.find(picture, digits=request["digits"], name=name)
+            except TrainerError as error:
+                channel.send_error(error)
+                continue
+            answer = [{"box": digit.box, "several": digit.several} for digit in digits]
+            pixels = [digit.pixels.tobytes() for digit in digits]
+            channel.send({"shape": picture.shape, "digits": answer}, picture.tobytes(), *pixels)
 
 
 if __name__ == "__main__":

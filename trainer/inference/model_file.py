@@ -1,25 +1,25 @@
 """A model out of its file, which may be anyone's.
 
-    cnn = saved.load(Path("mnist.h5"))
+    model = model_file.load(Path("mnist.h5"))
 
 The network is built by ``trainer.models.cnn``; of the file only the weights are taken, by a process
 of its own (``read_hdf5``). What else stands in it, a Lambda layer or pickled code, is never run.
 """
 
-import io
 import json
-import os
-import subprocess
-import sys
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import DataError, InputError
+from trainer.inference import sandbox
+from trainer.inference.read_hdf5 import MAX_CONFIG
 
 if TYPE_CHECKING:
     import keras
     import numpy as np
 
+MODULE = "trainer.inference.read_hdf5"  # What the process runs.
 DEADLINE = 60.0  # Seconds for reading the file, on the slowest disk.
 REMEDY = "Name an mnist.h5 that python -m trainer.task has written."
 
@@ -55,59 +55,49 @@ def load(path: Path, *, threads: int | None = None) -> "keras.Sequential":
             not finite.
         ConfigurationError: There is no TensorFlow, or it runs with other threads.
     """
-    with _start(path) as reading:
+    with sandbox.Child(MODULE, path) as child:
         # The file is read while TensorFlow starts.
         from trainer import runtime
-        from trainer.models import cnn as model
+        from trainer.models import cnn
 
         if threads is not None:
             runtime.set_threads(threads)
+        model = cnn.build(optimizer="adadelta", learning_rate=1.0, seed=0)
         try:
-            content, received = reading.communicate(timeout=DEADLINE)
-        except subprocess.TimeoutExpired:
-            reading.kill()
-            raise DataError(_expected(path, f"one that takes more than {DEADLINE:g} s")) from None
-    if reading.returncode == InputError.exit_code:
-        raise InputError(_expected(path, received.decode(errors="replace")))
-    if reading.returncode == DataError.exit_code:
-        raise DataError(_expected(path, received.decode(errors="replace")))
-    if reading.returncode:
-        raise DataError(_expected(path, "an HDF5 file that is damaged: reading it crashed"))
-    import numpy as np
-
-    arrays = dict(np.load(io.BytesIO(content), allow_pickle=False))
-    config = arrays.pop("config").tobytes()
-    cnn = model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
-    _check(path, cnn, list(arrays.values()), config)
-    for variable, value in zip(cnn.trainable_weights, arrays.values(), strict=True):
+            with child.deadline(DEADLINE):
+                arrays = _receive(child, model)
+        except (DataError, InputError) as error:
+            raise type(error)(_expected(path, str(error))) from None
+        except sandbox.ProtocolError as error:
+            raise DataError(_expected(path, f"an HDF5 file that is damaged: {error}")) from error
+    for variable, value in zip(model.trainable_weights, arrays, strict=True):
         variable.assign(value)
-    return cnn
+    return model
 
 
-def _start(path: Path) -> subprocess.Popen:
-    # -P: the folder of that file, the package's, is none to import from. NumPy's threads would
-    # take the memory that the process is allowed.
-    return subprocess.Popen(
-        [sys.executable, "-P", Path(__file__).with_name("read_hdf5.py"), path],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-    )
-
-
-def _check(path: Path, cnn: "keras.Sequential", arrays: list["np.ndarray"], config: bytes) -> None:
+def _receive(child: sandbox.Child, model: "keras.Sequential") -> list["np.ndarray"]:
+    """Receives the arrays of a file, once their shapes are those of the model's weights."""
     import numpy as np
 
-    expected = [tuple(variable.shape) for variable in cnn.trainable_weights]
-    shapes = [array.shape for array in arrays]
-    if shapes != expected or (config and _layers(config) != _layers(cnn.to_json().encode())):
-        other = "the same weights in other layers"
-        if shapes != expected:
-            other = f"weights of the shapes {', '.join(map(str, shapes)) or 'of none'}"
-        raise DataError(_expected(path, f"another network: {other[:200]}"))
+    header = child.receive()
+    shapes = header.get("shapes")
+    if not isinstance(shapes, list):
+        raise sandbox.ProtocolError
+    shapes = [sandbox.integers(shape) for shape in shapes]
+    expected = [tuple(variable.shape) for variable in model.trainable_weights]
+    if shapes != expected:
+        received = ", ".join(map(str, shapes)) or "none"
+        raise DataError(f"another network, whose weights have the shapes {received[:160]}")
+    [size] = sandbox.integers([header.get("config")], most=MAX_CONFIG)
+    config = child.read(size)
+    if config and _layers(config) != _layers(model.to_json().encode()):
+        raise DataError("another network, with the same weights in other layers")
+    arrays = [
+        np.frombuffer(child.read(4 * math.prod(shape)), "<f4").reshape(shape) for shape in expected
+    ]
     if not all(np.isfinite(array).all() for array in arrays):
-        raise DataError(_expected(path, "weights that are not all finite"))
+        raise DataError("weights that are not all finite")
+    return arrays
 
 
 def _layers(config: bytes) -> list | None:

@@ -1,6 +1,6 @@
 """Opens pictures: photographs, scans and drawings, in files that may be anyone's.
 
-    grey = images.open_image(Path("seven.jpg"))        # uint8 (h, w), upright
+    grey = pictures.open_image(Path("seven.jpg"))        # uint8 (h, w), upright
 
 ``trainer.inference.segmentation`` finds the digits in them.
 """

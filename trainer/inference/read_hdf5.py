@@ -1,60 +1,68 @@
 """Reads the weights out of a file in Keras' HDF5 format, in a process of its own.
 
-    python trainer/inference/read_hdf5.py mnist.h5 >weights.npz
+    sandbox.Child("trainer.inference.read_hdf5", "mnist.h5")
 
 The file may be anyone's, and HDF5's C library has crashed on damaged ones: so this process has
 little memory and little time, opens nothing but that file (no external link, no external storage)
-and runs nothing that stands in it. ``model_file`` starts it; it imports nothing of the package.
-Exit codes: 0, the arrays are on stdout; 65 or 66, stderr says what was received instead.
+and runs nothing that stands in it. It sends ``{"shapes": [...], "config": bytes}``, the model's
+configuration, which is JSON, and the arrays, little-endian float32; or an error whose message is
+what was received in place of a model. ``model_file`` starts it.
 """
 
-import contextlib
-import io
 import math
 import os
 import stat
 import sys
 from collections.abc import Iterator
 
+from trainer.errors import DataError, InputError, TrainerError
+from trainer.inference import sandbox
+
 MEMORY = 700_000_000  # Bytes of address space; a sound file takes a quarter of that.
 SECONDS = 10  # Of processor time; a sound file takes less than one.
-NUMBERS = 2**23  # In all arrays together; the network has 2.4 million.
-CONFIG = 2**20  # Bytes of the description of the layers; that of the network has 4,000.
+MAX_NUMBERS = 2**23  # In all arrays together; the network has 2.4 million.
+MAX_ARRAYS = 1000  # The network has eight.
+MAX_CONFIG = 2**20  # Bytes of the configuration; that of the network has 4,000.
 
 
-def main() -> int:
-    """Writes the arrays of the file that the first argument names to stdout."""
-    _limit()
+def main() -> None:
+    """Sends the arrays of the file that the first argument names."""
+    channel = sandbox.enter(address_space=MEMORY, cpu_seconds=SECONDS)
+    try:
+        config, arrays = _read(sys.argv[1])
+    except TrainerError as error:
+        # A name in the file may be long.
+        channel.send_error(type(error)(str(error)[:300]))
+        return
+    header = {"shapes": [array.shape for array in arrays], "config": len(config)}
+    channel.send(header, config, *(array.data for array in arrays))
+
+
+def _read(path: str) -> tuple[bytes, list]:
+    """Returns a file's configuration and its arrays."""
     import h5py
-    import numpy as np
 
     try:
-        if stat.S_ISFIFO(os.stat(sys.argv[1]).st_mode):  # noqa: PTH116
-            return _fail(66, "a pipe, no file")  # Opening it could take forever.
-        with open(sys.argv[1], "rb") as file:  # noqa: PTH123  (unbuffered reads are h5py's)
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # noqa: PTH116
+            raise InputError("a pipe, no file")  # Opening it could take forever.
+        with open(path, "rb") as file:  # noqa: PTH123  (unbuffered reads are h5py's)
             if file.read(8) != b"\x89HDF\r\n\x1a\n":
-                return _fail(65, "a file that is not HDF5")
+                raise DataError("a file that is not HDF5")
             with h5py.File(file, "r") as opened:
-                arrays = {f"weights_{n}": array for n, array in enumerate(_weights(opened))}
+                arrays = list(_weights(opened))
                 config = opened.attrs.get("model_config", "")
                 text = config if isinstance(config, bytes) else str(config).encode()
+    except TrainerError:
+        raise
     except OSError as error:
         if error.errno:  # Of the file itself; h5py's own have none.
-            return _fail(66, error.strerror)
-        return _fail(65, "an HDF5 file that is truncated or damaged")
-    except _NotKerasError as error:
-        return _fail(65, str(error))
-    except Exception:  # h5py raises whatever the damage leads to.
-        return _fail(65, "an HDF5 file that is truncated or damaged")
-    if len(text) > CONFIG:
-        return _fail(65, f"a description of the layers of {len(text):,} bytes")
-    np.savez(content := io.BytesIO(), config=np.frombuffer(text, np.uint8), **arrays)
-    sys.stdout.buffer.write(content.getvalue())
-    return 0
-
-
-class _NotKerasError(Exception):
-    """What the file holds instead of a Keras model's weights."""
+            raise InputError(error.strerror) from error
+        raise DataError("an HDF5 file that is truncated or damaged") from error
+    except Exception as error:  # h5py raises whatever the damage leads to.
+        raise DataError("an HDF5 file that is truncated or damaged") from error
+    if len(text) > MAX_CONFIG:
+        raise DataError(f"a configuration of {len(text):,} bytes")
+    return text, arrays
 
 
 def _weights(file) -> Iterator:
@@ -64,18 +72,21 @@ def _weights(file) -> Iterator:
     # A whole model has its weights in a group; a file of weights alone is that group.
     group = _member(file, "model_weights") if "model_weights" in file else file
     if "layer_names" not in group.attrs:
-        raise _NotKerasError("an HDF5 file without the weights of a Keras model")
-    left = NUMBERS
+        raise DataError("an HDF5 file without the weights of a Keras model")
+    numbers_left, arrays_left = MAX_NUMBERS, MAX_ARRAYS
     for layer in map(_text, group.attrs["layer_names"]):
         of_layer = _member(group, layer)
         for name in map(_text, of_layer.attrs.get("weight_names", ())):
             array = _member(of_layer, name)
             if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external:
-                raise _NotKerasError(f"an HDF5 file that keeps {name} elsewhere")
-            left -= math.prod(array.shape or ())
-            if array.dtype.kind != "f" or left < 0:
-                raise _NotKerasError(f"{name} of {array.dtype} and shape {array.shape}")
-            yield array[()].astype("float32")
+                raise DataError(f"an HDF5 file that keeps {name} elsewhere")
+            numbers_left -= math.prod(array.shape or ())
+            arrays_left -= 1
+            if array.dtype.kind != "f" or numbers_left < 0:
+                raise DataError(f"{name} of {array.dtype} and shape {array.shape}")
+            if arrays_left < 0:
+                raise DataError(f"an HDF5 file of more than {MAX_ARRAYS:,} arrays")
+            yield array[()].astype("<f4")
 
 
 def _member(group, path: str):
@@ -84,9 +95,9 @@ def _member(group, path: str):
 
     for part in path.split("/"):
         if not isinstance(group, h5py.Group) or part not in group:
-            raise _NotKerasError(f"an HDF5 file without {path}")
+            raise DataError(f"an HDF5 file without {path}")
         if not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise _NotKerasError(f"an HDF5 file in which {path} is a link")
+            raise DataError(f"an HDF5 file in which {path} is a link")
         group = group[part]
     return group
 
@@ -95,20 +106,5 @@ def _text(name: object) -> str:
     return name.decode() if isinstance(name, bytes) else str(name)
 
 
-def _limit() -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no limits.
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _fail(code: int, received: str) -> int:
-    # A name in the file may be long, or a sequence that does something to a terminal.
-    sys.stderr.write(received[:300] if received.isprintable() else ascii(received[:300]))
-    return code
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,16 +1,15 @@
 """Finds digits in pictures, and lays each as those lie that the network was trained on.
 
-    [seen] = segmentation.find(grey)
-    seen.pixels                                        # uint8 (28, 28), 0 is paper and 255 ink
+    [digit] = segmentation.find(picture)
+    digit.pixels                                       # uint8 (28, 28), 0 is paper and 255 ink
 
 MNIST's makers scaled each digit into 20×20 pixels, its proportions kept, and put its centre of mass
 into the middle of 28×28 (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist/); so does this.
 It needs no TensorFlow.
 """
 
-import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -18,42 +17,24 @@ from scipy import ndimage
 from skimage import filters, measure, morphology
 
 from trainer.errors import DataError
+from trainer.inference.digit import MAX_DIGITS, SIZE, Digit, DigitCount
 
 if TYPE_CHECKING:
     from skimage.measure._regionprops import RegionProperties
 
 SHORTEST = 112  # Smaller pictures are enlarged to it: four times MNIST's own.
 
-SIZE, BOX = 28, 20  # The picture of a digit, and what its ink is scaled into.
+BOX = 20  # Pixels of the square that its ink is scaled into.
 STROKE = 2.2  # Width of a stroke of MNIST's in its 28×28; thinner ones are made as wide.
 
 FINE = 80  # Pixels of a digit's longest side while its strokes are measured.
-MAX_PARTS = 500  # In one picture: a page of digits has fewer.
 CONTRAST = 12.0  # Of ink against paper, of 255: less is a blank picture.
 NORMAL = 1.4826  # A median absolute deviation times this is a normal standard deviation.
-
-Digits = Literal["one", "many"]
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right, as scikit-image has it
 
 
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """A digit as the network sees it.
-
-    Attributes:
-        pixels: uint8 (28, 28), 0 is paper and 255 ink.
-        box: Where it was found: left, top, right, bottom, in pixels of the picture that was
-            searched.
-        several: Whether what was to be one digit looks like several, side by side.
-    """
-
-    pixels: np.ndarray
-    box: tuple[int, int, int, int]
-    several: bool = False
-
-
-def find(grey: np.ndarray, *, digits: Digits = "one", name: str = "the picture") -> list[Seen]:
+def find(grey: np.ndarray, *, digits: DigitCount = "one", name: str = "the picture") -> list[Digit]:
     """Finds the digits in a picture, dark on light or light on dark.
 
     Args:
@@ -79,10 +60,10 @@ def find(grey: np.ndarray, *, digits: Digits = "one", name: str = "the picture")
     boxes = _parts(labels)
     if not boxes:
         raise DataError(f"Expected a digit in {name}. Received: a picture of specks alone.")
-    if len(boxes) > MAX_PARTS:  # Comparing each with each other takes minutes.
+    if len(boxes) > MAX_DIGITS:  # Comparing each with each other takes minutes.
         raise DataError(
             f"Expected a digit in {name}. Received: a picture of {len(boxes):,} shapes; "
-            f"{MAX_PARTS} are the most."
+            f"{MAX_DIGITS} are the most."
         )
     groups, several = _apart(boxes), False
     if digits == "one":
@@ -93,7 +74,7 @@ def find(grey: np.ndarray, *, digits: Digits = "one", name: str = "the picture")
         here = np.s_[top:bottom, left:right]
         pixels = _normalise(depth[here], np.isin(labels[here], group))
         box = tuple(round(edge / scale) for edge in (left, top, right, bottom))
-        found.append(Seen(pixels, box, several and right - left > bottom - top))
+        found.append(Digit(pixels, box, several and right - left > bottom - top))
     return found
 
 
