@@ -25,6 +25,7 @@ from sphinx.util.docutils import SphinxDirective
 from tyro.conf import Positional
 
 from trainer import cli, config, errors
+from trainer.recipes import RECIPES
 
 
 class CommandDirective(SphinxDirective):
@@ -53,10 +54,10 @@ class RecipesDirective(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Returns a table with a row for each flag that a recipe sets."""
-        configs = {name: config.TrainConfig(recipe=name) for name in _recipes()}
+        configs = {name: config.TrainConfig(recipe=name) for name in RECIPES}
         lines = [f"| flag | {' | '.join(f'`{name}`' for name in configs)} |"]
         lines += ["|---" * (1 + len(configs)) + "|"]
-        for name in dict.fromkeys(name for recipe in _recipes().values() for name in recipe):
+        for name in dict.fromkeys(name for recipe in RECIPES.values() for name in recipe):
             values = [f"`{getattr(made, name)}`" for made in configs.values()]
             lines.append(f"| {{option}}`{_flag(name)} <python -m trainer.task {_flag(name)}>` | ")
             lines[-1] += f"{' | '.join(values)} |"
@@ -139,10 +140,6 @@ def _default(field: dataclasses.Field) -> str:
     if field.default is None or isinstance(field.default, bool):
         return "Not set by default."
     return f"Default: `{field.default}`."
-
-
-def _recipes() -> dict[str, dict]:
-    return config.RECIPES
 
 
 def _text(text: str) -> str:
