@@ -124,7 +124,7 @@ def test_it_detaches_and_comes_back_whatever_the_connection_does(
     run.until("training and")
     run.process.send_signal(signal.SIGINT)
     assert run.end(seconds=20) == 75, run.text
-    assert f"detached; {name} goes on. python -m trainer.submit --attach {name}" in run.lines[-1]
+    assert f"detached; {name} continues. python -m trainer.submit --attach {name}" in run.lines[-1]
 
     again = submit("--attach", name, kubeconfig=proxy.kubeconfig)
     again.until("training and")  # the log from its beginning
@@ -143,7 +143,7 @@ def test_it_detaches_and_comes_back_whatever_the_connection_does(
 
     gone = submit("--attach", name)
     assert gone.end() == 66
-    assert "no Job and no claim of this name" in gone.lines[-1]
+    assert "no Job and no PersistentVolumeClaim of this name" in gone.lines[-1]
 
 
 def test_a_pod_that_is_lost_is_said_and_replaced(namespace, submit, tmp_path):
@@ -162,7 +162,7 @@ def test_a_pod_that_is_lost_is_said_and_replaced(namespace, submit, tmp_path):
         *pods_of(namespace, name),
         f"PersistentVolumeClaim/{name}",
     ]
-    assert "Everything stays. kubectl delete" in run.lines[-1]
+    assert "All objects are kept. kubectl delete" in run.lines[-1]
 
 
 def test_what_it_did_not_make_it_does_not_delete(namespace, submit, tmp_path):

@@ -1,8 +1,7 @@
-"""What is said of an API server's refusals; ``tests/cluster`` has a real one."""
+"""Errors of an API server and the end of a watch; ``tests/cluster`` has a real server."""
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -10,6 +9,8 @@ from kubernetes.client import ApiException
 
 from trainer.errors import ConfigurationError
 from trainer.k8s.api import NotFoundError, RefusedError, Server
+
+DEADLOCK = 120.0  # Seconds after which a wait that never ends becomes a failure.
 
 CONFIG = {
     "apiVersion": "v1",
@@ -86,23 +87,23 @@ def test_a_refusal_is_one_line_in_the_servers_words(kubeconfig, error, kind, say
     assert "\n" not in str(caught.value)
 
 
-class Slow(BaseHTTPRequestHandler):
-    """Lists nothing, after a while, and then has no more to say."""
+class Silent(BaseHTTPRequestHandler):
+    """Answers a list, once it may, with no objects; a watch of them never ends by itself."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.server.asked.release()
+        self.server.requests.release()
         watch = "watch=true" in self.path.lower()
         if not watch:
-            time.sleep(0.5)
+            assert self.server.may_list.wait(DEADLOCK)
         answer = b'{"metadata": {"resourceVersion": "1"}, "items": []}'
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(1000 if watch else len(answer)))
         self.end_headers()
         if watch:
-            self.server.over.wait()
+            self.server.over.wait(DEADLOCK)
         else:
             self.wfile.write(answer)
 
@@ -110,24 +111,34 @@ class Slow(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("requests", [1, 2], ids=["is asked for a list", "is watched"])
-def test_nothing_is_read_any_more_after_it_is_left(kubeconfig, requests):
-    # In a thread that is still in the client at the end of the process, which then is aborted.
-    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as http:
-        http.asked, http.over = threading.Semaphore(0), threading.Event()
+@pytest.mark.parametrize("during", ["list", "watch"])
+def test_no_thread_is_left_in_the_client_after_close(kubeconfig, monkeypatch, during):
+    # At the exit of the interpreter such a thread would abort the process.
+    monkeypatch.setattr("trainer.k8s.api.CLOSE_SECONDS", DEADLOCK)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as http:
+        http.requests, http.may_list, http.over = (
+            threading.Semaphore(0),
+            threading.Event(),
+            threading.Event(),
+        )
         threading.Thread(target=http.serve_forever).start()
         try:
             address = f"http://127.0.0.1:{http.server_port}"
             kubeconfig(clusters=[{"name": "c", "cluster": {"server": address}}])
             server = Server()
+            if during == "list":
+                http.may_list = server.closed  # The answer comes when close() has begun.
+            else:
+                http.may_list.set()
             read = []
             reader = threading.Thread(
                 target=lambda: read.extend(server.changes("Pod")), daemon=True
             )
             reader.start()
-            for _ in range(requests):
-                assert http.asked.acquire(timeout=30)
-            server.leave([reader])
+            for _ in range(1 if during == "list" else 2):
+                assert http.requests.acquire(timeout=DEADLOCK)
+            assert reader.is_alive()
+            server.close([reader])
             assert not reader.is_alive()
             assert read[0].type == "LISTED"
         finally:

@@ -1,4 +1,4 @@
-"""What is read out of a claim is what the manifest says, or is said to be not."""
+"""What is read from a PersistentVolumeClaim is what the run's manifest describes, or an error."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from trainer.files import (
     PAGE_FILE,
     REPORT_FILES,
 )
-from trainer.k8s.fetch import TRIES, fetch
+from trainer.k8s.fetch import ATTEMPTS, START_SECONDS, fetch
 
 MODEL = b"a model"
 SOUND = {
@@ -23,23 +23,23 @@ SOUND = {
     HISTORY_FILE: b"{}",
     MANIFEST_FILE: json.dumps({"model": {"sha256": hashlib.sha256(MODEL).hexdigest()}}).encode(),
 }
-DRAWN = {
+REPORT = {
     PAGE_FILE: b"<html></html>\n",
     CURVES_FILE: b"\x89PNG IEND\xaeB`\x82",
 }
 
 
 class Server:
-    """A claim's files, as each try to read them gives them, and the pod that reads them."""
+    """The files of a volume as each attempt to read them finds them, and the pod mounting it."""
 
-    def __init__(self, *tries, phase="Running", **status):
-        self.tries = iter(tries)
+    def __init__(self, *attempts, phase="Running", **status):
+        self.attempts = iter(attempts)
         self.status = {"phase": phase, **status}
         self.pod = None
 
     def apply(self, manifest):
         self.pod = {"metadata": manifest["metadata"], "status": self.status}
-        self.files = next(self.tries)
+        self.files = next(self.attempts)
 
     def get(self, kind, name):
         assert (kind, name) == ("Pod", "mine-fetch")
@@ -51,7 +51,7 @@ class Server:
     def read_file(self, pod, path):
         try:
             return self.files[path.removeprefix("/output/")]
-        except KeyError:  # as apiserver.Server says it
+        except KeyError:  # as trainer.k8s.api.Server does
             raise ConfigurationError(
                 f"Expected {path} in the volume. Received: cat: {path}: No such file or directory."
             ) from None
@@ -65,9 +65,30 @@ class Screen:
         self.lines.append(text)
 
 
-def read(server, *, stop=None):
-    screen = Screen()
-    files = fetch(server, "mine", image="image", screen=screen, stop=lambda: stop)
+class Clock:
+    """A clock that only ``sleep`` advances."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def read(server, *, stop=None, clock=None):
+    screen, clock = Screen(), clock or Clock()
+    files = fetch(
+        server,
+        "mine",
+        image="image",
+        screen=screen,
+        stop=lambda: stop,
+        clock=clock,
+        sleep=clock.sleep,
+    )
     return files, screen.lines
 
 
@@ -77,43 +98,53 @@ def test_sound_files_are_read_and_the_pod_is_deleted():
     assert server.pod is None
 
 
-def test_what_was_drawn_of_the_run_comes_with_it():
-    files, lines = read(Server({**SOUND, **DRAWN}))
-    assert (files, lines) == ({**SOUND, **DRAWN}, [])
+def test_the_report_is_read_too_and_the_manifest_last():
+    files, lines = read(Server({**SOUND, **REPORT}))
+    assert (files, lines) == ({**SOUND, **REPORT}, [])
     assert list(files)[-1] == MANIFEST_FILE
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_run_is_not_without_its_files(file):
+def test_a_missing_file_is_an_error(file):
     incomplete = {name: content for name, content in SOUND.items() if name != file}
     with pytest.raises(ConfigurationError, match=f"{file}: No such file or directory"):
-        read(Server(*[incomplete] * TRIES))
+        read(Server(*[incomplete] * ATTEMPTS))
 
 
 @pytest.mark.parametrize("file", [*FILES, *REPORT_FILES])
-def test_what_was_cut_off_is_read_again(file):
-    sound = {**SOUND, **DRAWN}
+def test_a_truncated_file_is_read_again(file):
+    sound = {**SOUND, **REPORT}
     files, lines = read(Server({**sound, file: sound[file][:-1]}, sound))
     assert files == sound
     (line,) = lines
     assert line.startswith("Fetching the files failed, trying again: Expected ")
 
 
-def test_a_model_that_stays_another_is_an_error():
-    server = Server(*[{**SOUND, MODEL_FILE: b"another"}] * TRIES)
+def test_a_model_with_another_sha256_is_an_error_after_all_attempts():
+    server = Server(*[{**SOUND, MODEL_FILE: b"another"}] * ATTEMPTS)
     with pytest.raises(DataError, match="7 bytes with another one"):
         read(server)
     assert server.pod is None
-    assert next(server.tries, None) is None
+    assert next(server.attempts, None) is None
 
 
 def test_a_pod_that_fails_is_not_waited_for():
-    server = Server(*[SOUND] * TRIES, phase="Failed", message="no room")
+    server = Server(*[SOUND] * ATTEMPTS, phase="Failed", message="no room")
     with pytest.raises(ConfigurationError, match="Received: no room"):
         read(server)
 
 
-def test_it_leaves_off_when_it_is_told_to():
+def test_a_signal_ends_the_wait_for_the_pod():
     server = Server(SOUND, phase="Pending")
     assert read(server, stop="SIGINT") == (None, [])
+    assert server.pod is None
+
+
+def test_a_pod_that_stays_pending_is_given_up_after_its_time():
+    waiting = {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
+    clock = Clock()
+    server = Server(*[SOUND] * ATTEMPTS, phase="Pending", containerStatuses=[waiting])
+    with pytest.raises(ConfigurationError, match="Received: ImagePullBackOff: no such image"):
+        read(server, clock=clock)
+    assert ATTEMPTS * START_SECONDS <= clock.now <= ATTEMPTS * (START_SECONDS + 1)
     assert server.pod is None

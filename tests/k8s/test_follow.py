@@ -1,9 +1,9 @@
-"""What is said of a run, from what the API server sends; ``tests/cluster`` has the real thing."""
+"""What is shown of a run, given what the API server sends; ``tests/cluster`` has a real one."""
 
 import pytest
 
 from trainer.k8s.api import Change, RefusedError
-from trainer.k8s.follow import Watched
+from trainer.k8s.follow import Follower
 from trainer.log_lines import json_line
 
 
@@ -14,8 +14,8 @@ class Screen:
     def say(self, text):
         self.lines.append(text)
 
-    def show(self, place, logs):
-        self.place = place
+    def show(self, position, metrics):
+        self.position = position
 
 
 class Server:
@@ -34,7 +34,7 @@ class Server:
 
 @pytest.fixture
 def run():
-    return Watched(Server(), "mine", Screen(), old_events=True)
+    return Follower(Server(), "mine", Screen(), past_events=True)
 
 
 def job(name="mine", condition=None, **spec):
@@ -46,10 +46,10 @@ def job(name="mine", condition=None, **spec):
     }
 
 
-def pod(name, *, of="mine", code=None, word="", created="2026-01-01T00:00:00Z", **status):
+def pod(name, *, of="mine", code=None, termination="", created="2026-01-01T00:00:00Z", **status):
     status.setdefault("phase", "Running" if code is None else "Failed")
     if code is not None:
-        ended = {"exitCode": code, "message": word}
+        ended = {"exitCode": code, "message": termination}
         status["containerStatuses"] = [{"state": {"terminated": ended}}]
     return {
         "metadata": {
@@ -76,115 +76,115 @@ def warning(uid, about, reason, message):
 FAILED = {"type": "Failed", "reason": "PodFailurePolicy", "message": "by its policy"}
 
 
-def test_the_chiefs_job_ends_the_run_and_the_others_success_does_not(run):
-    run.take("Job", Change("LISTED", [job(), job("mine-workers", {"type": "Complete"})]))
-    assert not run.ended
-    run.take("Job", Change("MODIFIED", [job(condition={"type": "Complete"})]))
-    assert run.ended == "mine"
+def test_the_chiefs_job_ends_the_run_and_that_of_the_other_workers_does_not(run):
+    run.handle("Job", Change("LISTED", [job(), job("mine-workers", {"type": "Complete"})]))
+    assert not run.ended_by
+    run.handle("Job", Change("MODIFIED", [job(condition={"type": "Complete"})]))
+    assert run.ended_by == "mine"
     assert run.outcome()[:2] == (0, "")
 
 
-def test_the_chiefs_model_counts_whatever_became_of_the_others(run):
+def test_a_run_whose_chief_is_complete_succeeded_whatever_became_of_the_other_workers(run):
     listed = [job(condition={"type": "Complete"}), job("mine-workers", FAILED)]
-    run.take("Job", Change("LISTED", listed[::-1]))
+    run.handle("Job", Change("LISTED", listed[::-1]))
     assert run.outcome().code == 0
 
 
-def test_the_code_is_that_of_the_reason_and_not_of_what_followed(run):
-    stopped = pod("a", code=75, word="stopped by SIGTERM")
-    wrong = pod("b", code=66, word="python -m trainer.task: error: Expected data.\n")
+def test_the_exit_code_is_that_of_the_error_and_not_of_the_75_it_caused(run):
+    stopped = pod("a", code=75, termination="stopped by SIGTERM")
+    wrong = pod("b", code=66, termination="python -m trainer.task: error: Expected data.\n")
     run.server.pods = [wrong, stopped]
-    run.take("Job", Change("LISTED", [job(condition=FAILED)]))
+    run.handle("Job", Change("LISTED", [job(condition=FAILED)]))
     assert run.outcome()[:2] == (66, "Expected data.")
 
 
-def test_a_pod_that_the_kubelet_refused_is_a_reason(run):
+def test_a_pod_that_the_kubelet_refused_fails_the_run(run):
     refused = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "no devices"}
     run.server.pods = [pod("a", **refused)]
-    run.take("Job", Change("LISTED", [job(condition=FAILED)]))
+    run.handle("Job", Change("LISTED", [job(condition=FAILED)]))
     assert run.outcome()[:2] == (1, "UnexpectedAdmissionError: no devices")
     assert run.screen.lines == ["a has ended with 1: UnexpectedAdmissionError: no devices"]
 
 
-def test_a_run_that_took_too_long_can_be_gone_on_with(run):
+def test_a_run_past_its_deadline_can_be_resumed(run):
     late = {"type": "Failed", "reason": "DeadlineExceeded", "message": "longer than a day"}
     run.server.pods = [pod("a", code=137)]
-    run.take("Job", Change("LISTED", [job(condition=late)]))
+    run.handle("Job", Change("LISTED", [job(condition=late)]))
     assert run.outcome()[:2] == (75, "the Job mine has failed: longer than a day")
 
 
-def test_a_job_that_is_deleted_ends_it(run):
-    run.take("Job", Change("LISTED", [job()]))
-    run.take("Job", Change("DELETED", [job()]))
+def test_a_deleted_job_ends_the_run(run):
+    run.handle("Job", Change("LISTED", [job()]))
+    run.handle("Job", Change("DELETED", [job()]))
     assert run.outcome().code == 75
 
 
-def test_what_a_pod_waits_for_is_said_once(run):
+def test_the_reason_why_a_pod_is_pending_is_shown_once(run):
     waits = pod("a", phase="Pending")
     why = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes are available"}
     waits["status"]["conditions"] = [why]
     for _ in range(2):
-        run.take("Pod", Change("LISTED", [waits]))
-    run.take("Pod", Change("MODIFIED", [pod("a")]))
-    run.take("Pod", Change("DELETED", [pod("a")]))
+        run.handle("Pod", Change("LISTED", [waits]))
+    run.handle("Pod", Change("MODIFIED", [pod("a")]))
+    run.handle("Pod", Change("DELETED", [pod("a")]))
     assert run.screen.lines == [
         "a is pending: 0/1 nodes are available",
         "a runs on node-1",
-        "a is gone",
+        "a is deleted",
     ]
 
 
-def test_suspending_and_going_on_are_said(run):
+def test_suspending_and_resuming_are_shown(run):
     for suspend in (False, True, True, False):
-        run.take("Job", Change("MODIFIED", [job(suspend=suspend)]))
-    assert run.screen.lines == ["mine is suspended", "mine goes on"]
+        run.handle("Job", Change("MODIFIED", [job(suspend=suspend)]))
+    assert run.screen.lines == ["mine is suspended", "mine is resumed"]
 
 
-def test_a_warning_is_said_once_and_none_of_another_run(run):
+def test_a_warning_is_shown_once_and_none_of_another_run(run):
     quota = 'pods "mine-{}" is forbidden: exceeded quota'
     warnings = [
         warning("1", "mine", "FailedCreate", quota.format("abc")),
         warning("2", "mine", "FailedCreate", quota.format("xyz")),
         warning("3", "mine-2", "FailedCreate", quota.format("2")),
     ]
-    run.take("Event", Change("LISTED", warnings))
-    assert run.screen.lines == []  # It is not known yet whose they are.
-    run.take("Job", Change("LISTED", [job()]))
-    run.take("Event", Change("LISTED", warnings))
+    run.handle("Event", Change("LISTED", warnings))
+    assert run.screen.lines == []  # The objects they are about are not known yet.
+    run.handle("Job", Change("LISTED", [job()]))
+    run.handle("Event", Change("LISTED", warnings))
     assert run.screen.lines == [f"Job mine: FailedCreate: {quota.format('abc')}"]
 
 
-def test_the_log_is_shown_as_a_terminal_would_have(run):
-    run.take("log", json_line("start", "60,000 images"))
-    run.take("log", json_line("step", "epoch 1/2", epoch=1, step=3, loss=0.5))
+def test_the_chiefs_log_is_shown_as_on_a_terminal(run):
+    run.handle("log", json_line("start", "60,000 images"))
+    run.handle("log", json_line("step", "epoch 1/2", epoch=1, step=3, loss=0.5))
     end = "python -m trainer.task: error: in the termination message, too"
     for line in ("not JSON", "[1]", end, json_line("error", end, severity="ERROR")):
-        run.take("log", line)
+        run.handle("log", line)
     assert run.screen.lines == ["60,000 images", "not JSON", "[1]"]
-    assert run.screen.place["step"] == 3
-    assert run.begun
+    assert run.screen.position["step"] == 3
+    assert run.started
 
 
-def test_a_lost_connection_is_said_once_for_all_watches(run):
+def test_a_lost_connection_is_reported_once_for_all_watches(run):
     for kind in ("Job", "Pod", "Event"):
-        run.take(kind, Change("LOST", [], f"in the words of {kind}s"))
-    run.take("Job", Change("LISTED", [job()]))
-    run.take("Pod", Change("LOST", [], "once more"))
+        run.handle(kind, Change("LOST", [], f"in the words of {kind}s"))
+    run.handle("Job", Change("LISTED", [job()]))
+    run.handle("Pod", Change("LOST", [], "once more"))
     for kind in ("Pod", "Event"):
-        run.take(kind, Change("LISTED", []))
-    run.take("Pod", Change("LOST", [], "another time"))
+        run.handle(kind, Change("LISTED", []))
+    run.handle("Pod", Change("LOST", [], "another time"))
     lost = "The connection was lost, trying again: "
     assert run.screen.lines == [f"{lost}in the words of Jobs", f"{lost}another time"]
 
 
-def test_who_may_not_see_events_or_logs_is_told_and_who_may_not_see_pods_cannot_follow(run):
-    run.take("Event", RefusedError("403"))
-    assert not run.begun
-    run.take("log", RefusedError("403"))
-    assert run.begun  # for all that is known
+def test_permissions_for_events_and_logs_may_be_missing_and_for_pods_may_not(run):
+    run.handle("Event", RefusedError("403"))
+    assert not run.started
+    run.handle("log", RefusedError("403"))
+    assert run.started  # It may have.
     assert run.screen.lines == [
         "The events of mine cannot be shown: 403",
         "The logs of mine cannot be shown: 403",
     ]
     with pytest.raises(RefusedError):
-        run.take("Pod", RefusedError("403"))
+        run.handle("Pod", RefusedError("403"))

@@ -13,6 +13,7 @@ from support import ROOT
 import trainer
 from trainer.distributed.cluster import resolve
 from trainer.errors import StoppedError, TrainerError
+from trainer.k8s import manifests
 
 K8S = ROOT / "k8s"
 ASSETS = ROOT / "trainer" / "k8s" / "assets"
@@ -474,3 +475,54 @@ def test_a_comment_names_only_objects_there_are(name):
     )
     assert named
     assert set(named) <= known
+
+
+# trainer.submit.
+
+
+def by_name(objects):
+    return {(one["kind"], one["metadata"]["name"]): one for one in objects}
+
+
+def container(job):
+    return job["spec"]["template"]["spec"]["containers"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ({}, "job"),
+        ({"gpus": 1}, "gpu"),
+        ({"workers": 2}, "multiworker"),
+        ({"workers": 2, "gpus": 1}, "multiworker-gpu"),
+    ],
+)
+def test_a_run_with_default_options_is_the_manifest(options, file):
+    expected = yaml.safe_load_all((ASSETS / f"{file}.yaml").read_text())
+    assert by_name(manifests.build("digits", **options)) == by_name(expected)
+
+
+def test_a_run_has_its_own_name_image_numbers_and_flags():
+    objects = manifests.build(
+        "mine", image="registry/x:1", workers=5, gpus=2, flags=["--epochs", "3"]
+    )
+    found = by_name(objects)
+    assert set(found) == {
+        ("PersistentVolumeClaim", "mine"),
+        ("Service", "mine"),
+        ("NetworkPolicy", "mine"),
+        ("Job", "mine"),
+        ("Job", "mine-workers"),
+    }
+    for name, pods in (("mine", 1), ("mine-workers", 4)):
+        job = found["Job", name]
+        assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (pods, pods)
+        trainer = container(job)
+        assert trainer["image"] == "registry/x:1"
+        assert trainer["args"][-3:] == ["--gpus=2", "--epochs", "3"]
+        assert trainer["resources"]["limits"]["nvidia.com/gpu"] == 2
+        environ = {entry["name"]: entry.get("value") for entry in trainer["env"]}
+        assert environ["TRAINER_WORKERS"] == "1+4"
+        assert environ["TRAINER_HOSTS"] == "mine-{index}.mine,mine-workers-{index}.mine"
+    # No name of the manifests' run is left; digits-trainer is the program's.
+    assert "digits" not in manifests.dump(objects).replace("digits-trainer", "")

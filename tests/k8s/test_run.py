@@ -1,144 +1,232 @@
-"""What ``python -m trainer.submit`` does without a cluster; ``tests/cluster`` has the rest."""
+"""A run from its objects to its files, in a cluster that is simulated; ``tests/cluster`` has a real
+one.
+"""
 
+import hashlib
 import json
-from types import SimpleNamespace
+import threading
 
 import pytest
-import yaml
-from support import ROOT
 
+from trainer.errors import ConfigurationError, DataError, InputError, StoppedError
+from trainer.files import HISTORY_FILE, MANIFEST_FILE, MODEL_FILE
 from trainer.k8s import manifests
-from trainer.submit import SubmitConfig, _Submitted
+from trainer.k8s.api import Change
+from trainer.k8s.run import ClusterRun
+from trainer.log_lines import json_line
 
-ASSETS = ROOT / "trainer" / "k8s" / "assets"
+MODEL = b"a model"
+FILES = {
+    MODEL_FILE: MODEL,
+    HISTORY_FILE: b"{}",
+    MANIFEST_FILE: json.dumps(
+        {"model": {"bytes": len(MODEL), "sha256": hashlib.sha256(MODEL).hexdigest()}}
+    ).encode(),
+}
+COMPLETE = [{"type": "Complete", "status": "True"}]
+FAILED = [{"type": "Failed", "status": "True", "reason": "PodFailurePolicy", "message": "policy"}]
+WORKERS = ("Job", "mine-workers")
+CLAIM = ("PersistentVolumeClaim", "mine")
+
+
+class Server:
+    """A namespace in which a Job ends as soon as it is created.
+
+    Args:
+        conditions: Those of the Job; none: it does not end.
+        code: Exit code of its pod.
+        log: Lines that the pod has written.
+        refused: Kind of the objects that cannot be created.
+    """
+
+    namespace = "research"
+    flags = "--namespace research --context north"
+
+    def __init__(self, conditions=COMPLETE, *, code=0, log=(), refused=None):
+        self.conditions = conditions
+        self.code = code
+        self.log = log
+        self.refused = refused
+        self.objects = {}
+        self.created, self.deleted = [], []
+        self.closed = threading.Event()
+
+    def apply(self, manifest):
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        if kind == self.refused:
+            raise ConfigurationError("exceeded quota")
+        self.created.append((kind, name))
+        self.add(kind, name, manifest)
+        if kind == "Job":
+            self.add("Pod", f"{name}-0", manifest["spec"]["template"], job=name)
+
+    def add(self, kind, name, manifest, job=None):
+        terminated = {"exitCode": self.code, "message": "python -m trainer.task: error: why"}
+        status = {"phase": "Running", "conditions": []}
+        if kind == "Job":
+            status = {"conditions": self.conditions}
+        elif job and self.conditions:
+            status["containerStatuses"] = [{"state": {"terminated": terminated}}]
+        labels = {**manifest["metadata"].get("labels", {}), "job-name": job}
+        metadata = {"name": name, "uid": name, "labels": labels, "creationTimestamp": "2026"}
+        self.objects[kind, name] = {**manifest, "metadata": metadata, "status": status}
+
+    def get(self, kind, name):
+        return self.objects.get((kind, name))
+
+    def list(self, kind, selector):
+        assert selector == manifests.selector("mine")
+        return [one for (of, _), one in self.objects.items() if of == kind]
+
+    def delete(self, kind, name):
+        if self.objects.pop((kind, name), None):
+            self.deleted.append((kind, name))
+
+    def changes(self, kind, **selectors):
+        yield Change(
+            "LISTED", [] if kind == "Event" else self.list(kind, manifests.selector("mine"))
+        )
+        self.closed.wait()
+
+    def log_lines(self, pod):
+        return iter(self.log)
+
+    def read_file(self, pod, path):
+        try:
+            return FILES[path.removeprefix("/output/")]
+        except KeyError:
+            raise ConfigurationError(f"{path}: No such file or directory") from None
+
+    def close(self, threads):
+        self.closed.set()
+        for thread in threads:
+            thread.join()
+
+
+class Screen:
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def set_status(self, text):
+        pass
 
 
 @pytest.fixture
-def submit(command):
-    command.program = ["-m", "trainer.submit"]
-    command.env.pop("KUBECONFIG", None)
-    command.env["HOME"] = str(command.home)
-    return command
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.k8s.follow.DRAIN_SECONDS", 120)  # The log ends by itself.
+
+    def make(server, *, stop=None, **options):
+        return ClusterRun(
+            server,
+            "mine",
+            output_dir=tmp_path,
+            screen=Screen(),
+            stop=lambda: stop,
+            attach_command="submit --attach mine",
+            **options,
+        )
+
+    return make
 
 
-def assert_refused(done, code, *parts):
-    assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr.count("\n") == 1
-    for part in ("python -m trainer.submit: error: ", *parts):
-        assert part in done.stderr
+def objects(workers=1):
+    return manifests.build("mine", workers=workers)
 
 
-def by_name(objects):
-    return {(one["kind"], one["metadata"]["name"]): one for one in objects}
+def run_objects(keys):
+    return [key for key in keys if key[0] != "Pod"]
 
 
-def container(job):
-    return job["spec"]["template"]["spec"]["containers"][0]
-
-
-@pytest.mark.parametrize(
-    ("options", "file"),
-    [
-        ({}, "job"),
-        ({"gpus": 1}, "gpu"),
-        ({"workers": 2}, "multiworker"),
-        ({"workers": 2, "gpus": 1}, "multiworker-gpu"),
-    ],
-)
-def test_a_run_with_the_manifests_own_numbers_is_the_manifest(options, file):
-    expected = yaml.safe_load_all((ASSETS / f"{file}.yaml").read_text())
-    assert by_name(manifests.build("digits", **options)) == by_name(expected)
-
-
-def test_a_run_has_the_name_image_numbers_and_flags_that_it_is_given():
-    objects = manifests.build(
-        "mine", image="registry/x:1", workers=5, gpus=2, flags=["--epochs", "3"]
+def test_a_complete_run_leaves_its_files_here_and_nothing_in_the_cluster(run, tmp_path):
+    server = Server()
+    run(server).start(objects(workers=2))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == FILES
+    created = run_objects(server.created)
+    assert sorted(created) == sorted(
+        [CLAIM, *((kind, "mine") for kind in ("Job", "NetworkPolicy", "Service")), WORKERS]
     )
-    found = by_name(objects)
-    assert set(found) == {
-        ("PersistentVolumeClaim", "mine"),
-        ("Service", "mine"),
-        ("NetworkPolicy", "mine"),
-        ("Job", "mine"),
-        ("Job", "mine-workers"),
-    }
-    for name, pods in (("mine", 1), ("mine-workers", 4)):
-        job = found["Job", name]
-        assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (pods, pods)
-        trainer = container(job)
-        assert trainer["image"] == "registry/x:1"
-        assert trainer["args"][-3:] == ["--gpus=2", "--epochs", "3"]
-        assert trainer["resources"]["limits"]["nvidia.com/gpu"] == 2
-        environ = {entry["name"]: entry.get("value") for entry in trainer["env"]}
-        assert environ["TRAINER_WORKERS"] == "1+4"
-        assert environ["TRAINER_HOSTS"] == "mine-{index}.mine,mine-workers-{index}.mine"
-    # Not a word of another run is left, the program's own name aside.
-    assert "digits" not in manifests.dump(objects).replace("digits-trainer", "")
+    assert {kind for kind, _ in created[-2:]} == {"Job"}
+    deleted = run_objects(server.deleted)
+    assert sorted(deleted) == sorted(created)
+    assert deleted[-1] == CLAIM
 
 
-def test_a_dry_run_prints_what_kubectl_takes(submit, tmp_path):
-    done = submit.run(
-        *("--dry-run", "--name", "mine", "--workers", 3, "--namespace", "research"),
-        *("--", "--epochs", 4),
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    found = by_name(yaml.safe_load_all(done.stdout))
-    assert container(found["Job", "mine"])["args"][-2:] == ["--epochs", "4"]
-    assert all(one["metadata"]["namespace"] == "research" for one in found.values())
+def test_keep_deletes_nothing(run):
+    server = Server()
+    kept = run(server, keep=True)
+    kept.start(objects())
+    assert run_objects(server.deleted) == []
+    assert kept.screen.lines[-1] == f"All objects are kept. {kept.delete_command} deletes them."
+
+
+def test_an_object_that_is_refused_takes_the_others_with_it(run):
+    server = Server(refused="Job")
+    with pytest.raises(ConfigurationError, match="exceeded quota"):
+        run(server).start(objects())
+    assert server.created == server.deleted == [CLAIM]
+
+
+def test_an_existing_claim_is_used_and_stays(run):
+    server = Server()
+    server.add(*CLAIM, objects()[0])
+    again = run(server)
+    again.start(objects())
+    assert server.created[0] == ("Job", "mine")
+    assert run_objects(server.deleted) == [("Job", "mine")]
+    assert again.screen.lines[-1].startswith("Kept: PersistentVolumeClaim mine (not app.kube")
+
+
+def test_another_existing_object_is_refused_and_untouched(run):
+    server = Server()
+    server.add("Job", "mine", objects()[-1])
+    with pytest.raises(ConfigurationError, match="Expected no Job mine in the namespace research"):
+        run(server).start(objects())
+    assert server.created == server.deleted == []
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_failed_run_keeps_its_checkpoints_if_training_had_started(run, started, tmp_path):
+    log = [json_line("start", "60,000 images")] if started else []
+    server = Server(FAILED, code=65, log=log)
+    with pytest.raises(DataError, match=r"^why$"):
+        run(server).start(objects())
+    assert (CLAIM in server.deleted) != started
+    assert ("Job", "mine") in server.deleted
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("flags", "part"),
-    [
-        (["--workers", 0], "workers must be at least 1. Received: workers=0"),
-        (["--gpus", -1], "gpus must be at least 0"),
-        (["--name", "Mine"], "Received: name='Mine'"),
-        (["--name", "m" * 41], "at most 40"),
-        (["--", "--epoch", 3], "Perhaps you meant --epochs"),
-        (["--", "--epochs", 0], "Received: epochs=0"),
-        (["--", "--output-dir", "out"], "Expected --output-dir before --"),
-        (["--", "--gpus=2"], "Expected --gpus before --"),
-        (["--", "--output_dir=out"], "Expected --output-dir before --"),
-        (["--attach", "a\\1"], "Received: attach="),
-        (["--attach", "mine", "--", "--epochs", 3], "the run has begun"),
-    ],
-)
-def test_usage_is_2_and_asks_no_cluster(submit, flags, part):
-    assert_refused(submit.run(*flags), 2, part)
+def test_a_signal_detaches_and_says_how_to_attach_and_delete(run):
+    server = Server(conditions=[])
+    detached = run(server, stop="SIGINT")
+    with pytest.raises(StoppedError) as caught:
+        detached.start(objects())
+    assert str(caught.value) == (
+        "detached; mine continues. submit --attach mine attaches to it again; "
+        "kubectl delete jobs,services,networkpolicies,pvc --namespace research --context north "
+        f"-l {manifests.selector('mine')} deletes it."
+    )
+    assert server.deleted == []
 
 
-def test_no_kubeconfig_is_78(submit):
-    assert_refused(submit.run(), 78, "kubeconfig", "Set KUBECONFIG")
+def test_attach_follows_a_job_and_deletes_what_an_earlier_call_created(run, tmp_path):
+    server = Server()
+    with pytest.raises(StoppedError):
+        run(server, stop="SIGINT").start(objects())
+    run(server).attach()
+    assert (tmp_path / MODEL_FILE).read_bytes() == MODEL
+    assert CLAIM in server.deleted
 
 
-EMPTY = {"apiVersion": "v1", "kind": "Config", "contexts": [], "users": [], "clusters": []}
+def test_attach_fetches_the_files_of_a_job_that_was_deleted(run, tmp_path):
+    server = Server()
+    server.add(*CLAIM, objects()[0])
+    run(server).attach()
+    assert (tmp_path / MODEL_FILE).read_bytes() == MODEL
 
 
-@pytest.mark.parametrize("config", [json.dumps(EMPTY), "{", "[]", "contexts: 3"])
-def test_a_kubeconfig_that_names_no_such_context_is_78(submit, tmp_path, config):
-    (tmp_path / "config").write_text(config)
-    submit.env["KUBECONFIG"] = str(tmp_path / "config")
-    assert_refused(submit.run("--context", "mine"), 78, "kubectl config get-contexts")
-
-
-def test_an_output_that_cannot_be_written_is_73_before_anything_is_started(submit, tmp_path):
-    (tmp_path / "out").write_text("a file")
-    assert_refused(submit.run("--output-dir", "out"), 73, "out")
-
-
-def test_an_installation_without_the_extra_is_78(submit):
-    submit.program = [
-        "-c",
-        "import sys; sys.modules['kubernetes'] = sys.modules['yaml'] = None\n"
-        "from trainer.submit import main; sys.exit(main())",
-    ]
-    assert_refused(submit.run(), 78, "pip install 'digits-trainer[k8s]'")
-
-
-def test_the_remedies_name_namespace_and_context_as_they_are():
-    config = SubmitConfig(context="a-n")
-    run = _Submitted(config, SimpleNamespace(namespace="team-north"), "mine", None, None)
-    where = "--namespace team-north --context a-n"
-    assert run.how_to_come_back == f"python -m trainer.submit --attach mine {where}"
-    assert f"pvc {where} -l " in run.how_to_delete
+def test_attach_to_no_run_is_an_input_error(run):
+    with pytest.raises(InputError, match="no Job and no PersistentVolumeClaim of this name"):
+        run(Server()).attach()

@@ -1,1 +1,1 @@
-"""Manifests, the API server, and a run in a cluster."""
+"""Runs in a Kubernetes cluster: their manifests, the API client, following and fetching them."""

@@ -1,10 +1,10 @@
-"""What the package asks of a Kubernetes API server, in one namespace.
+"""A client for one namespace of a Kubernetes cluster.
 
     server = Server(namespace="research")
     server.apply(manifest)
     for change in server.changes("Pod", label_selector=manifests.selector("digits")): ...
 
-A refusal is a ``ConfigurationError`` in the server's own words.
+Every error of the API server is raised as a ``ConfigurationError`` with the server's message.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from trainer.k8s.manifests import MISSING
 
 Kind = Literal["Event", "Job", "NetworkPolicy", "PersistentVolumeClaim", "Pod", "Service"]
 
-# Each kind's class of the client, and its noun in the client's methods.
+# By kind: the API class of the client, and the noun in its methods' names.
 _METHODS: dict[Kind, tuple[str, str]] = {
     "Event": ("CoreV1Api", "event"),
     "Job": ("BatchV1Api", "job"),
@@ -33,20 +33,22 @@ _METHODS: dict[Kind, tuple[str, str]] = {
 }
 
 FIELD_MANAGER = "digits-trainer"
-CONNECT = 10.0  # Seconds in which a server answers.
-WATCH = 60  # Seconds after which a watch is begun anew: a dead connection is not noticed else.
-RETRY = 1.0  # Seconds between two tries of what goes on for ever.
-LEAVE = 3.0  # Seconds in which what goes on in other threads ends.
+CONNECT_SECONDS = 10.0  # for a connection to be accepted
+ANSWER_SECONDS = 30.0  # for the answer to a request
+WATCH_SECONDS = 60  # after which a watch is renewed: a dead connection is noticed no other way
+RETRY_SECONDS = 1.0  # between two attempts to reach the server
+CLOSE_SECONDS = 3.0  # for the threads that read a watch to end
 
 
 class Change(NamedTuple):
-    """A change in the cluster.
+    """What a watch reports.
 
     Attributes:
-        type: ``LISTED``: these are all there are; ``ADDED``, ``MODIFIED``, ``DELETED``: this one
-            was; ``LOST``: the connection was lost, and is tried again; nothing of it is missed.
+        type: ``LISTED``: all objects that exist; ``ADDED``, ``MODIFIED`` or ``DELETED``: one
+            object; ``LOST``: the connection was lost and is being re-established, after which a
+            ``LISTED`` follows.
         objects: As the API server sends them.
-        reason: Why the connection was lost.
+        reason: For ``LOST``, why.
     """
 
     type: str
@@ -55,19 +57,23 @@ class Change(NamedTuple):
 
 
 class NotFoundError(ConfigurationError):
-    """There is no such object in the namespace, or no such namespace."""
+    """The object or the namespace does not exist (404)."""
 
 
 class RefusedError(ConfigurationError):
-    """The server knows the user no more, or does not let them (401, 403)."""
+    """The user is not authenticated, or not authorized (401, 403)."""
 
 
 class Server:
-    """A namespace of the cluster that a kubeconfig file names.
+    """A namespace of the cluster that a kubeconfig file describes.
 
     Args:
-        context: Of the kubeconfig file; None: its current one.
-        namespace: None: the context's.
+        context: A context of the kubeconfig file; None: the current one.
+        namespace: None: that of the context.
+
+    Attributes:
+        namespace: The namespace in use.
+        flags: ``--namespace`` and ``--context`` for kubectl to address the same namespace.
 
     Raises:
         ConfigurationError: There is no kubeconfig file, or no such context, or the package is
@@ -85,7 +91,7 @@ class Server:
             import yaml
         except ImportError as error:
             raise ConfigurationError(MISSING.format(error=error)) from None
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # What it retries is said here.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # Changes report retries.
         self.kubernetes = kubernetes
         self.failures = (
             kubernetes.client.ApiException,
@@ -100,7 +106,7 @@ class Server:
                 context=context, client_configuration=self.configuration
             )
             found = self._context(context)
-        # A damaged file ends in whatever it breaks.
+        # A malformed file raises whatever its reader stumbles over.
         except (
             *(kubernetes.config.ConfigException, OSError, yaml.YAMLError),
             *(AttributeError, KeyError, TypeError, ValueError),
@@ -111,51 +117,13 @@ class Server:
                 "config get-contexts."
             ) from None
         self.namespace = namespace or found.get("namespace") or "default"
+        self.flags = f"--namespace {self.namespace}" + (f" --context {context}" if context else "")
         self.client = kubernetes.client.ApiClient(self.configuration)
-        self.left = threading.Event()
+        self.closed = threading.Event()
         self.watches: set[kubernetes.watch.Watch] = set()
 
-    def leave(self, threads: Sequence[threading.Thread]) -> None:
-        """Ends what ``changes`` and ``log_lines`` yield, and waits for the threads that read it.
-
-        A thread that is in the client while the interpreter ends aborts the process (SIGABRT): up
-        to Python 3.13 the interpreter ends such a thread by unwinding its stack, and the client's
-        checks of its arguments (pydantic) are in Rust, which does not let itself be unwound.
-
-        Args:
-            threads: One that waits for an answer of a dead connection is not waited for.
-        """
-        self.left.set()
-        end = time.monotonic() + LEAVE
-        while any(thread.is_alive() for thread in threads) and time.monotonic() < end:
-            for watch in list(self.watches):
-                watch.stop()  # Of no effect between two connections, hence again and again.
-            for thread in threads:
-                thread.join(LEAVE / 100)
-
-    @contextlib.contextmanager
-    def _watch(self) -> Iterator:
-        watch = self.kubernetes.watch.Watch()
-        self.watches.add(watch)
-        try:
-            yield watch
-        finally:
-            self.watches.discard(watch)
-
-    def _context(self, name: str | None) -> dict:
-        """Returns what the kubeconfig file says of a context; None: of the current one."""
-        try:
-            contexts, current = self.kubernetes.config.list_kube_config_contexts()
-        except self.kubernetes.config.ConfigException:
-            if name is None:
-                raise
-            return {}  # It has no current one, and cannot be asked for another then.
-        if name is not None:
-            current = next(one for one in contexts if one["name"] == name)
-        return current["context"]
-
     def apply(self, manifest: dict) -> None:
-        """Creates an object or changes it, by server-side apply."""
+        """Creates or updates an object by server-side apply."""
         self._call(
             "patch",
             manifest["kind"],
@@ -166,33 +134,33 @@ class Server:
         )
 
     def get(self, kind: Kind, name: str) -> dict | None:
-        """Returns an object; None where there is none of this name."""
+        """Returns an object; None if there is none of this name."""
         try:
             return self._plain(self._call("read", kind, name))
         except NotFoundError:
             return None
 
     def list(self, kind: Kind, selector: str) -> list[dict]:
-        """Returns the objects with these labels."""
+        """Returns the objects that a label selector matches."""
         return self._plain(self._call("list", kind, label_selector=selector))["items"]
 
     def delete(self, kind: Kind, name: str) -> None:
-        """Deletes an object and what belongs to it, if it is there."""
+        """Deletes an object, if it exists, and in the background what it owns."""
         with contextlib.suppress(NotFoundError):
             self._call("delete", kind, name, propagation_policy="Background")
 
     def changes(self, kind: Kind, **selectors: str) -> Iterator[Change]:
-        """Yields what there is, and then each change, until ``leave``: a watch that ends or drops
-        is begun anew.
+        """Yields the objects that exist and then each change, until ``close``. A watch that ends or
+        is cut off is renewed.
 
         Args:
-            kind: Of which objects.
-            selectors: ``label_selector`` and ``field_selector``, as the API has them.
+            kind: The objects' kind.
+            selectors: ``label_selector`` and ``field_selector``, as in the API.
 
         Raises:
-            RefusedError: Trying again does not help.
+            RefusedError: The user may not list or watch them.
         """
-        while not self.left.is_set():
+        while not self.closed.is_set():
             try:
                 listed = self._plain(self._method("list", kind)(**selectors, **self._limits()))
                 yield Change("LISTED", listed["items"])
@@ -201,56 +169,61 @@ class Server:
                         self._method("list", kind),
                         **selectors,
                         resource_version=listed["metadata"]["resourceVersion"],
-                        timeout_seconds=WATCH,
-                        _request_timeout=(CONNECT, WATCH + CONNECT),
+                        timeout_seconds=WATCH_SECONDS,
+                        _request_timeout=(CONNECT_SECONDS, WATCH_SECONDS + CONNECT_SECONDS),
                     ):
-                        if event:  # None: a line that was cut
+                        if event:  # None: a line that was cut off
                             yield Change(event["type"], [event["raw_object"]])
             except self.failures as error:
                 known = self._error(error)
                 if isinstance(known, RefusedError):
                     raise known from error
-                if getattr(error, "status", None) != 410:  # Gone: the list begins anew.
+                if getattr(error, "status", None) != 410:  # Gone: list again at once.
                     yield Change("LOST", [], str(known))
-                    self.left.wait(RETRY)
+                    self.closed.wait(RETRY_SECONDS)
 
     def log_lines(self, pod: str) -> Iterator[str]:
-        """Yields what a pod's container has written and writes, until it has ended or is gone, or
-        until ``leave``.
+        """Yields the lines of a pod's log, past and to come, each once, until the container has
+        terminated, the pod is deleted, or ``close``.
 
         Raises:
-            RefusedError: This user may not read it.
+            RefusedError: The user may not read it.
         """
         seen = 0
-        while not self.left.is_set():
-            whole = False
+        while not self.closed.is_set():
+            complete = False
             try:
                 with self._watch() as watch:
                     lines = watch.stream(
                         self._method("read", "Pod", "log"),
                         name=pod,
-                        _request_timeout=(CONNECT, WATCH + CONNECT),
+                        _request_timeout=(CONNECT_SECONDS, WATCH_SECONDS + CONNECT_SECONDS),
                     )
                     for number, line in enumerate(lines):
-                        if number >= seen:  # The others were there before the connection was lost.
+                        if number >= seen:  # A new connection repeats the earlier ones.
                             seen += 1
                             yield line
-                whole = True
+                complete = True
             except self.failures as error:
                 known = self._error(error)
                 if isinstance(known, RefusedError):
                     raise known from error
             with contextlib.suppress(TrainerError):
                 found = self.get("Pod", pod)
-                if found is None or (whole and found["status"]["phase"] in ("Succeeded", "Failed")):
+                terminated = found and found["status"]["phase"] in ("Succeeded", "Failed")
+                if found is None or (complete and terminated):
                     return
-            self.left.wait(RETRY)
+            self.closed.wait(RETRY_SECONDS)
 
     def read_file(self, pod: str, path: str) -> bytes:
-        """Reads a file in a pod's container, which has ``cat``."""
+        """Returns the content of a file in a pod, by running ``cat`` in its container.
+
+        Raises:
+            ConfigurationError: The file cannot be read, or the server does not answer in time.
+        """
         from kubernetes.stream.ws_client import ERROR_CHANNEL
 
-        # A client of its own: exec changes the one it is given for as long as it connects.
+        # A separate client: while it connects, exec replaces methods of the one it is given.
         core = self.kubernetes.client.CoreV1Api(
             self.kubernetes.client.ApiClient(self.configuration)
         )
@@ -265,39 +238,77 @@ class Server:
                 binary=True,
                 _preload_content=False,
             )
-            connection.sock.settimeout(WATCH)
+            connection.sock.settimeout(WATCH_SECONDS)
             parts = []
-            until = time.monotonic() + WATCH
+            until = time.monotonic() + WATCH_SECONDS
             while connection.is_open():
-                connection.update(timeout=CONNECT)
+                connection.update(timeout=CONNECT_SECONDS)
                 if connection.peek_stdout():
                     parts.append(connection.read_stdout())
-                    until = time.monotonic() + WATCH
-                elif connection.peek_channel(ERROR_CHANNEL):  # how the command has ended
+                    until = time.monotonic() + WATCH_SECONDS
+                elif connection.peek_channel(ERROR_CHANNEL):  # the exit status of cat
                     break
                 elif time.monotonic() > until:
-                    raise TimeoutError(f"no more of {path} for {WATCH} s")
-            said = connection.read_stderr() if connection.peek_stderr() else b""
+                    raise TimeoutError(f"no more of {path} for {WATCH_SECONDS} s")
+            stderr = connection.read_stderr() if connection.peek_stderr() else b""
             connection.close()
-        if said:
-            raise ConfigurationError(
-                f"Expected {path} in the volume. Received: {said.decode(errors='replace').strip()}."
-            )
+        if stderr:
+            reason = stderr.decode(errors="replace").strip()
+            raise ConfigurationError(f"Expected {path} in the volume. Received: {reason}.")
         return b"".join(parts)
+
+    def close(self, threads: Sequence[threading.Thread]) -> None:
+        """Ends the iterators of ``changes`` and ``log_lines``, and joins the threads reading them.
+
+        A thread that is inside the client when the interpreter exits aborts the process (SIGABRT):
+        up to Python 3.13 the interpreter ends such a thread by unwinding its stack, which the
+        client's validation of arguments (pydantic, in Rust) does not allow.
+
+        Args:
+            threads: After CLOSE_SECONDS those that wait for a dead connection are left behind.
+        """
+        self.closed.set()
+        end = time.monotonic() + CLOSE_SECONDS
+        while any(thread.is_alive() for thread in threads) and time.monotonic() < end:
+            for watch in list(self.watches):
+                watch.stop()  # It has no effect between two connections, so it is repeated.
+            for thread in threads:
+                thread.join(CLOSE_SECONDS / 100)
+
+    @contextlib.contextmanager
+    def _watch(self) -> Iterator:
+        watch = self.kubernetes.watch.Watch()
+        self.watches.add(watch)
+        try:
+            yield watch
+        finally:
+            self.watches.discard(watch)
+
+    def _context(self, name: str | None) -> dict:
+        """Returns a context of the kubeconfig file; None: the current one."""
+        try:
+            contexts, current = self.kubernetes.config.list_kube_config_contexts()
+        except self.kubernetes.config.ConfigException:
+            if name is None:
+                raise
+            return {}  # Without a current context the client lists none.
+        if name is not None:
+            current = next(one for one in contexts if one["name"] == name)
+        return current["context"]
 
     def _call(self, verb: str, kind: Kind, *names: str, **options: object) -> object:
         with self._errors():
             return self._method(verb, kind)(*names, **options, **self._limits())
 
     def _method(self, verb: str, kind: Kind, *subresource: str) -> Callable[..., Any]:
-        """Returns a method of the client, bound to the namespace."""
+        """Returns a method of the client with the namespace filled in."""
         group, noun = _METHODS[kind]
         api = getattr(self.kubernetes.client, group)(self.client)
         method = getattr(api, "_".join([verb, "namespaced", noun, *subresource]))
         return functools.partial(method, namespace=self.namespace)
 
     def _limits(self) -> dict:
-        return {"_request_timeout": (CONNECT, 3 * CONNECT)}
+        return {"_request_timeout": (CONNECT_SECONDS, ANSWER_SECONDS)}
 
     def _plain(self, answer: object) -> dict:
         return self.client.sanitize_for_serialization(answer)
@@ -310,10 +321,10 @@ class Server:
             raise self._error(error) from error
 
     def _error(self, error: Exception) -> ConfigurationError:
-        """Says in one line why the server did not do it."""
+        """Translates an error of the client into one line."""
         status, reason = getattr(error, "status", None), getattr(error, "reason", None) or error
         reason = " ".join(str(reason).split())
-        # An exec that is refused says it in the midst of its headers.
+        # The message of a refused exec contains the whole answer with its headers.
         if refused := re.match(r"Handshake status (\d+) ([\w ]+)", reason):
             status, reason = int(refused[1]), refused[2].strip()
         if not status:
@@ -331,4 +342,6 @@ class Server:
         kind = {401: RefusedError, 403: RefusedError, 404: NotFoundError}.get(
             status, ConfigurationError
         )
-        return kind(f"Expected the API server to accept it. Received: {status}, {reason}.{remedy}")
+        return kind(
+            f"Expected the API server to accept the request. Received: {status}, {reason}.{remedy}"
+        )

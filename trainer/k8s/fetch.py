@@ -1,7 +1,7 @@
-"""Reads the files that a run has left in its claim, through a pod that lives for that long.
+"""Reads the files of a run from its PersistentVolumeClaim, through a short-lived pod.
 
-files = fetch(server, "digits-a1b2c", image="digits-trainer:0.1.0", screen=screen, stop=stop)
-write_files(folder, files)
+contents = fetch(server, "digits-a1b2c", image="digits-trainer:0.1.0", screen=screen, stop=stop)
+files.write_files(folder, contents)
 """
 
 import contextlib
@@ -22,107 +22,137 @@ from trainer.files import (
 )
 from trainer.k8s import manifests
 from trainer.k8s.api import Server
-from trainer.k8s.follow import Screen, pending
+from trainer.k8s.follow import Screen, pending_reason
 
-BEGIN = 300.0  # Seconds in which the pod begins.
-TRIES = 3  # How often the files are read, when that fails.
-TICK = 0.5  # Seconds between two looks at the pod.
+START_SECONDS = 300.0  # for the pod to run
+ATTEMPTS = 3  # to read the files
+POLL_SECONDS = 0.5  # between two looks at the pod
 
-# No manifest names their SHA-256.
-_ENDS = {PAGE_FILE: b"</html>\n", CURVES_FILE: b"IEND\xaeB`\x82"}
+# The manifest names no SHA-256 of these: by its end a file is known to be complete.
+_ENDINGS = {PAGE_FILE: b"</html>\n", CURVES_FILE: b"IEND\xaeB`\x82"}
 
 
 def fetch(
-    server: Server, name: str, *, image: str, screen: Screen, stop: Callable[[], str | None]
+    server: Server,
+    name: str,
+    *,
+    image: str,
+    screen: Screen,
+    stop: Callable[[], str | None],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, bytes] | None:
     """Reads the files of a run.
 
     Args:
-        server: Where the run is.
-        name: Of the run.
-        image: Of the pod, one that the cluster has.
-        screen: Takes what the pod waits for.
-        stop: Tells whether to leave it.
+        server: The namespace of the run.
+        name: Name of the run.
+        image: The pod's image, one that the cluster can pull.
+        screen: Shows why the pod is pending.
+        stop: Returns the name of a signal once one was received.
+        clock: Monotonic time in seconds.
+        sleep: Waits for a number of seconds.
 
     Returns:
-        Contents by name, as ``output.write`` takes them; None: it was told to stop.
+        Contents by file name, as ``trainer.files.write_files`` takes them; None after ``stop``.
 
     Raises:
-        ConfigurationError: The pod does not begin, or the server refuses.
-        DataError: The model has not the SHA-256 that the manifest names, or the report is cut off.
+        ConfigurationError: The pod does not start, or the server refuses a request.
+        DataError: The model's SHA-256 is not the manifest's, or the report is incomplete.
     """
-    tries = 0
+    pod = _Pod(server, name, image, screen, stop, clock, sleep)
+    attempt = 0
     while True:
         try:
-            return _read(server, name, image, screen, stop)
+            contents = pod.read()
+            if contents:
+                _check(contents)
+            return contents
         except (ConfigurationError, DataError) as error:
-            tries += 1
+            attempt += 1
             if stop():
                 return None
-            if tries == TRIES:
+            if attempt == ATTEMPTS:
                 raise
             screen.say(f"Fetching the files failed, trying again: {error}")
 
 
-def _read(
-    server: Server, name: str, image: str, screen: Screen, stop: Callable[[], str | None]
-) -> dict[str, bytes] | None:
-    manifest = manifests.fetch_pod(name, image=image)
-    pod = manifest["metadata"]["name"]
-    server.delete("Pod", pod)  # one that an earlier try left
-    while server.get("Pod", pod):
-        time.sleep(TICK)
-    server.apply(manifest)
-    try:
-        if not _begins(server, pod, screen, stop):
-            return None
-        files = _report(server, pod)
-        # The manifest is the last, as output.write has it.
-        files |= {file: server.read_file(pod, f"/output/{file}") for file in FILES}
-    finally:
-        with contextlib.suppress(TrainerError):
-            server.delete("Pod", pod)
-    _check(files)
-    return files
+class _Pod:
+    """The pod that mounts the volume."""
 
+    def __init__(
+        self,
+        server: Server,
+        name: str,
+        image: str,
+        screen: Screen,
+        stop: Callable[[], str | None],
+        clock: Callable[[], float],
+        sleep: Callable[[float], None],
+    ) -> None:
+        self.server = server
+        self.manifest = manifests.fetch_pod(name, image=image)
+        self.name = self.manifest["metadata"]["name"]
+        self.screen = screen
+        self.stop = stop
+        self.clock = clock
+        self.sleep = sleep
 
-def _begins(server: Server, pod: str, screen: Screen, stop: Callable[[], str | None]) -> bool:
-    """Waits until a pod runs, and says why it does not yet; False: it was told to stop."""
-    until = time.monotonic() + BEGIN
-    said = None
-    while (found := server.get("Pod", pod)) and found["status"]["phase"] != "Running":
-        if stop():
-            return False
-        reason = pending(found) or found["status"].get("message")
-        if reason and reason != said:
-            said = reason
-            screen.say(f"{pod} is pending: {reason}")
-        if found["status"]["phase"] == "Failed" or time.monotonic() > until:
-            raise ConfigurationError(
-                f"Expected the pod {pod} to run within {BEGIN:g} s, to fetch the files. Received: "
-                f"{reason or found['status']['phase']}."
-            )
-        time.sleep(TICK)
-    return True
-
-
-def _report(server: Server, pod: str) -> dict[str, bytes]:
-    """Reads what was drawn of the run: nothing, where its pod was stopped before."""
-    files = {}
-    for file in REPORT_FILES:
+    def read(self) -> dict[str, bytes] | None:
+        """Creates the pod, reads the files and deletes it; None after ``stop``."""
+        self.server.delete("Pod", self.name)  # An earlier attempt may have left one.
+        while self.server.get("Pod", self.name):
+            self.sleep(POLL_SECONDS)
+        self.server.apply(self.manifest)
         try:
-            files[file] = server.read_file(pod, f"/output/{file}")
-        except ConfigurationError as error:
-            if "No such file" not in str(error):
-                raise
-    return files
+            if not self._wait_until_running():
+                return None
+            # The manifest is the last, as write_files wants it.
+            return self._read_report() | {file: self._read_file(file) for file in FILES}
+        finally:
+            with contextlib.suppress(TrainerError):
+                self.server.delete("Pod", self.name)
+
+    def _wait_until_running(self) -> bool:
+        """Waits, and shows why the pod is pending; False after ``stop``."""
+        deadline = self.clock() + START_SECONDS
+        shown = None
+        while (pod := self.server.get("Pod", self.name)) and pod["status"]["phase"] != "Running":
+            if self.stop():
+                return False
+            phase = pod["status"]["phase"]
+            reason = pending_reason(pod) or pod["status"].get("message")
+            if reason and reason != shown:
+                shown = reason
+                self.screen.say(f"{self.name} is pending: {reason}")
+            if phase == "Failed" or self.clock() > deadline:
+                raise ConfigurationError(
+                    f"Expected the pod {self.name} to run within {START_SECONDS:g} s, to fetch the "
+                    f"files. Received: {reason or phase}."
+                )
+            self.sleep(POLL_SECONDS)
+        return True
+
+    def _read_report(self) -> dict[str, bytes]:
+        """Reads the report. A run whose pod was lost after saving the model has none."""
+        contents = {}
+        for file in REPORT_FILES:
+            try:
+                contents[file] = self._read_file(file)
+            except ConfigurationError as error:
+                if "No such file" not in str(error):
+                    raise
+        return contents
+
+    def _read_file(self, file: str) -> bytes:
+        return self.server.read_file(self.name, f"/output/{file}")
 
 
-def _check(files: dict[str, bytes]) -> None:
-    model = files[MODEL_FILE]
+def _check(contents: dict[str, bytes]) -> None:
+    model = contents[MODEL_FILE]
     try:
-        json.loads(files[HISTORY_FILE])
-        expected = json.loads(files[MANIFEST_FILE])["model"]["sha256"]
+        json.loads(contents[HISTORY_FILE])
+        expected = json.loads(contents[MANIFEST_FILE])["model"]["sha256"]
     except (ValueError, KeyError, TypeError):
         expected = None
     if hashlib.sha256(model).hexdigest() != expected:
@@ -130,6 +160,6 @@ def _check(files: dict[str, bytes]) -> None:
             f"Expected {MODEL_FILE} to have the SHA-256 that {MANIFEST_FILE} names. "
             f"Received: {len(model):,} bytes with another one."
         )
-    for file, end in _ENDS.items():
-        if not files.get(file, end).endswith(end):
-            raise DataError(f"Expected {file} to be whole. Received: a part of it.")
+    for file, ending in _ENDINGS.items():
+        if not contents.get(file, ending).endswith(ending):
+            raise DataError(f"Expected all of {file}. Received: a part of it.")

@@ -1,5 +1,5 @@
-"""Watches a run in a cluster until it ends, and says what a person would want to know meanwhile:
-why a pod is pending, how the training goes, which pod was lost and why.
+"""Follows a run in a cluster to its end: why a pod is pending, how the training goes, which pod was
+lost and why.
 
     outcome = follow(server, "digits-a1b2c", screen, stop=lambda: signals.received)
     outcome.code, outcome.text
@@ -10,45 +10,46 @@ import json
 import queue
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
+from trainer.cli import TASK
 from trainer.errors import StoppedError, TrainerError
-from trainer.k8s.api import Change, Server
+from trainer.k8s.api import Change, Kind, Server
 from trainer.k8s.manifests import selector
 
-TICK = 0.2  # Seconds between two looks at whether to stop.
-DRAIN = 5.0  # Seconds in which the last lines of a log come.
+POLL_SECONDS = 0.2  # between two looks at the signals
+DRAIN_SECONDS = 5.0  # for the last lines of a log to arrive
 
-# What else an event says that is known from the pod itself.
-_KNOWN = ("FailedScheduling", "Failed", "BackOff", "Evicted", "BackoffLimitExceeded")
+# Reasons of events that repeat what the status of the pod or the Job says.
+_KNOWN_FROM_STATUS = ("FailedScheduling", "Failed", "BackOff", "Evicted", "BackoffLimitExceeded")
 
 
 class Screen(Protocol):
-    """Where a person looks: ``trainer.reporting.bar.Bar`` on a terminal, lines elsewhere."""
+    """What the user looks at: ``trainer.reporting.bar.Bar`` on a terminal, else plain lines."""
 
     def say(self, text: str) -> None:
-        """Writes a line that stays."""
+        """Writes a line."""
 
-    def show(self, place: dict, logs: dict[str, float]) -> None:
-        """Shows where the run is, as ``reporting.bar.Bar.show``; ``place`` has a ``message``."""
+    def show(self, position: dict, metrics: dict[str, float]) -> None:
+        """Shows how far the run is, as ``Bar.show`` does; ``position`` also has a ``message``."""
 
     def set_status(self, text: str) -> None:
-        """Shows what is going on, until it is replaced."""
+        """Shows what is going on, until the next call."""
 
 
 class Outcome(NamedTuple):
     """How a run ended.
 
     Attributes:
-        code: 0, or an exit code: that of the pod that failed, of ``trainer.errors``.
-        text: Why, in the pod's words or the cluster's.
-        begun: Whether it had begun to train, or may have: its log could not be read.
+        code: 0, or the exit code of the pod that failed (``trainer.errors`` lists them).
+        text: The pod's termination message, or the reason that the cluster gives.
+        started: Whether training had started, or may have: the log could not be read.
     """
 
     code: int
     text: str
-    begun: bool
+    started: bool
 
 
 def follow(
@@ -57,238 +58,261 @@ def follow(
     screen: Screen,
     *,
     stop: Callable[[], str | None],
-    old_events: bool = True,
+    past_events: bool = True,
 ) -> Outcome | None:
-    """Follows a run until its chief's Job is complete or one of its Jobs has failed.
+    """Follows a run until the chief's Job is complete or one of its Jobs has failed.
 
     Args:
-        server: Where the run is.
-        name: Of the run.
-        screen: Takes what there is to say.
-        stop: Tells whether to leave it alone.
-        old_events: Whether to say also what was wrong before this call.
+        server: The namespace of the run.
+        name: Name of the run.
+        screen: Shows what happens.
+        stop: Returns the name of a signal once one was received.
+        past_events: Whether to show warnings from before this call, too.
 
     Returns:
-        How it ended; None: it was told to stop.
+        How the run ended; None after ``stop``.
 
     Raises:
-        RefusedError: The server does not let this user see Jobs or pods, or no more.
+        RefusedError: The user may not watch Jobs or pods, or no longer.
     """
-    watched = Watched(server, name, screen, old_events=old_events)
+    follower = Follower(server, name, screen, past_events=past_events)
     try:
-        watched.start()
+        follower.start()
         while not stop():
             try:
-                kind, change = watched.changes.get(timeout=TICK)
+                source, item = follower.queue.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 continue
-            watched.take(kind, change)
-            if watched.ended:
-                return watched.outcome()
+            follower.handle(source, item)
+            if follower.ended_by:
+                return follower.outcome()
     finally:
-        server.leave(watched.threads)
+        server.close(follower.threads)
     return None
 
 
-class Watched:
-    """What is known of a run, and what was said of it."""
+class Follower:
+    """The state of a run as its watches report it, and what of it was shown already."""
 
-    def __init__(self, server: Server, name: str, screen: Screen, *, old_events: bool) -> None:
+    def __init__(self, server: Server, name: str, screen: Screen, *, past_events: bool) -> None:
         self.server = server
         self.name = name
         self.screen = screen
-        self.ended = ""  # the name of the Job that has ended it
-        self.begun = False
+        self.ended_by = ""  # name of the Job that has ended the run
+        self.started = False
         self.jobs: dict[str, dict] = {}
         self.pods: dict[str, dict] = {}
         self.warnings: dict[str, dict] = {}  # events by their uid
-        self.lost: set[str] = set()  # the kinds of objects that cannot be watched now
-        self.said: dict[tuple, str] = {}
+        self.disconnected: set[str] = set()  # the kinds whose watch is cut off
+        self.shown: dict[tuple, str] = {}  # the last text by subject
         self.logs: dict[str, threading.Thread] = {}
         self.threads: list[threading.Thread] = []
-        self.skip_events = not old_events
-        self.changes: queue.SimpleQueue = queue.SimpleQueue()
+        self.skip_events = not past_events
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Watches Jobs, pods and events, each in a thread that fills the queue."""
         labels = {"label_selector": selector(self.name)}
-        # Events have no labels; there are few warnings in a namespace.
-        for kind, selectors in (
-            ("Job", labels),
-            ("Pod", labels),
-            ("Event", {"field_selector": "type=Warning"}),
-        ):
+        # Events have no labels to select by; a namespace has few warnings.
+        watches: dict[Kind, dict[str, str]] = {
+            "Job": labels,
+            "Pod": labels,
+            "Event": {"field_selector": "type=Warning"},
+        }
+        for kind, selectors in watches.items():
             self._spawn(kind, lambda kind=kind, by=selectors: self.server.changes(kind, **by))
 
-    def _spawn(self, kind: str, source: Callable) -> threading.Thread:
-        """Puts what a source yields into the queue, from a thread."""
+    def _spawn(
+        self, source: str, iterate: Callable[[], Iterator[Change | str]]
+    ) -> threading.Thread:
+        """Starts a thread that puts what an iterator yields into the queue."""
 
-        def put() -> None:
+        def fill() -> None:
             try:
-                for item in source():
-                    self.changes.put((kind, item))
-            except Exception as error:  # A thread must not end unseen.
-                self.changes.put((kind, error))
+                for item in iterate():
+                    self.queue.put((source, item))
+            except Exception as error:  # The main thread raises it.
+                self.queue.put((source, error))
 
-        thread = threading.Thread(target=put, daemon=True)
+        thread = threading.Thread(target=fill, daemon=True)
         thread.start()
         self.threads.append(thread)
         return thread
 
-    def take(self, kind: str, change: Change | str | Exception) -> None:
-        """Takes one change, one line of the chief's log, or why there will be no more of them."""
-        if isinstance(change, Exception):
-            if not isinstance(change, TrainerError) or kind in ("Job", "Pod"):
-                raise change
-            self.begun = self.begun or kind == "log"
-            self.screen.say(f"The {kind.lower()}s of {self.name} cannot be shown: {change}")
-        elif isinstance(change, str):
-            self._line(change)
-        elif change.type == "LOST":
-            if not self.lost:  # Each try has its own words.
-                self.screen.say(f"The connection was lost, trying again: {change.reason}")
-            self.lost.add(kind)
+    def handle(self, source: str, item: Change | str | Exception) -> None:
+        """Handles an item of the queue.
+
+        Args:
+            source: The kind of the objects of a watch; or ``log``, the log of the chief.
+            item: A change, a line of the log, or the error that ended the source.
+        """
+        if isinstance(item, Exception):
+            if not isinstance(item, TrainerError) or source in ("Job", "Pod"):
+                raise item
+            self.started = self.started or source == "log"
+            self.screen.say(f"The {source.lower()}s of {self.name} cannot be shown: {item}")
+        elif isinstance(item, str):
+            self._handle_line(item)
+        elif item.type == "LOST":
+            if not self.disconnected:  # Once, though every watch has its own error.
+                self.screen.say(f"The connection was lost, trying again: {item.reason}")
+            self.disconnected.add(source)
         else:
-            self.lost.discard(kind)
-            getattr(self, f"_{kind.lower()}s")(change)
-            self._say_warnings()
+            self.disconnected.discard(source)
+            handlers = {
+                "Job": self._handle_jobs,
+                "Pod": self._handle_pods,
+                "Event": self._handle_events,
+            }
+            handlers[source](item)
+            self._show_warnings()
 
-    def _jobs(self, change: Change) -> None:
-        self._update(self.jobs, change, gone=self._job_is_gone)
-        for job, found in self.jobs.items():
-            suspended = found["spec"].get("suspend", False)
-            if suspended or ("suspended", job) in self.said:
-                self._say_once(
-                    ("suspended", job), f"{job} {'is suspended' if suspended else 'goes on'}"
-                )
-            condition = _ending(found)
-            # The others' Job that is complete says nothing of the chief's.
-            if condition and (job == self.name or condition["type"] == "Failed"):
-                self.ended = self.ended or job
+    def _handle_jobs(self, change: Change) -> None:
+        self._update(self.jobs, change, deleted=self._job_deleted)
+        for name, job in self.jobs.items():
+            suspended = job["spec"].get("suspend", False)
+            if suspended or ("suspended", name) in self.shown:
+                state = "is suspended" if suspended else "is resumed"
+                self._show_once(("suspended", name), f"{name} {state}")
+            condition = _final_condition(job)
+            # The chief has still to save the model when the other workers' Job is complete.
+            if condition and (name == self.name or condition["type"] == "Failed"):
+                self.ended_by = self.ended_by or name
 
-    def _job_is_gone(self, job: str) -> None:
-        self.ended = self.ended or job
+    def _job_deleted(self, name: str) -> None:
+        self.ended_by = self.ended_by or name
 
-    def _pods(self, change: Change) -> None:
-        self._update(self.pods, change, gone=self._pod_is_gone)
-        for pod, found in self.pods.items():
-            for condition in found["status"].get("conditions", []):
+    def _handle_pods(self, change: Change) -> None:
+        self._update(self.pods, change, deleted=self._pod_deleted)
+        for name, pod in self.pods.items():
+            for condition in pod["status"].get("conditions", []):
                 if condition["type"] == "DisruptionTarget" and condition["status"] == "True":
-                    why = condition.get("message") or condition.get("reason")
-                    self._say_once(("disrupted", pod), f"{pod} is evicted: {why}")
-            if end := _end(found):
-                code, text = end
+                    reason = condition.get("message") or condition.get("reason")
+                    self._show_once(("disrupted", name), f"{name} is evicted: {reason}")
+            if termination := _termination(pod):
+                code, text = termination
                 if code:
-                    self._say_once(("end", pod), f"{pod} has ended with {code}: {text}")
-            elif found["status"]["phase"] == "Running":
-                if ("pending", pod) in self.said:
-                    self._say_once(("pending", pod), f"{pod} runs on {found['spec']['nodeName']}")
-            elif reason := pending(found):
-                self._say_once(("pending", pod), f"{pod} is pending: {reason}")
-            is_chief = found["metadata"]["labels"].get("job-name") == self.name
-            if is_chief and _has_begun(found) and pod not in self.logs:
-                self.logs[pod] = self._spawn("log", lambda pod=pod: self.server.log_lines(pod))
+                    self._show_once(("ended", name), f"{name} has ended with {code}: {text}")
+            elif pod["status"]["phase"] == "Running":
+                if ("pending", name) in self.shown:
+                    self._show_once(("pending", name), f"{name} runs on {pod['spec']['nodeName']}")
+            elif reason := pending_reason(pod):
+                self._show_once(("pending", name), f"{name} is pending: {reason}")
+            is_chief = pod["metadata"]["labels"].get("job-name") == self.name
+            if is_chief and _has_started(pod) and name not in self.logs:
+                self.logs[name] = self._spawn("log", lambda pod=name: self.server.log_lines(pod))
 
-    def _pod_is_gone(self, pod: str) -> None:
-        if _end(self.pods[pod]) is None:
-            self.screen.say(f"{pod} is gone")
+    def _pod_deleted(self, name: str) -> None:
+        if _termination(self.pods[name]) is None:
+            self.screen.say(f"{name} is deleted")
 
-    def _events(self, change: Change) -> None:
-        known = {one["metadata"]["uid"]: one for one in change.objects}
+    def _handle_events(self, change: Change) -> None:
+        events = {event["metadata"]["uid"]: event for event in change.objects}
         if change.type == "DELETED":
-            self.warnings = {uid: self.warnings[uid] for uid in self.warnings.keys() - known}
+            self.warnings = {uid: self.warnings[uid] for uid in self.warnings.keys() - events}
         elif change.type == "LISTED":
-            self.warnings = known
+            self.warnings = events
             if self.skip_events:
-                self.said |= {("old", uid): "" for uid in known}
+                self.shown |= {("skipped", uid): "" for uid in events}
                 self.skip_events = False
         else:
-            self.warnings |= known
+            self.warnings |= events
 
-    def _say_warnings(self) -> None:
-        """Says what the cluster warns of, of this run's own objects and not of a namesake's."""
-        mine = {
+    def _show_warnings(self) -> None:
+        """Shows the warnings about this run's objects, told by uid from others of the same name."""
+        uids = {
             one["metadata"].get("uid") for one in (*self.jobs.values(), *self.pods.values())
         } - {None}
         for uid, event in self.warnings.items():
             about, reason = event["involvedObject"], event.get("reason")
-            if about.get("uid") in mine and reason not in _KNOWN and ("old", uid) not in self.said:
-                message = event.get("message", "")
+            if about.get("uid") not in uids or reason in _KNOWN_FROM_STATUS:
+                continue
+            message = event.get("message", "")
+            # The same message about the next pod is no news.
+            subject = ("event", about["uid"], reason, re.sub(r'"[^"]*"', "", message))
+            if subject not in self.shown and ("skipped", uid) not in self.shown:
                 text = f"{about['kind']} {about['name']}: {reason}: {message}"
-                # The same of one pod after the other is the same.
-                key = ("event", about["uid"], reason, re.sub(r'"[^"]*"', "", message))
-                if key not in self.said:
-                    self._say_once(key, text)
+                self._show_once(subject, text)
 
-    def _line(self, line: str) -> None:
-        """Shows a line of the chief's log: an event of ``reporting.progress``, or another."""
+    def _handle_line(self, line: str) -> None:
+        """Shows a line of the chief's log. The error in which the command ended is left out: the
+        pod's termination message is the same.
+        """
         try:
-            event = json.loads(line)
-            kind, text = event["event"], event["message"]
-        except (ValueError, TypeError, KeyError):
-            # The error in which the command ended: the pod's termination message has it, too.
-            if not line.startswith("python -m trainer.task: "):
+            entry = json.loads(line)
+            event, message = entry["event"], entry["message"]
+        except (ValueError, TypeError, KeyError):  # not a line of trainer.log_lines
+            if not line.startswith(f"{TASK}: "):
                 self.screen.say(line)
             return
-        self.begun = self.begun or kind == "start"
-        if kind == "step":
-            metrics = {name: event[name] for name in ("loss", "accuracy") if name in event}
-            self.screen.show(event, metrics)
-        elif kind != "error":
-            self.screen.say(text)
+        self.started = self.started or event == "start"
+        if event == "step":
+            metrics = {name: entry[name] for name in ("loss", "accuracy") if name in entry}
+            self.screen.show(entry, metrics)
+        elif event != "error":
+            self.screen.say(message)
 
-    def _update(self, known: dict[str, dict], change: Change, gone: Callable[[str], None]) -> None:
-        """Brings what is known to what is."""
-        changed = {one["metadata"]["name"]: one for one in change.objects}
+    def _update(
+        self, known: dict[str, dict], change: Change, deleted: Callable[[str], None]
+    ) -> None:
+        """Applies a change to the objects known by name."""
+        objects = {one["metadata"]["name"]: one for one in change.objects}
         if change.type == "DELETED":
-            lost = [name for name in changed if name in known]
+            gone = [name for name in objects if name in known]
         else:
-            lost = [name for name in known if change.type == "LISTED" and name not in changed]
-            known |= changed
-        for name in lost:
-            gone(name)
+            gone = [name for name in known if change.type == "LISTED" and name not in objects]
+            known |= objects
+        for name in gone:
+            deleted(name)
             del known[name]
 
-    def _say_once(self, about: tuple, text: str) -> None:
-        """Says something, unless it was the last that was said about this."""
-        if self.said.get(about) != text:
-            self.said[about] = text
+    def _show_once(self, subject: tuple, text: str) -> None:
+        """Shows a text, unless it is the last one that was shown about its subject."""
+        if self.shown.get(subject) != text:
+            self.shown[subject] = text
             self.screen.say(text)
 
     def outcome(self) -> Outcome:
-        """Returns how the run ended, when what its chief wrote has been shown."""
-        # The watches are not in step: the pods may have more to say.
+        """Returns how the run ended, after showing the rest of the chief's log."""
+        # The watches are independent: that of the pods may be behind that of the Jobs.
         with contextlib.suppress(TrainerError):
-            self._pods(Change("LISTED", self.server.list("Pod", selector(self.name))))
-        for reader in self.logs.values():
-            reader.join(DRAIN)
-        while not self.changes.empty():
-            self.take(*self.changes.get())
-        # Whatever became of the others: the chief has its model.
-        done = _ending(self.jobs.get(self.name, {}))
-        if done and done["type"] == "Complete":
-            return Outcome(0, "", self.begun)
-        condition = _ending(self.jobs.get(self.ended, {}))
+            self._handle_pods(Change("LISTED", self.server.list("Pod", selector(self.name))))
+        for thread in self.logs.values():
+            thread.join(DRAIN_SECONDS)
+        while not self.queue.empty():
+            self.handle(*self.queue.get())
+        # Whatever became of the other workers, the chief has saved the model.
+        chief = _final_condition(self.jobs.get(self.name, {}))
+        if chief and chief["type"] == "Complete":
+            return Outcome(0, "", self.started)
+        condition = _final_condition(self.jobs.get(self.ended_by, {}))
         if condition is None:
-            text = f"the Job {self.ended} was deleted. Its claim keeps what was saved"
-            return Outcome(StoppedError.exit_code, text, self.begun)
-        ends = [
-            # The reason before what followed from it, of these the last.
-            (end[0] != StoppedError.exit_code, found["metadata"]["creationTimestamp"], end)
-            for found in self.pods.values()
-            if found["metadata"]["labels"].get("job-name") == self.ended
-            and (end := _end(found))
-            and end[0]
+            text = (
+                f"the Job {self.ended_by} was deleted. The PersistentVolumeClaim {self.name} keeps "
+                "the checkpoints"
+            )
+            return Outcome(StoppedError.exit_code, text, self.started)
+        terminations = [
+            # An error before the 75 that it causes elsewhere, and of several the latest.
+            (
+                termination[0] != StoppedError.exit_code,
+                pod["metadata"]["creationTimestamp"],
+                termination,
+            )
+            for pod in self.pods.values()
+            if pod["metadata"]["labels"].get("job-name") == self.ended_by
+            and (termination := _termination(pod))
+            and termination[0]
         ]
-        if condition.get("reason") == "DeadlineExceeded" or not ends:
-            text = f"the Job {self.ended} has failed: {condition.get('message')}"
-            return Outcome(StoppedError.exit_code, text, self.begun)
-        return Outcome(*max(ends)[-1], self.begun)
+        if condition.get("reason") == "DeadlineExceeded" or not terminations:
+            text = f"the Job {self.ended_by} has failed: {condition.get('message')}"
+            return Outcome(StoppedError.exit_code, text, self.started)
+        return Outcome(*max(terminations)[-1], self.started)
 
 
-def pending(pod: dict) -> str | None:
-    """Returns why a pod does not run, in the scheduler's words or the kubelet's."""
-    waiting = _container(pod).get("state", {}).get("waiting", {})
+def pending_reason(pod: dict) -> str | None:
+    """Returns why a pod does not run yet, as the kubelet or the scheduler says it."""
+    waiting = _container_status(pod).get("state", {}).get("waiting", {})
     if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
         return f"{waiting['reason']}: {waiting.get('message', '')}".removesuffix(": ")
     for condition in pod["status"].get("conditions", []):
@@ -297,32 +321,32 @@ def pending(pod: dict) -> str | None:
     return None
 
 
-def _ending(job: dict) -> dict | None:
-    """Returns the condition in which a Job has ended."""
+def _final_condition(job: dict) -> dict | None:
+    """Returns the condition with which a Job has ended."""
     for condition in job.get("status", {}).get("conditions", []):
         if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
             return condition
     return None
 
 
-def _container(pod: dict) -> dict:
+def _container_status(pod: dict) -> dict:
     return next(iter(pod["status"].get("containerStatuses", [])), {})
 
 
-def _has_begun(pod: dict) -> bool:
-    return not _container(pod).get("state", {"waiting": 1}).get("waiting")
+def _has_started(pod: dict) -> bool:
+    return not _container_status(pod).get("state", {"waiting": 1}).get("waiting")
 
 
-def _end(pod: dict) -> tuple[int, str] | None:
-    """Returns the exit code of a pod and its last word."""
-    ended = _container(pod).get("state", {}).get("terminated")
-    if not ended:
-        if pod["status"].get("phase") != "Failed":
+def _termination(pod: dict) -> tuple[int, str] | None:
+    """Returns the exit code of a pod and its termination message; None while it has not ended."""
+    status = pod["status"]
+    terminated = _container_status(pod).get("state", {}).get("terminated")
+    if not terminated:
+        if status.get("phase") != "Failed":
             return None
-        # It never ran: the kubelet refused it.
-        status = pod["status"]
+        # The kubelet refused it: no container has run.
         return 1, f"{status.get('reason')}: {status.get('message')}"
-    text = " ".join(ended.get("message", "").split()) or ended.get("reason", "")
-    for opening in ("python -m trainer.task: ", "error: "):
-        text = text.removeprefix(opening)
-    return ended["exitCode"], text
+    text = " ".join(terminated.get("message", "").split()) or terminated.get("reason", "")
+    for prefix in (f"{TASK}: ", "error: "):
+        text = text.removeprefix(prefix)
+    return terminated["exitCode"], text

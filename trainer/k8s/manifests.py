@@ -3,8 +3,8 @@
     objects = build("digits-a1b2c", workers=3, flags=["--epochs", "2"])
     print(dump(objects))
 
-Nothing is described here a second time: kustomize has written the files in ``assets`` from the
-kustomizations of ``k8s/``, and what is done to them here is what a person would edit.
+The YAML in ``assets`` is the output of kustomize for ``k8s/`` (``make manifests``). What is changed
+here is what a user would change in an editor: name, image, numbers and arguments.
 """
 
 import re
@@ -29,14 +29,15 @@ def build(
     gpus: int = 0,
     flags: Sequence[str] = (),
 ) -> list[dict]:
-    """Makes the objects of a run: a claim, its Jobs, and for several workers their network.
+    """Returns the objects of a run: a PersistentVolumeClaim, a Job, and for several workers a
+    second Job, a headless Service and a NetworkPolicy.
 
     Args:
-        name: Of the run, which begins the name of each object.
-        image: Of the trainer; None: the manifests' own, ``digits-trainer:VERSION``.
-        workers: How many pods train together.
-        gpus: GPUs of each pod.
-        flags: More flags of ``python -m trainer.task``.
+        name: Name of the run, a prefix of the name of each object.
+        image: The trainer's image; None: that of the manifests, ``digits-trainer:VERSION``.
+        workers: Number of pods that train together.
+        gpus: GPUs per pod.
+        flags: Further flags of ``python -m trainer.task``.
 
     Returns:
         Manifests as the API server takes them, in the order to apply them in.
@@ -64,16 +65,16 @@ def build(
                     variable["value"] = f"1+{workers - 1}"
             if job["metadata"]["name"] == workers_job(name):
                 job["spec"] |= {"completions": workers - 1, "parallelism": workers - 1}
-    # What a pod needs comes before it.
+    # Jobs last: a pod needs its volume and its network.
     return sorted(objects, key=lambda one: one["kind"] == "Job")
 
 
 def fetch_pod(name: str, *, image: str) -> dict:
-    """Makes a pod that lives for some minutes, to read what a run has left in its claim.
+    """Returns a Pod that mounts the PersistentVolumeClaim of a run for ten minutes.
 
     Args:
-        name: Of the run.
-        image: One that the cluster has; it needs ``cat``.
+        name: Name of the run.
+        image: An image that the cluster can pull and that has ``cat`` and ``sleep``.
     """
     (pod,) = _load("fetch", name)
     pod["spec"]["containers"][0]["image"] = image
@@ -81,29 +82,29 @@ def fetch_pod(name: str, *, image: str) -> dict:
 
 
 def image() -> str:
-    """Returns the manifests' own image, ``digits-trainer:VERSION``."""
+    """Returns the image of the manifests, ``digits-trainer:VERSION``."""
     (pod,) = _load("fetch", "any")
     return pod["spec"]["containers"][0]["image"]
 
 
 def selector(name: str) -> str:
-    """Returns the label selector of all objects and pods of a run, and of nothing else."""
+    """Returns the label selector of the objects and pods of a run."""
     return f"app.kubernetes.io/name=digits-trainer,app.kubernetes.io/instance={name}"
 
 
 def workers_job(name: str) -> str:
-    """Names the Job of a run's workers after the first."""
+    """Returns the name of the Job whose pods are the workers after the chief."""
     return f"{name}-workers"
 
 
 def dump(objects: Sequence[dict]) -> str:
-    """Writes objects as YAML that ``kubectl apply -f -`` takes."""
+    """Returns objects as YAML for ``kubectl apply -f -``."""
     return _yaml().safe_dump_all(objects, sort_keys=False)
 
 
 def _load(kind: str, name: str) -> list[dict]:
     text = (resources.files("trainer.k8s") / "assets" / f"{kind}.yaml").read_text("utf-8")
-    # The manifests' run is called "digits", wherever its name stands.
+    # The run in the manifests is called "digits": in names, selectors and host names.
     objects = list(_yaml().safe_load_all(text))
     return _renamed(objects, re.compile(r"\bdigits\b(?!-trainer)"), name)
 
