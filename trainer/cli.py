@@ -71,9 +71,9 @@ def run(
     line = f"{prog}: {text}"
     write_termination_message(line)
     if _logs_json(words):
-        from trainer.log_lines import json_line
+        from trainer.log_lines import Severity, json_line
 
-        severity = "WARNING" if code in (StoppedError.exit_code, INTERRUPTED) else "ERROR"
+        severity: Severity = "WARNING" if code in (StoppedError.exit_code, INTERRUPTED) else "ERROR"
         line = json_line("error", line, severity=severity, worker=worker(), exit_code=code)
     print(line, file=sys.stderr, flush=True)
     return code
@@ -175,7 +175,7 @@ def _flags(kind: type, message: str) -> str:
     >>> _flags(TrainConfig, "Received: batch_size=100. Use 96."), _flags(TrainConfig, "No data.")
     (' (--batch-size)', '')
     """
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(kind)]
     about = [
         name
         for name in names

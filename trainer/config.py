@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, get_args
 
 from trainer import recipes
 from trainer.errors import UsageError
@@ -28,6 +28,14 @@ Collectives = Literal["tensorflow", "ring"]
 LogFormat = Literal["auto", "plain", "json"]
 Fast = Literal["auto", "off"]
 Precision = Literal["float32", "tensorfloat32", "mixed_bfloat16"]
+
+# The type of a field that None leaves to the recipe. __post_init__ replaces None, so that no reader of
+# the field meets it: to type checkers it is a T that None can be assigned to.
+T = TypeVar("T")
+if TYPE_CHECKING:
+    OrRecipe: TypeAlias = Union[T, Any]  # noqa: UP007  (mypy 2.4 refuses T | Any)
+else:
+    OrRecipe = T | None
 
 # Marks the settings that may differ between a checkpoint and the run that resumes it: those that
 # decide nothing of what is computed, or its last bits at most.
@@ -65,46 +73,46 @@ class TrainConfig:
     in one epoch; best: the highest accuracy that ten
     epochs reach, with augmented images."""
 
-    epochs: int | None = None
+    epochs: OrRecipe[int] = None
     """Number of epochs. None: the recipe's; 10, fast: 1."""
 
-    batch_size: int | None = None
+    batch_size: OrRecipe[int] = None
     """Images in one step, over all replicas together.
     None: the recipe's; 128, fast: 64."""
 
-    optimizer: Optimizer | None = None
+    optimizer: OrRecipe[Optimizer] = None
     """Keras' optimizer of this name, with Keras'
     defaults for everything but the learning rate.
     None: the recipe's; adadelta, fast and best: adam."""
 
-    learning_rate: float | None = None
+    learning_rate: OrRecipe[float] = None
     """The optimizer's learning rate, or the peak of a
     schedule. None: the recipe's, for its optimizer;
     else 1.0 for adadelta, Keras' default for the
     others. (0.001 with adadelta is the notebook as
     published, which ends at 58% after two epochs.)"""
 
-    schedule: Schedule | None = None
+    schedule: OrRecipe[Schedule] = None
     """How the learning rate changes from step to step.
     constant: not at all; one-cycle: it warms up from
     10% of the peak, then cosine-decays to 0 at the
     end of the last epoch. None: the recipe's;
     constant, fast and best: one-cycle."""
 
-    label_smoothing: float | None = None
+    label_smoothing: OrRecipe[float] = None
     """Share of each label that is spread evenly over all
     classes, 0 to 1 (in the loss of the test images,
     too). None: the recipe's; 0, fast and best: 0.05."""
 
-    pooling_dropout: float | None = None
+    pooling_dropout: OrRecipe[float] = None
     """Dropout rate after the pooling layer. None: the
     recipe's; 0.25, fast: 0."""
 
-    dense_dropout: float | None = None
+    dense_dropout: OrRecipe[float] = None
     """Dropout rate after the dense layer. None: the
     recipe's; 0.5, fast and best: 0.3."""
 
-    augment: Augment | None = None
+    augment: OrRecipe[Augment] = None
     """affine: rotate, shear, scale and translate each
     training image at random, each time anew. None:
     the recipe's; none, best: affine."""
@@ -298,16 +306,19 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_share(name: str, value: object, *, remedy: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value < 1:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
         raise UsageError(f"{name} must be from 0 to below 1. Received: {name}={value!r}. {remedy}")
 
 
 def _check_whole(
     name: str, value: object, least: int, most: int | None = None, *, remedy: str
 ) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < least
+        or (most is not None and value > most)
+    ):
         span = f"from {least} to {most}" if most is not None else f"of at least {least}"
         raise UsageError(
             f"{name} must be a whole number {span}. Received: {name}={value!r}. {remedy}"
