@@ -29,8 +29,8 @@ LogFormat = Literal["auto", "plain", "json"]
 Fast = Literal["auto", "off"]
 Precision = Literal["float32", "tensorfloat32", "mixed_bfloat16"]
 
-# The type of a field that None leaves to the recipe. __post_init__ replaces None, so that no reader of
-# the field meets it: to type checkers it is a T that None can be assigned to.
+# The type of a field that None leaves to the recipe. __post_init__ replaces None, so that no reader
+# of the field meets it: to type checkers it is a T that None can be assigned to.
 T = TypeVar("T")
 if TYPE_CHECKING:
     OrRecipe: TypeAlias = Union[T, Any]  # noqa: UP007  (mypy 2.4 refuses T | Any)
