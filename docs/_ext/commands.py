@@ -104,7 +104,10 @@ def fields(kind: type) -> Iterator[tuple[str, str, str]]:
             usage = _flag(f"no_{field.name}" if field.default else field.name)
         else:
             usage = f"{_flag(field.name)} {_type(hint)}"
-        yield usage, _default(field), text
+        default = _default(field)
+        if field.metadata.get("may_differ"):
+            default += " May differ when a run is resumed."
+        yield usage, default, text
 
 
 def _summary(kind: type) -> str:
