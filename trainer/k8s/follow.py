@@ -6,6 +6,7 @@ lost and why.
 """
 
 import contextlib
+import functools
 import json
 import queue
 import re
@@ -120,7 +121,7 @@ class Follower:
             "Event": {"field_selector": "type=Warning"},
         }
         for kind, selectors in watches.items():
-            self._spawn(kind, lambda kind=kind, by=selectors: self.server.changes(kind, **by))
+            self._spawn(kind, functools.partial(self.server.changes, kind, **selectors))
 
     def _spawn(
         self, source: str, iterate: Callable[[], Iterator[Change | str]]
@@ -200,7 +201,7 @@ class Follower:
                 self._show_once(("pending", name), f"{name} is pending: {reason}")
             is_chief = pod["metadata"]["labels"].get("job-name") == self.name
             if is_chief and _has_started(pod) and name not in self.logs:
-                self.logs[name] = self._spawn("log", lambda pod=name: self.server.log_lines(pod))
+                self.logs[name] = self._spawn("log", functools.partial(self.server.log_lines, name))
 
     def _pod_deleted(self, name: str) -> None:
         if _termination(self.pods[name]) is None:
