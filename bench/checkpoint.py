@@ -9,12 +9,12 @@ SAVES = 15
 
 
 def main() -> None:
-    from trainer.distributed.strategy import Workers
-    from trainer.models import cnn as model
+    from trainer.distributed.collectives import Workers
+    from trainer.models import cnn
     from trainer.runtime import tf
     from trainer.training import checkpoint
 
-    cnn = model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
+    model = cnn.build(optimizer="adadelta", learning_rate=1.0, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         keeper = checkpoint.Keeper(
             Path(folder),
@@ -27,7 +27,7 @@ def main() -> None:
             workers=Workers(tf.distribute.get_strategy()),
             warn=print,
         )
-        position = keeper.restore(cnn)
+        position = keeper.restore(model)
         seconds = []
         for step in range(1, SAVES + 1):
             position.step = position.steps = step

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from trainer import predict
-from trainer.data import sources as data
+from trainer.data import sources
 from trainer.errors import DataError
 from trainer.inference import model_file, segmentation
 
@@ -178,7 +178,7 @@ def inverted(grey: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 def own(random: np.random.Generator, each: int) -> Iterator[tuple[np.ndarray, int]]:
     """MNIST's first test images, which the preprocessing is to leave as they are."""
-    digits = data.load("bundled")
+    digits = sources.load("bundled")
     yield from zip(digits.x_test[:each], map(int, digits.y_test[:each]), strict=True)
 
 

@@ -23,7 +23,7 @@ BATCH_SIZE = 128
 def ours(tf, digits):
     """The trainer's: shuffled numbers, a gather a batch, division inside the step."""
     from trainer.data import pipeline
-    from trainer.models import cnn as model
+    from trainer.models import cnn
 
     epoch = 0
 
@@ -34,31 +34,31 @@ def ours(tf, digits):
             digits.x_train, digits.y_train, batch_size=BATCH_SIZE, seed=0, epoch=epoch
         )
 
-    return batches, consumer(tf, lambda x, y, weight: model.preprocess(x, y))
+    return batches, consumer(tf, lambda x, y, weight: cnn.preprocess(x, y))
 
 
 def divided_in_the_pipeline(tf, digits):
     """The same, divided where the batch is made."""
-    from trainer.models import cnn as model
+    from trainer.models import cnn
 
     batches, _ = ours(tf, digits)
 
     def mapped():
-        return batches().map(lambda x, y, weight: (*model.preprocess(x, y), weight)).prefetch(2)
+        return batches().map(lambda x, y, weight: (*cnn.preprocess(x, y), weight)).prefetch(2)
 
     return mapped, consumer(tf, lambda x, y, *weight: (x, y))
 
 
 def cached_elements(tf, digits):
     """tf.data's textbook chain on uint8: cache, shuffle the whole set, batch, divide."""
-    from trainer.models import cnn as model
+    from trainer.models import cnn
 
     chain = (
         tf.data.Dataset.from_tensor_slices((digits.x_train, digits.y_train))
         .cache()
         .shuffle(len(digits.x_train), seed=0)
         .batch(BATCH_SIZE)
-        .map(model.preprocess, num_parallel_calls=tf.data.AUTOTUNE)
+        .map(cnn.preprocess, num_parallel_calls=tf.data.AUTOTUNE)
         .prefetch(tf.data.AUTOTUNE)
     )
     return lambda: chain, consumer(tf, lambda x, y, *weight: (x, y))
@@ -66,10 +66,10 @@ def cached_elements(tf, digits):
 
 def cached_floats(tf, digits):
     """The same, each image divided before the cache, as many notebooks do."""
-    from trainer.models import cnn as model
+    from trainer.models import cnn
 
     def one(x, y):
-        inputs, targets = model.preprocess(x[tf.newaxis], y[tf.newaxis])
+        inputs, targets = cnn.preprocess(x[tf.newaxis], y[tf.newaxis])
         return inputs[0], targets[0]
 
     chain = (
@@ -125,10 +125,10 @@ def resident() -> float:
 
 
 def print_kept_memory(name: str) -> None:
-    from trainer.data import sources as data
+    from trainer.data import sources
     from trainer.runtime import tf
 
-    digits = data.load("bundled")
+    digits = sources.load("bundled")
     tf.reduce_sum(tf.ones(3))
     before = resident()
     batches, consume = VARIANTS[name](tf, digits)
@@ -138,10 +138,10 @@ def print_kept_memory(name: str) -> None:
 
 
 def main() -> None:
-    from trainer.data import sources as data
+    from trainer.data import sources
     from trainer.runtime import tf
 
-    digits = data.load("bundled")
+    digits = sources.load("bundled")
     variants = {name: make(tf, digits) for name, make in VARIANTS.items()}
     times = {name: [] for name in variants}
     for number in range(ROUNDS + 1):

@@ -20,9 +20,9 @@ def command(tmp_path, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mnist():
-    from trainer.data import sources as data
+    from trainer.data import sources
 
-    return data.load("bundled")
+    return sources.load("bundled")
 
 
 @pytest.fixture(scope="session")

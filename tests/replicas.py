@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from trainer import config, runtime, task
-from trainer.data import pipeline
-from trainer.data import sources as data
+from trainer.data import pipeline, sources
 from trainer.distributed import cluster, ring, strategy
+from trainer.distributed.collectives import Workers
+from trainer.distributed.replica_seeds import separate_seeds
 from trainer.errors import StoppedError
-from trainer.models import cnn as model
-from trainer.models import fast_step as fast
+from trainer.models import cnn, fast_step
 from trainer.runtime import keras, tf
 from trainer.training import artifacts as output
 from trainer.training import checkpoint, loop
@@ -56,43 +56,49 @@ def train(
     With a folder it goes on from the checkpoint there, and stops after a number of steps.
     """
     with chosen.scope():
-        cnn = model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
+        model = cnn.build(optimizer="adadelta", learning_rate=1.0, seed=0)
         if optimizer:
-            cnn.optimizer = optimizer()
-            cnn.optimizer.build(cnn.trainable_variables)
+            model.optimizer = optimizer()
+            model.optimizer.build(model.trainable_variables)
         if not dropout:
-            for layer in cnn.layers:
+            for layer in model.layers:
                 if isinstance(layer, keras.layers.Dropout):
                     layer.rate = 0
     keeper = folder and keep(folder, chosen, stop=lambda: "SIGTERM" if done == stop_at else None)
-    position = keeper.restore(cnn) if keeper else checkpoint.Position()
+    position = keeper.restore(model) if keeper else checkpoint.Position()
     done, sums, steps = position.steps, position.totals[:2] or [0.0, 0.0], []
 
     def after_call(position):
         nonlocal done, sums
         if position.steps > done:  # not in an evaluation
             weight, loss = np.subtract(position.totals[:2], sums).tolist()
-            gradients = [v.numpy() for v in cnn.optimizer.kept] if optimizer else None
+            gradients = [v.numpy() for v in model.optimizer.kept] if optimizer else None
             steps.append((loss / weight, gradients))
             done, sums = position.steps, position.totals[:2]
         if keeper:
             keeper.after_call(position)
 
     history = {}
-    step = fast.choose(kind, chosen, threads=2)
+    step = fast_step.choose(
+        kind,
+        accelerator=False,
+        optimizer="adadelta",
+        threads=2,
+        replicas=Workers(chosen).local_replicas,
+    )
     assert (step.name == "keras") == (kind == "off")
-    with contextlib.suppress(StoppedError), step.step(cnn) as forward:
+    with contextlib.suppress(StoppedError), step.step(model) as forward:
         history = loop.fit(
-            cnn,
+            model,
             lambda epoch: pipeline.train_batches(
                 digits.x_train, digits.y_train, batch_size=batch_size, seed=0, epoch=epoch
             ),
             pipeline.test_batches(digits.x_test, digits.y_test, batch_size=batch_size),
             strategy=chosen,
-            loss=model.LOSS,
-            metrics=model.METRICS,
+            loss=cnn.LOSS,
+            metrics=cnn.METRICS,
             epochs=1,
-            preprocess=model.preprocess,
+            preprocess=cnn.preprocess,
             forward=forward,
             jit_compile=jit_compile,
             steps_per_execution=1,
@@ -100,7 +106,7 @@ def train(
             after_call=after_call,
         )
         history.pop("seconds")
-    return cnn, history, steps
+    return model, history, steps
 
 
 def keep(folder, chosen, stop):
@@ -119,7 +125,7 @@ def keep(folder, chosen, stop):
         every="1h",
         keep=3,
         stop=stop,
-        workers=strategy.Workers(chosen),
+        workers=Workers(chosen),
         warn=print,
     )
 
@@ -128,36 +134,38 @@ def losses(chosen, *, examples, batch_size, **stop):
     """In float64 with dropout off: every step's loss, the history, and the weights' digest."""
     for setting in (keras.config.set_floatx, keras.config.set_dtype_policy):
         setting("float64")
-    digits = data.load("bundled").first(examples, 200)
-    cnn, history, steps = train(chosen, digits, batch_size=batch_size, **stop)
+    digits = sources.load("bundled").first(examples, 200)
+    model, history, steps = train(chosen, digits, batch_size=batch_size, **stop)
     return {
         "losses": [loss for loss, _ in steps],
         "history": history,
-        "weights": output.weights_sha256(cnn),
+        "weights": output.weights_sha256(model),
     }
 
 
 def gradients(chosen, *, examples, batch_size, file):
     """In float32 with dropout off, from the same state: the gradients of every step, in a file."""
-    digits = data.load("bundled").first(examples, 20)
+    digits = sources.load("bundled").first(examples, 20)
     _, _, steps = train(chosen, digits, batch_size=batch_size, optimizer=Record)
     np.savez(file, *[gradient for _, kept in steps for gradient in kept])
 
 
 def placed(chosen, *, examples, batch_size, on_devices):
     """Two epochs of the command's own training, with the images on the host or on the devices."""
-    strategy.has_memory_of_its_own = lambda: on_devices
+    strategy.has_accelerator = lambda: on_devices
     settings = config.TrainConfig(epochs=2, batch_size=batch_size, threads=2, fast="off")
-    cnn, history = task.fit(settings, data.load("bundled").first(examples, 100), strategy=chosen)
+    model, history = task.fit(
+        settings, sources.load("bundled").first(examples, 100), strategy=chosen
+    )
     history.pop("seconds")
-    return {"history": history, "weights": output.weights_sha256(cnn)}
+    return {"history": history, "weights": output.weights_sha256(model)}
 
 
 def compiled(chosen, *, examples, batch_size, jit_compile):
     """In float64: every step's loss, and the evaluation's."""
     for setting in (keras.config.set_floatx, keras.config.set_dtype_policy):
         setting("float64")
-    digits = data.load("bundled").first(examples, 16)
+    digits = sources.load("bundled").first(examples, 16)
     _, history, steps = train(
         chosen, digits, batch_size=batch_size, kind="off", jit_compile=jit_compile
     )
@@ -170,8 +178,8 @@ def masks(chosen):
         network = keras.Sequential(
             [keras.Input((50,)), keras.Sequential([keras.layers.Dropout(0.5, seed=1)])]
         )
-    strategy.separate_seeds(network)
-    strategy.separate_seeds(network)  # which changes nothing
+    separate_seeds(network)
+    separate_seeds(network)  # which changes nothing
     ones = tf.ones((1, 50))
     draw = tf.function(lambda: chosen.run(lambda: network(ones, training=True)), autograph=False)
     drawn = [chosen.experimental_local_results(draw()) for _ in range(2)]
@@ -183,15 +191,15 @@ def masks(chosen):
 
 def saved(chosen, *, examples, batch_size, folder):
     """Trains with dropout and saves the model; returns the weights' digest."""
-    digits = data.load("bundled").first(examples, 100)
-    cnn, history, _ = train(chosen, digits, batch_size=batch_size, dropout=True)
-    output.save(Path(folder), cnn, history, {})
-    return output.weights_sha256(cnn)
+    digits = sources.load("bundled").first(examples, 100)
+    model, history, _ = train(chosen, digits, batch_size=batch_size, dropout=True)
+    output.save(Path(folder), model, history, {})
+    return output.weights_sha256(model)
 
 
 def exchanged(chosen):
     """What ``Workers`` passes on, and what replicas reduce: dense, sparse, of several types."""
-    workers = strategy.Workers(chosen)
+    workers = Workers(chosen)
     sums_of, calls = ring.Ring.sum, []
     ring.Ring.sum = lambda self, arrays: calls.append(1) or sums_of(self, arrays)
 
@@ -219,8 +227,8 @@ def exchanged(chosen):
         "count": workers.count,
         "gathered": workers.gather(10 + workers.index),
         "first": workers.first(10 + workers.index),
-        "shared": list(workers.share(own.tobytes())),
-        "equal": [workers.have_equal(b"same"), workers.have_equal(own[:4].tobytes())],
+        "shared": list(workers.broadcast(own.tobytes())),
+        "equal": [workers.all_equal(b"same"), workers.all_equal(own[:4].tobytes())],
         "summed": [total.numpy().tolist() for total in sums],
         "mean": float(mean),
         "sparse": sparse.numpy().tolist(),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trainer import cli
-from trainer.config import Fast, TrainConfig
+from trainer.config import TrainConfig
 from trainer.distributed import cluster
 from trainer.errors import StoppedError, UsageError
 from trainer.signals import Signals
@@ -25,9 +25,11 @@ if TYPE_CHECKING:  # --help loads none of these.
     import keras
     import tensorflow as tf
 
-    from trainer.data import sources as data
+    from trainer.data.dataset import Digits
     from trainer.distributed import worker as child
-    from trainer.distributed.strategy import Chosen, Workers
+    from trainer.distributed.collectives import Workers
+    from trainer.distributed.strategy import StrategyChoice
+    from trainer.models.fast_step import StepChoice
     from trainer.reporting import progress as report
     from trainer.training import checkpoint
 
@@ -93,9 +95,8 @@ def train(
                 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
 
             from trainer import runtime
-            from trainer.distributed.strategy import lost_peers
-            from trainer.models import cnn as model
-            from trainer.models import fast_step as fast
+            from trainer.distributed.collectives import lost_peers
+            from trainer.models import optimizers
             from trainer.reporting import progress as report
             from trainer.reporting.tensorboard import EpochEvents
             from trainer.training import report as run_report
@@ -123,7 +124,7 @@ def train(
                 watcher.say(_announcement(config, digits), "start", **facts)
                 replicas = chosen.strategy.num_replicas_in_sync
                 watcher.say(chosen.reason, "strategy", replicas=replicas)
-                step = fast.choose(_fast(config), chosen.strategy, threads=config.threads)
+                step = _step(config, chosen.strategy)
                 facts["environment"]["step"] = step.name
                 if step.reason:
                     watcher.say(step.reason, "step")
@@ -133,7 +134,9 @@ def train(
                     callbacks.append(
                         EpochEvents(
                             config.output_dir,
-                            learning_rate=model.rates(config, len(digits.x_train)),
+                            learning_rate=optimizers.learning_rate_by_epoch(
+                                config, len(digits.x_train)
+                            ),
                             before=lambda: keeper.saved.history,
                         )
                     )
@@ -183,7 +186,7 @@ def _is_done(config: TrainConfig) -> bool:
 
 def fit(
     config: TrainConfig,
-    digits: "data.Digits",
+    digits: "Digits",
     *,
     callbacks: Sequence["keras.callbacks.Callback"] = (),
     keeper: "checkpoint.Keeper | None" = None,
@@ -207,39 +210,38 @@ def fit(
         StoppedError: The keeper was asked to stop, and has saved where the run is.
     """
     from trainer.data import augment, pipeline
-    from trainer.distributed.strategy import check_batch_size, has_memory_of_its_own
-    from trainer.models import cnn as model
-    from trainer.models import fast_step as fast
+    from trainer.distributed.strategy import check_batch_size, has_accelerator
+    from trainer.models import cnn
     from trainer.training import loop
 
     if strategy is None:
         strategy = _strategy(config, cluster.resolve(os.environ)).strategy
     check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
     with strategy.scope():
-        cnn = model.of(config, len(digits.x_train))
-    hooks = {"position": keeper.restore(cnn), "after_call": keeper.after_call} if keeper else {}
-    placed = pipeline.place(
+        model = cnn.from_config(config, len(digits.x_train))
+    hooks = {"position": keeper.restore(model), "after_call": keeper.after_call} if keeper else {}
+    dataset = pipeline.put_on_devices(
         digits,
-        strategy=strategy if has_memory_of_its_own() else None,
-        preprocess=model.preprocess,
+        strategy=strategy if has_accelerator() else None,
+        preprocess=cnn.preprocess,
         augment=augment.warp if config.augment == "affine" else None,
     )
-    with fast.choose(_fast(config), strategy, threads=config.threads).step(cnn) as forward:
+    with _step(config, strategy).step(model) as forward:
         history = loop.fit(
-            cnn,
+            model,
             lambda epoch: pipeline.train_batches(
-                *placed.train,
+                *dataset.train,
                 batch_size=config.batch_size,
                 seed=config.seed,
                 epoch=epoch,
-                augment=placed.augment,
+                augment=dataset.augment,
             ),
-            pipeline.test_batches(*placed.test, batch_size=config.batch_size),
+            pipeline.test_batches(*dataset.test, batch_size=config.batch_size),
             strategy=strategy,
-            loss=model.loss(config.label_smoothing),
-            metrics=model.METRICS,
+            loss=cnn.loss(config.label_smoothing),
+            metrics=cnn.METRICS,
             epochs=config.epochs,
-            preprocess=placed.preprocess,
+            preprocess=dataset.preprocess,
             forward=forward,
             jit_compile=config.jit_compile,
             steps_per_execution=config.steps_per_execution,
@@ -248,22 +250,33 @@ def fit(
         )
     if config.precision == "mixed_bfloat16":  # The file is for everybody: of plain float32.
         with strategy.scope():
-            plain = model.of(dataclasses.replace(config, precision="float32"), len(digits.x_train))
-        plain.set_weights(cnn.get_weights())
-        cnn = plain
-    return cnn, history
+            plain = cnn.from_config(
+                dataclasses.replace(config, precision="float32"), len(digits.x_train)
+            )
+        plain.set_weights(model.get_weights())
+        model = plain
+    return model, history
 
 
-def _fast(config: TrainConfig) -> Fast:
-    # XLA knows nothing of the fast step.
-    return "off" if config.jit_compile else config.fast
+def _step(config: TrainConfig, strategy: "tf.distribute.Strategy") -> "StepChoice":
+    from trainer.distributed.collectives import Workers
+    from trainer.distributed.strategy import has_accelerator
+    from trainer.models import fast_step
+
+    return fast_step.choose(
+        "off" if config.jit_compile else config.fast,  # XLA cannot compile the fast step.
+        accelerator=has_accelerator(),
+        optimizer=config.optimizer,
+        threads=config.threads,
+        replicas=Workers(strategy).local_replicas,
+    )
 
 
-def _load(config: TrainConfig) -> tuple["data.Digits", "data.Digits"]:
+def _load(config: TrainConfig) -> tuple["Digits", "Digits"]:
     """Returns the source, and of it what the run uses."""
-    from trainer.data import sources as data
+    from trainer.data import sources
 
-    source = data.load(config.data)
+    source = sources.load(config.data)
     digits = source.first(config.train_limit, config.test_limit)
     if config.batch_size > len(digits.x_train):
         raise UsageError(
@@ -273,7 +286,7 @@ def _load(config: TrainConfig) -> tuple["data.Digits", "data.Digits"]:
     return source, digits
 
 
-def _strategy(config: TrainConfig, members: cluster.Cluster | None) -> "Chosen":
+def _strategy(config: TrainConfig, members: cluster.Cluster | None) -> "StrategyChoice":
     from trainer.distributed.strategy import create
 
     return create(
@@ -284,7 +297,7 @@ def _strategy(config: TrainConfig, members: cluster.Cluster | None) -> "Chosen":
     )
 
 
-def _announcement(config: TrainConfig, digits: "data.Digits") -> str:
+def _announcement(config: TrainConfig, digits: "Digits") -> str:
     schedule = "" if config.schedule == "constant" else f" ({config.schedule})"
     return (
         f"{len(digits.x_train):,} training and {len(digits.x_test):,} test images ({config.data}), "
@@ -300,7 +313,7 @@ def _keeper(
     signals: Signals,
     watcher: "report.Watcher",
 ) -> "checkpoint.Keeper":
-    from trainer.distributed.strategy import Workers
+    from trainer.distributed.collectives import Workers
     from trainer.training.checkpoint import Keeper
 
     workers = Workers(strategy)
@@ -326,7 +339,7 @@ def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "report.
     if workers.count == 1:
         return
     sha256 = output.weights_sha256(model)
-    same = workers.have_equal(bytes.fromhex(sha256))
+    same = workers.all_equal(bytes.fromhex(sha256))
     others = "the same weights as the others, bit for bit"
     if not same:
         others = "other weights than the others: their processors round differently"

@@ -5,7 +5,8 @@ import time
 
 import work
 
-from trainer.data.sources import Digits, pipeline
+from trainer.data import pipeline
+from trainer.data.dataset import Digits
 from trainer.runtime import set_threads
 
 flags = work.arguments()

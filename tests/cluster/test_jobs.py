@@ -26,10 +26,10 @@ def test_the_job_ends_with_a_model_that_stock_keras_loads(namespace, tmp_path):
     assert f"test accuracy {manifest['metrics']['val_accuracy']:.2%}" in message
     assert f"SHA-256 {manifest['model']['sha256']}" in message
 
-    from trainer.data import sources as data
+    from trainer.data import sources
     from trainer.runtime import keras
 
-    digits = data.load("bundled").first(None, 200)
+    digits = sources.load("bundled").first(None, 200)
     model = keras.models.load_model(tmp_path / "mnist.h5")
     right = model.predict(digits.x_test[..., None] / 255, verbose=0).argmax(axis=1) == digits.y_test
     assert right.mean() == pytest.approx(manifest["metrics"]["val_accuracy"])

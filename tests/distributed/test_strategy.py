@@ -12,9 +12,10 @@ from support import assert_alike, assert_gradients_alike
 
 from trainer.data import pipeline
 from trainer.distributed.cluster import Cluster
-from trainer.distributed.strategy import Workers, _has_tpu, check_batch_size, create
+from trainer.distributed.collectives import Workers
+from trainer.distributed.strategy import _has_tpu, check_batch_size, create
 from trainer.errors import ConfigurationError, UsageError
-from trainer.models import cnn as model
+from trainer.models import cnn
 from trainer.runtime import keras, tf
 from trainer.training import loop
 
@@ -149,7 +150,7 @@ def test_several_replicas_repeat_the_same_bits_and_save_stock_layers(replicas, t
     first, second = (replicas.compute("saved", devices=4, **data) for _ in range(2))
     assert first == second
     loaded = keras.models.load_model(tmp_path / "mnist.h5")
-    stock = model.build(optimizer="adadelta", learning_rate=1.0, seed=0)
+    stock = cnn.build(optimizer="adadelta", learning_rate=1.0, seed=0)
     for layer, expected in zip(loaded.layers, stock.layers, strict=True):
         assert type(layer) is type(expected)
         if isinstance(layer, keras.layers.Dropout):
@@ -161,7 +162,7 @@ def test_the_step_can_be_compiled_for_a_device_with_static_shapes_only(mnist):
     digits = mnist.first(8, 8)
     network = keras.Sequential(
         [
-            keras.Input(model.INPUT_SHAPE),
+            keras.Input(cnn.INPUT_SHAPE),
             keras.layers.Flatten(),
             keras.layers.Dropout(0.5, seed=1),
             keras.layers.Dense(10, activation="softmax"),
@@ -169,9 +170,9 @@ def test_the_step_can_be_compiled_for_a_device_with_static_shapes_only(mnist):
     )
     network.compile(optimizer=keras.optimizers.Adadelta(1.0), loss="categorical_crossentropy")
     network.optimizer.build(network.trainable_variables)
-    functions = {"loss": model.LOSS, **model.METRICS}
+    functions = {"loss": cnn.LOSS, **cnn.METRICS}
     step = tf.function(
-        loop._train_step(network, network, functions, model.preprocess),
+        loop._train_step(network, network, functions, cnn.preprocess),
         jit_compile=True,
         autograph=False,
     )
@@ -207,8 +208,8 @@ def test_alone_there_is_nothing_to_exchange():
     workers = Workers(tf.distribute.get_strategy())
     assert (workers.count, workers.index) == (1, 0)
     assert workers.gather(7) == [7]
-    assert workers.share(b"odd") == b"odd"
-    assert workers.have_equal(b"four")
+    assert workers.broadcast(b"odd") == b"odd"
+    assert workers.all_equal(b"four")
 
 
 @pytest.mark.full

@@ -2,22 +2,22 @@ import numpy as np
 import pytest
 
 from trainer.errors import NotFiniteError
-from trainer.models import cnn as model
+from trainer.models import cnn, optimizers
 from trainer.runtime import keras
 from trainer.training.artifacts import weights_sha256
 
 
 def build(seed=0, optimizer="adadelta", learning_rate=1.0, **options):
-    return model.build(optimizer=optimizer, learning_rate=learning_rate, seed=seed, **options)
+    return cnn.build(optimizer=optimizer, learning_rate=learning_rate, seed=seed, **options)
 
 
 def test_it_is_the_notebooks_network():
-    cnn = build()
-    assert cnn.count_params() == 2_380_938
+    model = build()
+    assert model.count_params() == 2_380_938
     facts = [
         (type(layer).__name__, {key: layer.get_config()[key] for key in keys})
         for layer, keys in zip(
-            cnn.layers,
+            model.layers,
             [
                 ("filters", "kernel_size", "strides", "padding", "activation"),
                 ("filters", "kernel_size", "strides", "padding", "activation"),
@@ -42,51 +42,39 @@ def test_it_is_the_notebooks_network():
         ("Dropout", {"rate": 0.5}),
         ("Dense", {"units": 10, "activation": "softmax"}),
     ]
-    assert cnn.input_shape == (None, 28, 28, 1)
-    assert cnn.output_shape == (None, 10)
+    assert model.input_shape == (None, 28, 28, 1)
+    assert model.output_shape == (None, 10)
 
 
 def test_it_is_compiled_as_the_notebooks_file_is():
-    cnn = build(learning_rate=0.5)
-    assert cnn.loss == "categorical_crossentropy"
-    assert type(cnn.optimizer).__name__ == "Adadelta"
-    assert float(cnn.optimizer.learning_rate) == 0.5
+    model = build(learning_rate=0.5)
+    assert model.loss == "categorical_crossentropy"
+    assert type(model.optimizer).__name__ == "Adadelta"
+    assert float(model.optimizer.learning_rate) == 0.5
     assert type(build(optimizer="sgd").optimizer).__name__ == "SGD"
 
 
-def test_one_cycle_rises_from_a_tenth_and_falls_to_nothing():
-    rate = model.learning_rate(0.5, "one-cycle", 100)
-    values = [float(rate(step)) for step in range(101)]
-    assert values[0] == pytest.approx(0.05)
-    assert max(values) == values[30] == 0.5
-    assert values[30:] == sorted(values[30:], reverse=True)
-    assert values[65] == pytest.approx(0.25, rel=1e-3)  # half way down a cosine
-    assert values[100] == 0
-    assert float(model.learning_rate(0.5, "one-cycle", 1)(0)) == 0.5  # too short to rise
-    assert model.learning_rate(0.5, "constant", 100) == 0.5
-
-
 def test_a_schedule_and_smoothed_labels_are_in_the_file(tmp_path):
-    rate = model.learning_rate(0.5, "one-cycle", 100)
+    rate = optimizers.schedule("one-cycle", peak=0.5, steps=100)
     drop = {"pooling_dropout": 0.0, "dense_dropout": 0.3}
-    cnn = build(optimizer="adam", learning_rate=rate, label_smoothing=0.1, **drop)
-    cnn.save(tmp_path / "mnist.h5")
+    model = build(optimizer="adam", learning_rate=rate, label_smoothing=0.1, **drop)
+    model.save(tmp_path / "mnist.h5")
     loaded = keras.models.load_model(tmp_path / "mnist.h5")
     assert loaded.loss.label_smoothing == 0.1
     assert float(loaded.optimizer.learning_rate) == pytest.approx(0.05)
     assert [loaded.layers[index].rate for index in (3, 6)] == [0.0, 0.3]
     x, y = np.random.default_rng(0).random((20, 28, 28, 1), np.float32), np.eye(10)[[0, 1] * 10]
-    expected = np.mean(model.loss(0.1)(y.astype(np.float32), cnn(x)))
+    expected = np.mean(cnn.loss(0.1)(y.astype(np.float32), model(x)))
     assert loaded.evaluate(x, y, verbose=0)[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_mixed_precision_keeps_weights_and_answers_in_float32():
-    mixed = model.build(optimizer="sgd", learning_rate=0.1, seed=0, precision="mixed_bfloat16")
+    mixed = cnn.build(optimizer="sgd", learning_rate=0.1, seed=0, precision="mixed_bfloat16")
     assert {weight.dtype for weight in mixed.trainable_weights} == {"float32"}
     assert [layer.compute_dtype for layer in mixed.layers] == ["bfloat16"] * 7 + ["float32"]
     assert weights_sha256(mixed) == weights_sha256(build(optimizer="sgd", learning_rate=0.1))
     for precision in ("float32", "tensorfloat32"):
-        plain = model.build(optimizer="sgd", learning_rate=0.1, seed=0, precision=precision)
+        plain = cnn.build(optimizer="sgd", learning_rate=0.1, seed=0, precision=precision)
         assert {layer.compute_dtype for layer in plain.layers} == {"float32"}
 
 
@@ -114,7 +102,7 @@ def test_the_global_random_state_is_left_alone():
 
 def test_preprocess_makes_what_the_saved_model_takes():
     images = np.array([[[0, 255], [51, 102]]], np.uint8)
-    inputs, targets = model.preprocess(images, np.array([7], np.uint8))
+    inputs, targets = cnn.preprocess(images, np.array([7], np.uint8))
     np.testing.assert_array_equal(inputs.numpy()[0, ..., 0], np.float32([[0, 1], [0.2, 0.4]]))
     assert inputs.dtype == targets.dtype == np.float32
     assert targets.numpy().tolist() == [[0, 0, 0, 0, 0, 0, 0, 1, 0, 0]]
@@ -122,15 +110,15 @@ def test_preprocess_makes_what_the_saved_model_takes():
 
 @pytest.mark.parametrize("name", ["loss", "accuracy"])
 def test_losses_and_metrics_give_one_value_an_example(name):
-    function = {"loss": model.LOSS, **model.METRICS}[name]
+    function = {"loss": cnn.LOSS, **cnn.METRICS}[name]
     assert function(np.eye(10, dtype=np.float32), np.full((10, 10), 0.1, np.float32)).shape == 10
 
 
 def test_probabilities_do_not_depend_on_the_batches(mnist):
     network, calls = build(), []
     images = mnist.x_test[:50]
-    one = model.probabilities(network, images, batch_size=50)
-    several = model.probabilities(
+    one = cnn.probabilities(network, images, batch_size=50)
+    several = cnn.probabilities(
         network, images, batch_size=20, after_batch=lambda: calls.append(None)
     )
     assert len(calls) == 3
@@ -146,4 +134,4 @@ def test_weights_that_overflow_are_named(mnist):
     # The last ones: what is behind them lets NaN through, on every processor.
     network.layers[-1].kernel.assign(np.full((256, 10), 3e38, "float32"))
     with pytest.raises(NotFiniteError, match="for 5 of 5 images"):
-        model.probabilities(network, mnist.x_test[:5], batch_size=5)
+        cnn.probabilities(network, mnist.x_test[:5], batch_size=5)

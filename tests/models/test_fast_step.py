@@ -10,18 +10,23 @@ from support import ROOT
 
 from trainer.data import pipeline
 from trainer.errors import NotFiniteError
-from trainer.models import cnn as model
-from trainer.models import fast_step as fast
+from trainer.models import cnn, fast_step
 from trainer.runtime import keras, tf
 from trainer.training import loop
 from trainer.training.artifacts import weights_sha256
 
 STRATEGY = tf.distribute.get_strategy()
-CHOSEN = fast.choose("auto", STRATEGY, threads=2)
 
 
-def cnn(seed=0, **options):
-    return model.build(**{"optimizer": "adadelta", "learning_rate": 1.0, "seed": seed, **options})
+def choose(kind="auto", optimizer="adadelta"):
+    return fast_step.choose(kind, accelerator=False, optimizer=optimizer, threads=2)
+
+
+CHOSEN = choose()
+
+
+def build(seed=0, **options):
+    return cnn.build(**{"optimizer": "adadelta", "learning_rate": 1.0, "seed": seed, **options})
 
 
 def with_the_fast_masks(network):
@@ -41,8 +46,7 @@ def with_the_fast_masks(network):
 
 
 def train(network, digits, *, kind, epochs=1, batch_size=32, **options):
-    chosen = fast.choose(kind, STRATEGY, threads=2)
-    with chosen.step(network) as forward:
+    with choose(kind, type(network.optimizer).__name__.lower()).step(network) as forward:
         return loop.fit(
             network,
             lambda epoch: pipeline.train_batches(
@@ -50,10 +54,10 @@ def train(network, digits, *, kind, epochs=1, batch_size=32, **options):
             ),
             pipeline.test_batches(digits.x_test, digits.y_test, batch_size=batch_size),
             strategy=STRATEGY,
-            loss=model.LOSS,
-            metrics=model.METRICS,
+            loss=cnn.LOSS,
+            metrics=cnn.METRICS,
             epochs=epochs,
-            preprocess=model.preprocess,
+            preprocess=cnn.preprocess,
             forward=forward,
             **options,
         )
@@ -83,17 +87,17 @@ def test_this_machine_has_it():
 def gradients(network, forward, x, y):
     with tf.GradientTape() as tape:
         output = forward(x, training=True)
-        loss = tf.reduce_mean(model.LOSS(y, output))
+        loss = tf.reduce_mean(cnn.LOSS(y, output))
     return output, tape.gradient(loss, network.trainable_variables)
 
 
 @pytest.mark.parametrize("steps", [0, 20])
 @pytest.mark.parametrize("n", [1, 36, 128])
 def test_gradients_are_the_models_own(mnist, digits, n, steps):
-    network = with_the_fast_masks(cnn())
+    network = with_the_fast_masks(build())
     if steps:
         train(network, digits.first(32 * steps, None), kind="off")
-    x, y = model.preprocess(tf.constant(mnist.x_train[-n:]), tf.constant(mnist.y_train[-n:]))
+    x, y = cnn.preprocess(tf.constant(mnist.x_train[-n:]), tf.constant(mnist.y_train[-n:]))
     states = [(v, v.numpy()) for v in network.non_trainable_variables]
     expected = gradients(network, network, x, y)
     for variable, state in states:  # the same masks once more
@@ -108,7 +112,7 @@ def test_gradients_are_the_models_own(mnist, digits, n, steps):
 @pytest.mark.parametrize(("optimizer", "rate"), [("adadelta", 1.0), ("adam", 1e-3), ("sgd", 0.1)])
 def test_in_float64_the_loss_curve_is_the_models_own(digits, float64, optimizer, rate):
     options = {"optimizer": optimizer, "learning_rate": rate}
-    with_model, with_fast = with_the_fast_masks(cnn(**options)), cnn(**options)
+    with_model, with_fast = with_the_fast_masks(build(**options)), build(**options)
     expected = losses(with_model, digits, kind="off")
     received = losses(with_fast, digits, kind="auto")
     assert len(expected) == 22  # a beginning, 20 steps, an evaluation
@@ -118,8 +122,8 @@ def test_in_float64_the_loss_curve_is_the_models_own(digits, float64, optimizer,
 
 
 def test_evaluation_gives_what_the_model_gives(mnist):
-    network = cnn()
-    x, _ = model.preprocess(tf.constant(mnist.x_test[:300]), tf.constant(mnist.y_test[:300]))
+    network = build()
+    x, _ = cnn.preprocess(tf.constant(mnist.x_test[:300]), tf.constant(mnist.y_test[:300]))
     with CHOSEN.step(network) as forward:
         np.testing.assert_allclose(forward(x, training=False), network(x), rtol=1e-4, atol=1e-7)
 
@@ -127,7 +131,7 @@ def test_evaluation_gives_what_the_model_gives(mnist):
 def test_the_same_seed_gives_the_same_bits_in_calls_of_any_length(digits):
     digests = set()
     for steps in (1, 7, 7, None):
-        network = cnn()
+        network = build()
         train(network, digits, kind="auto", steps_per_execution=steps)
         digests.add(weights_sha256(network))
     assert len(digests) == 1
@@ -135,10 +139,10 @@ def test_the_same_seed_gives_the_same_bits_in_calls_of_any_length(digits):
 
 @pytest.mark.parametrize("rate", [0.25, 0.5])
 def test_it_drops_at_the_layers_rate_and_each_time_others(rate):
-    front = keras.Sequential([keras.Input(fast.IMAGE_SHAPE), *cnn().layers[:4]])
+    front = keras.Sequential([keras.Input(fast_step.IMAGE_SHAPE), *build().layers[:4]])
     front.layers[3].rate = rate
     front.compile()
-    x = tf.ones((64, *fast.IMAGE_SHAPE))
+    x = tf.ones((64, *fast_step.IMAGE_SHAPE))
     with CHOSEN.step(front) as forward:
         kept = forward(x, training=False).numpy()
         first, second = (forward(x, training=True).numpy() for _ in range(2))
@@ -155,7 +159,7 @@ def test_it_drops_at_the_layers_rate_and_each_time_others(rate):
 
 @pytest.mark.parametrize("rate", [0, 0.3])
 def test_a_rate_that_a_byte_cannot_draw_is_the_layers_own(digits, float64, rate):
-    networks = cnn(), cnn()
+    networks = build(), build()
     for network in networks:
         network.layers[3].rate = rate
     received, expected = (
@@ -166,7 +170,7 @@ def test_a_rate_that_a_byte_cannot_draw_is_the_layers_own(digits, float64, rate)
 
 
 def test_the_optimizer_is_fused_and_given_back(digits, float64):
-    network = cnn()
+    network = build()
     with CHOSEN.step(network):
         assert "update_step" in vars(network.optimizer)
     assert "update_step" not in vars(network.optimizer)
@@ -176,9 +180,9 @@ def changed(index, fields):
     """The model's front with one layer's configuration changed."""
     layers = [
         type(layer).from_config({**layer.get_config(), **(fields if number == index else {})})
-        for number, layer in enumerate(cnn().layers[:4])
+        for number, layer in enumerate(build().layers[:4])
     ]
-    return keras.Sequential([keras.Input(fast.IMAGE_SHAPE), *layers])
+    return keras.Sequential([keras.Input(fast_step.IMAGE_SHAPE), *layers])
 
 
 @pytest.mark.parametrize(
@@ -202,43 +206,42 @@ def test_another_model_takes_the_plain_path(layer):
 
 
 def test_a_functional_model_and_another_kind_of_layer_take_the_plain_path():
-    stock = cnn()
+    stock = build()
     functional = keras.Model(stock.inputs, stock.outputs)
-    other = keras.Sequential([keras.Input(fast.IMAGE_SHAPE), keras.layers.Flatten()])
+    other = keras.Sequential([keras.Input(fast_step.IMAGE_SHAPE), keras.layers.Flatten()])
     for network in (functional, other):
         with CHOSEN.step(network) as forward:
             assert forward is network
 
 
 def test_off_is_off_and_silent():
-    chosen = fast.choose("off", STRATEGY, threads=2)
+    chosen = choose("off")
     assert (chosen.name, chosen.reason) == ("keras", "")
-    network = cnn()
+    network = build()
     with chosen.step(network) as forward:
         assert forward is network
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("cached", "owner", "name", "value", "reason"),
     [
-        (lambda patch: patch(fast.importlib.util, "find_spec", lambda name: None), "gcc or clang"),
-        (lambda patch: patch(fast, "TOLERANCE", 0.0), "something else on this processor"),
-        (
-            lambda patch: patch(fast, "_instructions", lambda path: None.x),
-            "does not work with this",
-        ),
+        ("_library", fast_step.importlib.util, "find_spec", lambda name: None, "gcc or clang"),
+        ("_library", fast_step, "_instructions", lambda path: None.x, "does not work with this"),
+        ("_difference", fast_step, "TOLERANCE", 0.0, "something else on this processor"),
     ],
 )
-def test_where_it_cannot_be_used_keras_step_is_and_the_user_is_told(monkeypatch, change, reason):
-    monkeypatch.setattr(fast, "_library", fast._library.__wrapped__)
-    change(monkeypatch.setattr)
-    chosen = fast.choose("auto", STRATEGY, threads=2)
+def test_where_it_cannot_be_used_keras_step_is_and_the_user_is_told(
+    monkeypatch, cached, owner, name, value, reason
+):
+    monkeypatch.setattr(fast_step, cached, getattr(fast_step, cached).__wrapped__)
+    monkeypatch.setattr(owner, name, value)
+    chosen = choose()
     assert chosen.name == "keras"
     assert reason in chosen.reason
 
 
 def test_what_is_not_finite_in_front_of_the_pooling_is_found(digits):
-    network = cnn(optimizer="sgd", learning_rate=1e30)
+    network = build(optimizer="sgd", learning_rate=1e30)
     with pytest.raises(NotFiniteError, match="Expected a finite"):
         train(network, digits, kind="auto")
 
@@ -251,7 +254,7 @@ def arguments(n, dtype=np.float32):
 
 
 def test_the_operation_gives_the_same_bits_on_any_number_of_threads():
-    library = fast._library()
+    library = fast_step._library()
     *inputs, random = arguments(100)
     outcomes = set()
     for threads in (1, 2, 3, 300):
@@ -266,30 +269,30 @@ def test_the_operation_refuses_other_shapes(number):
     inputs = arguments(3)
     inputs[number] = inputs[number][..., :-1]
     with pytest.raises(tf.errors.InvalidArgumentError, match=f"input {number} has another shape"):
-        fast._library().winograd_pool(*inputs, drop=64, threads=1)
+        fast_step._library().winograd_pool(*inputs, drop=64, threads=1)
 
 
 def test_the_gradient_refuses_other_numbers_of_images():
     *inputs, random = arguments(3)
-    out, code = fast._library().winograd_pool(*inputs, random, drop=64, threads=1)
+    out, code = fast_step._library().winograd_pool(*inputs, random, drop=64, threads=1)
     with pytest.raises(tf.errors.InvalidArgumentError, match="input 6 has another shape"):
-        fast._library().winograd_pool_grad(*inputs, code, out[:2], drop=64, threads=1)
+        fast_step._library().winograd_pool_grad(*inputs, code, out[:2], drop=64, threads=1)
 
 
 def test_no_images_are_none():
     *inputs, random = arguments(0)
-    out, code = fast._library().winograd_pool(*inputs, random, drop=64, threads=2)
+    out, code = fast_step._library().winograd_pool(*inputs, random, drop=64, threads=2)
     assert out.shape == (0, 12, 12, 64)
-    gradients = fast._library().winograd_pool_grad(*inputs, code, out, drop=64, threads=2)
+    gradients = fast_step._library().winograd_pool_grad(*inputs, code, out, drop=64, threads=2)
     assert not any(np.any(gradient) for gradient in gradients)
 
 
 PROGRAM = """
 import sys
-from trainer.models import fast_step as fast
+from trainer.models import fast_step
 from trainer.runtime import tf
 library = tf.load_op_library(sys.argv[1])
-print(fast._instructions(sys.argv[1]), fast._is_right(library))
+print(fast_step._instructions(sys.argv[1]), fast_step._computes_the_same(library))
 """
 
 

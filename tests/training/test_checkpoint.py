@@ -9,7 +9,7 @@ import pytest
 
 from trainer.config import TrainConfig
 from trainer.data import pipeline
-from trainer.distributed.strategy import Workers
+from trainer.distributed.collectives import Workers
 from trainer.errors import ConfigurationError, DataError, InputError, StoppedError
 from trainer.runtime import keras, tf
 from trainer.training import loop

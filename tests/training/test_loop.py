@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from trainer.data import pipeline
+from trainer.data.order import epoch_order
 from trainer.errors import NotFiniteError
 from trainer.models import cnn as model
 from trainer.runtime import keras, tf
@@ -65,7 +66,7 @@ def test_an_epoch_comes_to_what_keras_fit_comes_to(few, float64, examples, chang
     (x, y), test = inputs(few.first(examples, None))
     ours, theirs = change(cnn()), change(cnn())
     history = fit(ours, x, y, test=test, preprocess=None)
-    order = pipeline.epoch_order(examples, 0, 0)
+    order = epoch_order(examples, 0, 0)
     expected = theirs.fit(
         x[order], y[order], batch_size=32, shuffle=False, validation_data=test, verbose=0
     ).history
@@ -134,7 +135,7 @@ def test_another_model_and_other_data_need_no_change():
         preprocess=None,
         batch_size=16,
     )
-    order = pipeline.epoch_order(64, 0, 0)
+    order = epoch_order(64, 0, 0)
     theirs.fit(x[order], y[order], batch_size=16, shuffle=False, verbose=0)
     for a, b in zip(ours.weights, theirs.weights, strict=True):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-5, atol=1e-6)

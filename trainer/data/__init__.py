@@ -1,1 +1,1 @@
-"""Where images come from, and the batches they become."""
+"""Data sets, and the batches of examples made from them."""

@@ -1,13 +1,13 @@
-"""Batches of examples, as tf.data, in an order that (seed, epoch) alone decides.
+"""Batches of examples as ``tf.data.Dataset``, in an order that seed and epoch alone determine.
 
     for images, labels, sample_weight in train_batches(x, y, batch_size=128, seed=0, epoch=3): ...
 
-Every batch has the same static shape. The last one of an epoch is filled up with rows whose
-``sample_weight`` is 0, so that a step is compiled once, and also where only static shapes run.
+Every batch has the same static shape. The last one of an epoch is padded with rows whose
+``sample_weight`` is 0, so that a step is compiled once, also by compilers that need static shapes.
 
-The whole set is shuffled, not a window of it, by shuffling the numbers of the examples; a batch is
-then one gather from the arrays in memory, which are the cache. ``bench/pipeline.py`` measures this
-beside ``from_tensor_slices().cache().shuffle(60000).batch(128)``.
+The row numbers of the whole set are shuffled, and a batch is one gather from the arrays in memory,
+so there is no shuffle buffer and no cache. ``bench/pipeline.py`` compares this with
+``from_tensor_slices().cache().shuffle(60000).batch(128)``.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trainer.data.sources import ALIGNMENT, Digits
+from trainer.data.dataset import ALIGNMENT, Digits
+from trainer.data.order import epoch_order
 from trainer.runtime import tf
 
 Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -34,12 +35,13 @@ def train_batches(
     """Returns one epoch of training batches, every example once, in ``epoch_order``.
 
     Args:
-        x: Inputs, (n, ...).
+        x: Inputs, (n, ...), of any dtype.
         y: Labels, (n,).
-        batch_size: Rows of a batch.
+        batch_size: Rows in a batch.
         seed: Seed of the order.
         epoch: Number of the epoch, counted from 0.
-        augment: Applied to the inputs of each batch and a seed, int32 (2,), of its own.
+        augment: Called with the inputs of each batch and a seed, int32 (2,), that no other batch
+            has; returns inputs of the same shape.
 
     Returns:
         ceil(n / batch_size) batches ``(x, y, sample_weight)`` of shapes (batch_size, ...),
@@ -62,18 +64,20 @@ def train_batches(
 
 
 def test_batches(x: np.ndarray, y: np.ndarray, *, batch_size: int) -> tf.data.Dataset:
-    """Returns every example once, in the order of the arrays; else as ``train_batches``."""
+    """Returns every example once, in the order of the arrays, in batches like those of
+    ``train_batches``.
+    """
     return _batches(x, y, batch_size, np.arange(len(x)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
-    """Data where the step reads it.
+class DeviceDataset:
+    """A data set where the training step reads it.
 
     Attributes:
         train: Inputs and labels for ``train_batches``.
-        test: The same for ``test_batches``.
-        preprocess: For ``loop.fit``.
+        test: Inputs and labels for ``test_batches``.
+        preprocess: Applied to the ``(x, y)`` of a batch, on the device.
         augment: For ``train_batches``.
     """
 
@@ -83,25 +87,25 @@ class Placed:
     augment: Augment | None
 
 
-def place(
+def put_on_devices(
     digits: Digits,
     *,
     strategy: tf.distribute.Strategy | None,
     preprocess: Preprocess,
     augment: Augment | None,
-) -> Placed:
-    """Copies images and labels to every device of a strategy, once; the step then gathers its
-    batches there, and what comes from the host are their numbers, a few hundred bytes.
+) -> DeviceDataset:
+    """Copies images and labels once to every device of a strategy. The step then gathers its
+    batches there, and the host sends only their row numbers, a few hundred bytes.
 
     Args:
         digits: The data.
-        strategy: Whose devices; None: the images stay in the host's memory.
+        strategy: The strategy whose devices receive it; None: the images stay in host memory.
         preprocess: Applied to the images and labels of a batch.
-        augment: Applied to training images by the host, which they then come from.
+        augment: Applied to training images on the host, so that with it they stay there, too.
     """
     train, test = (digits.x_train, digits.y_train), (digits.x_test, digits.y_test)
     if strategy is None or augment:
-        return Placed(train, test, preprocess, augment)
+        return DeviceDataset(train, test, preprocess, augment)
     with strategy.scope():
         images, labels = (
             tf.Variable(np.concatenate(parts), trainable=False)
@@ -113,21 +117,7 @@ def place(
 
     numbers = np.arange(len(digits.x_train) + len(digits.x_test), dtype=np.int32)
     first, last = np.split(numbers, [len(digits.x_train)])
-    return Placed((first, first), (last, last), gather, None)
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of an epoch: a permutation of 0 to n - 1, as a function of its arguments.
-
-    The numbers are sorted by random 64-bit keys: Philox (Salmon et al., 2011,
-    https://doi.org/10.1145/2063384.2063405) seeded by a SeedSequence. NumPy keeps both streams
-    unchanged from version to version, which it does not promise for ``Generator.permutation``.
-
-    >>> epoch_order(5, seed=0, epoch=0).tolist()
-    [0, 3, 1, 2, 4]
-    """
-    keys = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(n)
-    return np.argsort(keys, kind="stable")
+    return DeviceDataset((first, first), (last, last), gather, None)
 
 
 def _batches(x: np.ndarray, y: np.ndarray, batch_size: int, order: np.ndarray) -> tf.data.Dataset:
@@ -136,16 +126,16 @@ def _batches(x: np.ndarray, y: np.ndarray, batch_size: int, order: np.ndarray) -
     rows[: len(order)] = order
     sample_weight = np.zeros(steps * batch_size, np.float32)
     sample_weight[: len(order)] = 1.0
-    # Tensors outside the mapped function: inside, they would be copied into its graph. Where
-    # tf.data works, which is not on a GPU.
+    # Made outside the mapped function, which would copy arrays into its graph as constants; and on
+    # the host, where tf.data runs.
     with tf.device("CPU:0"):
         x, y = _tensor(x), _tensor(y)
 
     def gather(rows: tf.Tensor, sample_weight: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return tf.gather(x, rows), tf.gather(y, rows), sample_weight
 
-    # Both of TensorFlow 2.21: the first rewrites what is already as it should be, and copies the
-    # arrays for it; the thread of the second can oversleep the end of an epoch by 5 to 60 seconds.
+    # Both with TensorFlow 2.21: the default graph rewrites gain nothing here and copy the arrays;
+    # the autotuning thread can delay the end of an epoch by 5 to 60 seconds.
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
     options.autotune.enabled = False

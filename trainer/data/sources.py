@@ -1,17 +1,14 @@
-"""Where the images come from: checked uint8 arrays, whatever the source.
+"""Loads a data set by the name of its source.
 
-    digits = data.load("bundled")
+    digits = load("bundled")
     digits.x_train.shape, digits.y_train[:3]        # (60000, 28, 28), [5, 0, 4]
 
 Sources: ``bundled``, a path (an ``.npz`` of Keras' layout or a folder of IDX files), ``keras`` and
-``tfds:NAME``. Only the last two need TensorFlow; the others fail before it is loaded.
+``tfds:NAME``. Only the last two load TensorFlow.
 """
 
 import contextlib
-import dataclasses
-import functools
 import gzip
-import hashlib
 import importlib.resources
 import io
 import logging
@@ -24,16 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.errors import ConfigurationError, DataError, InputError, UsageError
-
-IMAGE_SHAPE = (28, 28)
-NUM_CLASSES = 10
-ALIGNMENT = 64  # bytes; EIGEN_MAX_ALIGN_BYTES of TensorFlow's builds
+from trainer.data.dataset import ARRAYS, Digits
+from trainer.errors import ConfigurationError, DataError, InputError
 
 # Digits.sha256 of MNIST as its makers published it: 60,000 and 10,000 examples.
 MNIST_SHA256 = "796354bf1a5bdb3f752e23f487245288f2c35b1e0bc343e07448cffbb5f56624"
 
-ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 IDX_FILES = {
     "x_train": "train-images-idx3-ubyte",
     "y_train": "train-labels-idx1-ubyte",
@@ -44,83 +37,17 @@ IDX_FILES = {
 _BUNDLED_INSTEAD = "Use --data bundled, which needs no network."
 
 
-@dataclasses.dataclass(frozen=True)
-class Digits:
-    """Images and labels for training and for testing.
-
-    Attributes:
-        x_train: Training images, uint8 (n, 28, 28), 0 is background and 255 ink.
-        y_train: Their digits, uint8 (n,), 0 to 9.
-        x_test: Test images, as ``x_train``.
-        y_test: Their digits, as ``y_train``.
-
-    Raises:
-        DataError: An array has another shape or dtype, a label is out of range, or there are not
-            as many labels as images.
-    """
-
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
-
-    def __post_init__(self) -> None:
-        for part in ("train", "test"):
-            images, labels = f"x_{part}", f"y_{part}"
-            _check_images(images, getattr(self, images))
-            _check_labels(labels, getattr(self, labels))
-            if len(getattr(self, images)) != len(getattr(self, labels)):
-                raise DataError(
-                    f"Expected one label for each image. Received: {len(getattr(self, images))} "
-                    f"images in {images} and {len(getattr(self, labels))} labels in {labels}."
-                )
-            object.__setattr__(self, images, _aligned(getattr(self, images)))
-            object.__setattr__(self, labels, _aligned(getattr(self, labels).astype(np.uint8)))
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """SHA-256 over name, dtype, shape and bytes of the four arrays: equal for equal data,
-        whatever file it came from.
-        """
-        digest = hashlib.sha256()
-        for name in ARRAYS:
-            array = getattr(self, name)
-            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
-
-    def first(self, train: int | None, test: int | None) -> "Digits":
-        """Returns the first ``train`` training and ``test`` test examples; None means all.
-
-        Raises:
-            UsageError: There are fewer examples than that.
-        """
-        for name, limit, have in (
-            ("train_limit", train, len(self.x_train)),
-            ("test_limit", test, len(self.x_test)),
-        ):
-            if limit is not None and limit > have:
-                raise UsageError(
-                    f"{name} must be at most the {have} examples there are. "
-                    f"Received: {name}={limit}. Leave it out to use them all."
-                )
-        return Digits(
-            self.x_train[:train], self.y_train[:train], self.x_test[:test], self.y_test[:test]
-        )
-
-
 def load(source: str) -> Digits:
     """Loads a data set.
 
     Args:
-        source: ``bundled``, a path, ``keras`` or ``tfds:NAME``.
+        source: ``bundled``, a path, ``keras`` or ``tfds:NAME``. Without a network, TensorFlow
+            Datasets retries for three to four minutes before it gives up.
 
     Raises:
         InputError: The source is missing, unreadable or cannot be reached.
-        DataError: It is there and is not what it should be.
+        DataError: Its content is not a valid data set.
         ConfigurationError: ``tfds:`` without TensorFlow Datasets, or ``keras`` without TensorFlow.
-
-    Without a network, TensorFlow Datasets tries for three to four minutes before it gives up.
     """
     if source == "bundled":
         return _load_bundled()
@@ -159,7 +86,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise InputError(_unreadable(path, error)) from error
     try:
-        # Never unpickled: a file of someone else's must not run code.
+        # Never unpickled: an untrusted file must not run code.
         archive = np.load(io.BytesIO(raw), allow_pickle=False)
         if not isinstance(archive, Mapping):
             raise DataError(f"Expected an .npz archive at {path}. Received: one bare array.")
@@ -265,7 +192,7 @@ def _load_tfds(name: str) -> Digits:
             f"--data tfds:{name} needs TensorFlow Datasets. Received: {error}. "
             "Install it with: pip install 'digits-trainer[tfds]'"
         ) from error
-    # Of what it says meanwhile (bars, retries), nothing is left in a log that helps.
+    # Its progress bars and retry messages are noise in a log.
     tfds.disable_progress_bar()
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -290,40 +217,6 @@ def _load_tfds(name: str) -> Digits:
         arrays[f"x_{part}"] = images[..., 0] if images.shape[-1:] == (1,) else images
         arrays[f"y_{part}"] = examples["label"]
     return Digits(**arrays)
-
-
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """Returns the array, or a copy of it, that begins where TensorFlow wants its tensors to: it can
-    then use the same memory.
-    """
-    if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
-        return array
-    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    aligned[...] = array
-    return aligned
-
-
-def _check_images(name: str, images: np.ndarray) -> None:
-    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or not len(images):
-        raise DataError(
-            f"Expected {name} as uint8 of shape (n, 28, 28) with n of at least 1. "
-            f"Received: {images.dtype} of shape {images.shape}."
-        )
-
-
-def _check_labels(name: str, labels: np.ndarray) -> None:
-    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-        raise DataError(
-            f"Expected {name} as integers of shape (n,). "
-            f"Received: {labels.dtype} of shape {labels.shape}."
-        )
-    if len(labels) and not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
-        raise DataError(
-            f"Expected labels from 0 to {NUM_CLASSES - 1} in {name}. "
-            f"Received: labels from {labels.min()} to {labels.max()}."
-        )
 
 
 def _unreadable(path: Path, error: OSError) -> str:

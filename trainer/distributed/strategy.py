@@ -1,41 +1,39 @@
-"""Which ``tf.distribute`` strategy fits this machine and cluster, and what its workers exchange.
+"""Which ``tf.distribute`` strategy fits this machine and cluster.
 
-    chosen = create("auto", cluster=cluster.resolve(os.environ), gpus=None)
-    chosen.strategy, chosen.reason      # "MirroredStrategy over 4 GPUs: all that are seen"
-    Workers(chosen.strategy).share(b"from worker 0 to all")
+    choice = create("auto", cluster=cluster.resolve(os.environ), gpus=None, startup_timeout=300)
+    choice.strategy, choice.reason      # "MirroredStrategy over 4 GPUs: all that are seen"
 
-What is chosen and what is done with it are apart: ``loop`` runs the same graph under every
-strategy, on a TPU too, so all but the connection to one is run on CPU devices.
+The training loop runs the same graph under every strategy, so everything but the connection to a
+TPU is also tested on logical CPU devices.
 """
 
-import contextlib
 import dataclasses
-import functools
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from trainer.config import Strategy
 from trainer.distributed import ring
 from trainer.distributed.cluster import Cluster
-from trainer.distributed.worker import PeerError
 from trainer.errors import ConfigurationError, UsageError
-from trainer.runtime import keras, tf
+from trainer.runtime import tf
 
-# Of Google's PCI devices those that are TPUs (v2 and v3, v4, v5, v6e), as JAX tells them apart.
+# PCI vendor and device numbers of Google's TPUs (v2 and v3, v4, v5, v6e), as JAX's
+# jax/_src/hardware_utils.py lists them.
 _GOOGLE = "0x1ae0"
 _TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006e", "0x006f")
 
-_SEED_STRIDE = 0x9E3779B9  # 2**32 divided by the golden ratio: far apart for any few replicas
-
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
-    """A strategy, and the sentence that says what it is and why."""
+class StrategyChoice:
+    """The strategy of a run.
+
+    Attributes:
+        strategy: What the model is built and trained under.
+        reason: A sentence for the user: which strategy it is, and why.
+    """
 
     strategy: tf.distribute.Strategy
     reason: str
@@ -43,46 +41,47 @@ class Chosen:
 
 def create(
     kind: Strategy, *, cluster: Cluster | None, gpus: int | None, startup_timeout: float
-) -> Chosen:
-    """Chooses and makes a strategy. Only before TensorFlow's first operation, where there are GPUs.
+) -> StrategyChoice:
+    """Chooses and constructs a strategy, before TensorFlow's first operation where there are GPUs.
 
     Args:
-        kind: ``auto``: several workers, then a TPU, then several GPUs, then one device; or which.
-        cluster: The workers; None: this process is alone. All of them must have come: without one,
-            TensorFlow waits for it with Python's lock held.
-        gpus: How many this process must have, and uses; None: all that are there; 0: none.
+        kind: Which one; ``auto``: multiworker where there is a cluster, else a TPU, else all GPUs
+            where there are several, else one device.
+        cluster: The workers; None: this process trains alone. All workers must be running: while
+            one is missing, TensorFlow waits for it holding Python's global interpreter lock.
+        gpus: Number of GPUs that this process must have, and uses; None: all that are seen; 0:
+            none.
         startup_timeout: Seconds in which a TPU must answer.
 
     Raises:
-        ConfigurationError: What was asked for is not there.
+        ConfigurationError: The devices or the workers that were asked for do not exist.
     """
     seen = _gpus(gpus)
-    if cluster and kind not in ("auto", "multiworker"):
-        raise ConfigurationError(
-            f"Expected one worker for --strategy {kind}. Received: {len(cluster.workers)}. "
-            "Use --strategy multiworker, or unset TF_CONFIG and TRAINER_WORKERS to train alone."
-        )
-    if cluster:
-        return _multiworker(cluster, seen)
+    kind = _resolve(kind, cluster, gpus, len(seen))
     if kind == "multiworker":
-        raise ConfigurationError(
-            "Expected several workers for --strategy multiworker. Received: none described. "
-            "Set TF_CONFIG, or use python -m trainer.launch --workers N on this machine."
-        )
-    if kind == "tpu" or (kind == "auto" and gpus is None and _has_tpu(os.environ)):
+        return _multiworker(cluster, seen)
+    if kind == "tpu":
         return _tpu(os.environ, startup_timeout)
-    if kind == "mirrored" or (kind == "auto" and len(seen) > 1):
+    if kind == "mirrored":
         return _mirrored(seen)
     if seen:
-        return Chosen(tf.distribute.get_strategy(), f"one device: GPU 0 of {len(seen)}")
+        return StrategyChoice(tf.distribute.get_strategy(), f"one device: GPU 0 of {len(seen)}")
     why = "as --gpus 0 asks" if gpus == 0 else "no GPU is seen"
     if gpus is None and _has_nvidia_gpu():
         why = f"no GPU is seen, though this machine has one. {_gpu_remedy()}"
-    return Chosen(tf.distribute.get_strategy(), f"one device: the CPU ({why})")
+    return StrategyChoice(tf.distribute.get_strategy(), f"one device: the CPU ({why})")
 
 
-def has_memory_of_its_own() -> bool:
-    """Tells whether this process computes on devices with a memory of their own: GPUs, TPUs."""
+def expects_accelerator(kind: Strategy, *, cluster: Cluster | None, gpus: int | None) -> bool:
+    """Tells whether the strategy that ``create`` gives for these arguments computes on GPUs or a
+    TPU. Starts no TensorFlow device, so it can be called before workers meet.
+    """
+    seen = 0 if gpus == 0 else len(tf.config.list_physical_devices("GPU"))
+    return seen > 0 or _resolve(kind, cluster, gpus, seen) == "tpu"
+
+
+def has_accelerator() -> bool:
+    """Tells whether TensorFlow computes on GPUs or a TPU in this process; starts its devices."""
     return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
 
 
@@ -101,118 +100,29 @@ def check_batch_size(batch_size: int, replicas: int) -> None:
         )
 
 
-def separate_seeds(model: keras.Model) -> None:
-    """Makes every replica draw random numbers of its own in the model's layers (dropout masks).
-
-    Keras keeps the state of a layer's ``SeedGenerator`` equal on all replicas, and so would drop
-    the same units for every slice of a batch. Here each replica adds its number to the seed it
-    draws. The state itself, and so what a checkpoint holds, stays one; the layers stay Keras' own;
-    and replica 0 draws what it would draw alone.
-    """
-    for layer in _layers(model):
-        for generator in vars(layer).values():
-            if isinstance(generator, keras.random.SeedGenerator) and not isinstance(
-                generator.next, _ReplicaSeed
-            ):
-                generator.next = _ReplicaSeed(generator.next)
-
-
-class Workers:
-    """What the workers of a strategy tell one another, by its all-reduce.
-
-    Every method must be called by all of them, in the same order. Alone, they cost nothing.
-
-    Attributes:
-        count: How many there are.
-        index: Which of them this process is.
-    """
-
-    def __init__(self, strategy: tf.distribute.Strategy) -> None:
-        self.strategy = strategy
-        self.count, self.index = 1, 0
-        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-            resolver = strategy.cluster_resolver
-            self.count = len(resolver.cluster_spec().as_dict()["worker"])
-            self.index = resolver.task_id
-
-    def sum(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns, inside a ``tf.function``, the sum over the workers of what each has."""
-        if self.count == 1:
-            return values
-        here = self.strategy.num_replicas_in_sync // self.count
-
-        def of_replica(values: tf.Tensor) -> tf.Tensor:
-            context = tf.distribute.get_replica_context()
-            first = context.replica_id_in_sync_group % here == 0  # Once a worker.
-            values = tf.where(first, values, tf.zeros_like(values))
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
-
-        return self.strategy.experimental_local_results(self.strategy.run(of_replica, (values,)))[0]
-
-    def gather(self, value: int) -> list[int]:
-        """Returns every worker's value, a 32-bit integer, in their order."""
-        values = np.zeros(self.count, np.int32)
-        values[self.index] = value
-        return self._sum(values).tolist()
-
-    def first(self, value: int) -> int:
-        """Returns worker 0's value."""
-        return self.gather(value)[0]
-
-    def have_equal(self, content: bytes) -> bool:
-        """Tells whether all have the same content, of the same length: a multiple of 4."""
-        words = np.frombuffer(content, np.int32)
-        rows = np.zeros((self.count, len(words)), np.int32)
-        rows[self.index] = words
-        return bool((self._sum(rows) == words).all())
-
-    def share(self, content: bytes) -> bytes:
-        """Returns worker 0's content, the bits unchanged."""
-        if self.count == 1:
-            return content
-        size = self.first(len(content))
-        words = np.zeros(-(-size // 4), np.int32)
-        if self.index == 0:  # The sum of the bits and of zeros is the bits.
-            words = np.frombuffer(content.ljust(4 * len(words), b"\0"), np.int32)
-        return self._sum(words).tobytes()[:size]
-
-    def _sum(self, values: np.ndarray) -> np.ndarray:
-        if self.count == 1:
-            return values
-        return _adder(self.strategy)(values.ravel()).numpy().reshape(values.shape)
-
-
-@contextlib.contextmanager
-def lost_peers() -> Iterator[None]:
-    """Calls by its name what is raised when another worker is gone: by TensorFlow's collectives, or
-    by the ring, whose errors are ``UnknownError`` inside a ``tf.function``.
-    """
-    try:
-        yield
-    except (
-        tf.errors.AbortedError,
-        tf.errors.CancelledError,
-        tf.errors.DeadlineExceededError,
-        tf.errors.InternalError,
-        tf.errors.UnavailableError,
-        tf.errors.UnknownError,
-        ConnectionError,
-    ) as error:
-        # Its message is a traceback of the graph; what happened stands at its end.
-        lines = [line.strip() for line in str(error).splitlines()]
-        reasons = [
-            line for line in lines if line and not line.startswith(("[[", "The error could"))
-        ]
-        raise PeerError(f"another worker was lost: {reasons[-1][:300]}") from error
-
-
-@functools.cache  # Traced once for a strategy, whatever is exchanged.
-def _adder(strategy: tf.distribute.Strategy) -> Callable[[np.ndarray], tf.Tensor]:
-    return tf.function(Workers(strategy).sum, autograph=False, reduce_retracing=True)
+def _resolve(kind: Strategy, cluster: Cluster | None, gpus: int | None, seen: int) -> Strategy:
+    """Returns what ``auto`` stands for, and checks the kind against the cluster."""
+    if cluster and kind not in ("auto", "multiworker"):
+        raise ConfigurationError(
+            f"Expected one worker for --strategy {kind}. Received: {len(cluster.workers)}. "
+            "Use --strategy multiworker, or unset TF_CONFIG and TRAINER_WORKERS to train alone."
+        )
+    if kind == "multiworker" and not cluster:
+        raise ConfigurationError(
+            "Expected several workers for --strategy multiworker. Received: none described. "
+            "Set TF_CONFIG, or use python -m trainer.launch --workers N on this machine."
+        )
+    if kind != "auto":
+        return kind
+    if cluster:
+        return "multiworker"
+    if gpus is None and _has_tpu(os.environ):
+        return "tpu"
+    return "mirrored" if seen > 1 else "one"
 
 
 def _gpus(count: int | None) -> list:
-    """Returns the GPUs that this process uses, each set to take memory as it needs it."""
+    """Returns the GPUs that this process uses, set to allocate memory as it is needed."""
     seen = tf.config.list_physical_devices("GPU")
     if count is not None:
         if len(seen) < count:
@@ -233,7 +143,7 @@ def _gpus(count: int | None) -> list:
         try:
             tf.config.experimental.set_memory_growth(gpu, True)
         except RuntimeError:
-            break  # TensorFlow is running, as whoever started it wanted it.
+            break  # TensorFlow is running already, with the setting of who started it.
     return seen
 
 
@@ -253,7 +163,7 @@ def _has_nvidia_gpu() -> bool:
 
 
 def _has_tpu(environ: Mapping[str, str], devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Tells whether this is a TPU's own machine, or the environment names a TPU elsewhere."""
+    """Tells whether a TPU is attached to this machine, or TPU_NAME names a remote one."""
     if environ.get("TPU_NAME"):
         return True
     for device in devices.glob("*"):
@@ -266,7 +176,7 @@ def _has_tpu(environ: Mapping[str, str], devices: Path = Path("/sys/bus/pci/devi
     return False
 
 
-def _multiworker(cluster: Cluster, gpus: Sequence) -> Chosen:
+def _multiworker(cluster: Cluster, gpus: Sequence) -> StrategyChoice:
     tfd = tf.distribute
     resolver = tfd.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(cluster.workers)}),
@@ -284,7 +194,7 @@ def _multiworker(cluster: Cluster, gpus: Sequence) -> Chosen:
     if members:
         _reduce_by(members, strategy)
     each = f"{len(gpus)} GPUs by NCCL" if gpus else "one CPU"
-    return Chosen(
+    return StrategyChoice(
         strategy,
         f"MultiWorkerMirroredStrategy over {len(cluster.workers)} workers of {each} each: "
         f"{', '.join(cluster.workers)}",
@@ -314,7 +224,7 @@ def _reduce_by(members: ring.Ring, strategy: tf.distribute.Strategy) -> None:
     collectives._all_reduce = all_reduce
 
 
-def _mirrored(gpus: Sequence) -> Chosen:
+def _mirrored(gpus: Sequence) -> StrategyChoice:
     devices = tf.config.list_logical_devices("GPU") if gpus else []
     kind = "GPUs"
     if not gpus:
@@ -325,10 +235,12 @@ def _mirrored(gpus: Sequence) -> Chosen:
                 f"{_gpu_remedy()} --strategy one trains on the CPU."
             )
     strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
-    return Chosen(strategy, f"MirroredStrategy over {len(devices)} {kind}: all that are seen")
+    return StrategyChoice(
+        strategy, f"MirroredStrategy over {len(devices)} {kind}: all that are seen"
+    )
 
 
-def _tpu(environ: Mapping[str, str], timeout: float) -> Chosen:
+def _tpu(environ: Mapping[str, str], timeout: float) -> StrategyChoice:
     # "local" has to be said on a TPU's own machine (googlecolab/colabtools#4699).
     name = environ.get("TPU_NAME") or "local"
     made: queue.SimpleQueue = queue.SimpleQueue()
@@ -356,7 +268,7 @@ def _tpu(environ: Mapping[str, str], timeout: float) -> Chosen:
         raise ConfigurationError(
             f"Expected a TPU that answers, by the name {name}. Received: {reason}. {remedy}"
         ) from strategy
-    return Chosen(
+    return StrategyChoice(
         strategy, f"TPUStrategy over {strategy.num_replicas_in_sync} cores of the TPU {name}"
     )
 
@@ -367,22 +279,3 @@ def _connect_tpu(name: str) -> tf.distribute.TPUStrategy:
         tf.config.experimental_connect_to_cluster(resolver)
     tf.tpu.experimental.initialize_tpu_system(resolver)
     return tf.distribute.TPUStrategy(resolver)
-
-
-def _layers(layer: keras.Layer) -> list:
-    return [layer, *(inner for child in getattr(layer, "layers", []) for inner in _layers(child))]
-
-
-class _ReplicaSeed:
-    """Stands for ``SeedGenerator.next``."""
-
-    def __init__(self, draw: Callable[[bool], tf.Tensor]) -> None:
-        self.draw = draw
-
-    def __call__(self, ordered: bool = True) -> tf.Tensor:
-        seed = self.draw(ordered)
-        replica = tf.distribute.get_replica_context()
-        if replica is None or replica.num_replicas_in_sync == 1:
-            return seed
-        number = tf.cast(replica.replica_id_in_sync_group, seed.dtype)
-        return seed + tf.stack([number * _SEED_STRIDE, tf.zeros_like(number)])

@@ -1,8 +1,9 @@
-"""The CNN: two convolutions, two dense layers, 2,380,938 parameters.
+"""The CNN for handwritten digits: two convolutions, two dense layers, 2,380,938 parameters.
 
     model = build(optimizer="adadelta", learning_rate=1.0, seed=0)
+    probabilities(model, images)        # uint8 (n, 28, 28) -> float32 (n, 10)
 
-It is stock Keras throughout, so that the file it is saved in loads anywhere.
+All its layers are stock Keras layers, so the saved file loads in any Keras 3.
 """
 
 import functools
@@ -10,27 +11,29 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trainer.config import Precision, Schedule, TrainConfig
+from trainer.config import Precision, TrainConfig
 from trainer.errors import NotFiniteError
+from trainer.models import optimizers
 from trainer.runtime import keras, tf
 
 INPUT_SHAPE = (28, 28, 1)
 NUM_CLASSES = 10
 
-WARM_UP = 0.3  # share of the steps in which the learning rate of one cycle rises
-START = 0.1  # where it begins, of the highest
-
-# What ``loop.fit`` sums over a batch: one value an example, from one-hot labels (n, 10) and
-# probabilities (n, 10).
+# One value an example, float32 (n,), from one-hot labels (n, 10) and probabilities (n, 10).
 LOSS = keras.losses.categorical_crossentropy
 METRICS = {"accuracy": keras.metrics.categorical_accuracy}
 
 
-def of(config: TrainConfig, examples: int) -> keras.Sequential:
-    """Builds the network that a configuration asks for, to be trained on so many examples."""
+def from_config(config: TrainConfig, examples: int) -> keras.Sequential:
+    """Builds the network that a configuration asks for; see ``build``.
+
+    Args:
+        config: Of the run.
+        examples: Number of training examples, which the learning rate schedule depends on.
+    """
     return build(
         optimizer=config.optimizer,
-        learning_rate=_rate(config, examples),
+        learning_rate=optimizers.learning_rate(config, examples),
         seed=config.seed,
         pooling_dropout=config.pooling_dropout,
         dense_dropout=config.dense_dropout,
@@ -39,75 +42,31 @@ def of(config: TrainConfig, examples: int) -> keras.Sequential:
     )
 
 
-def rates(config: TrainConfig, examples: int) -> Callable[[int], float]:
-    """Returns a function that gives the learning rate at the end of an epoch, counted from 0."""
-    rate, steps = _rate(config, examples), _steps(config, examples)
-    return lambda epoch: float(rate((epoch + 1) * steps) if callable(rate) else rate)
-
-
-def loss(label_smoothing: float = 0.0) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-    """Returns ``LOSS`` with the label smoothing that ``build`` compiles a model with."""
-    return functools.partial(keras.losses.categorical_crossentropy, label_smoothing=label_smoothing)
-
-
-def learning_rate(
-    highest: float, schedule: Schedule, steps: int
-) -> float | keras.optimizers.schedules.LearningRateSchedule:
-    """Returns the learning rate of each of a run's steps.
-
-    Args:
-        highest: The rate of ``constant``; the peak of ``one-cycle``: Smith and Topin, 2017,
-            https://arxiv.org/abs/1708.07120, with a cosine for the way down.
-        schedule: Which.
-        steps: Of the whole run.
-    """
-    if schedule == "constant":
-        return highest
-    rising = int(WARM_UP * steps)
-    return keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=START * highest if rising else highest,
-        decay_steps=steps - rising,
-        warmup_target=highest if rising else None,
-        warmup_steps=rising,
-    )
-
-
-def _rate(
-    config: TrainConfig, examples: int
-) -> float | keras.optimizers.schedules.LearningRateSchedule:
-    steps = config.epochs * _steps(config, examples)
-    return learning_rate(config.learning_rate, config.schedule, steps)
-
-
-def _steps(config: TrainConfig, examples: int) -> int:
-    return -(-examples // config.batch_size)
-
-
 def build(
     *,
     optimizer: str,
-    learning_rate: float | keras.optimizers.schedules.LearningRateSchedule,
+    learning_rate: optimizers.LearningRate,
     seed: int,
     pooling_dropout: float = 0.25,
     dense_dropout: float = 0.5,
     label_smoothing: float = 0.0,
     precision: Precision = "tensorfloat32",
 ) -> keras.Sequential:
-    """Builds the network, compiled as the file it is saved in should be.
+    """Builds and compiles the network.
 
     Args:
         optimizer: Keras' name of the optimizer.
-        learning_rate: Its learning rate.
+        learning_rate: Its learning rate, or a schedule of it.
         seed: Determines the initial weights and the dropout masks.
-        pooling_dropout: Share that is dropped behind the pooling.
-        dense_dropout: Share that is dropped behind the dense layer.
-        label_smoothing: Of the loss.
-        precision: ``mixed_bfloat16``: all but the last layer compute in bfloat16; their weights are
-            float32.
+        pooling_dropout: Dropout rate after the pooling layer.
+        dense_dropout: Dropout rate after the first dense layer.
+        label_smoothing: Share of each label that is spread evenly over all classes, in the loss.
+        precision: With ``mixed_bfloat16``, all but the last layer compute in bfloat16, with float32
+            weights; the other precisions do not change the model.
 
     Returns:
-        A built and compiled model. Input: float32 (n, 28, 28, 1), 0 to 1. Output: float32 (n, 10),
-        probabilities.
+        A model with its optimizer's variables created. Input: float32 (n, 28, 28, 1), from 0 to 1.
+        Output: float32 (n, 10), probabilities.
     """
     layers = keras.layers
     seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(6)]
@@ -115,7 +74,7 @@ def build(
     def weights(layer: int) -> keras.initializers.Initializer:
         return keras.initializers.GlorotUniform(seed=seeds[layer])
 
-    # The layout of the axes is written out, lest ~/.keras/keras.json name another.
+    # Explicit, because ~/.keras/keras.json may set another default.
     axes = {"data_format": "channels_last"}
     mixed = {"dtype": precision} if precision == "mixed_bfloat16" else {}
     model = keras.Sequential(
@@ -132,7 +91,7 @@ def build(
         ]
     )
     model.compile(
-        optimizer=_optimizer(optimizer, learning_rate),
+        optimizer=optimizers.create(optimizer, learning_rate),
         loss=(
             keras.losses.CategoricalCrossentropy(label_smoothing=label_smoothing)
             if label_smoothing
@@ -140,35 +99,43 @@ def build(
         ),
         metrics=["accuracy"],
     )
-    # Its variables cannot be made inside a tf.function.
+    # The optimizer's variables cannot be created inside a tf.function.
     model.optimizer.build(model.trainable_variables)
     return model
 
 
-def _optimizer(
-    name: str, learning_rate: float | keras.optimizers.schedules.LearningRateSchedule
-) -> keras.optimizers.Optimizer:
-    optimizer = keras.optimizers.get(name)
-    return type(optimizer)(learning_rate=learning_rate)
+def loss(label_smoothing: float = 0.0) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """Returns ``LOSS`` with the label smoothing that ``build`` compiles a model with."""
+    return functools.partial(LOSS, label_smoothing=label_smoothing)
 
 
 def preprocess(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Turns what the pipeline delivers into what the network takes.
+    """Turns a batch of the input pipeline into what the network is trained on.
 
-    It runs on the device, inside the step, where a quarter of the bytes have to be copied to. On a
-    CPU ``bench/pipeline.py`` found this cheaper than dividing in the pipeline in three runs of four
-    (1.28 to 1.45 times its CPU time; 0.87 in the first), and the whole of it below a hundredth of
-    training's, so the choice matters little there.
+    It runs on the device inside the step, so that uint8 is copied there, a quarter of the bytes. On
+    CPUs ``bench/pipeline.py`` measured no clear difference to scaling in the pipeline, and less
+    than 1% of the time of training for the whole pipeline.
 
     Args:
         images: uint8 (n, 28, 28).
         labels: Integers (n,), 0 to 9.
 
     Returns:
-        float32 (n, 28, 28, 1) from 0 to 1, and one-hot float32 (n, 10).
+        ``scale(images)``, and the labels as one-hot float32 (n, 10).
     """
-    inputs = tf.cast(images[..., tf.newaxis], tf.float32) / 255.0
-    return inputs, tf.one_hot(labels, NUM_CLASSES, dtype=tf.float32)
+    return scale(images), tf.one_hot(labels, NUM_CLASSES, dtype=tf.float32)
+
+
+def scale(images: tf.Tensor | np.ndarray) -> tf.Tensor:
+    """Turns images into the network's input.
+
+    Args:
+        images: uint8 (n, 28, 28), 0 for background and 255 for ink.
+
+    Returns:
+        float32 (n, 28, 28, 1), from 0 to 1.
+    """
+    return tf.cast(images[..., tf.newaxis], tf.float32) / 255.0
 
 
 def probabilities(
@@ -178,34 +145,35 @@ def probabilities(
     batch_size: int,
     after_batch: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Passes images through the network.
+    """Predicts the class probabilities of images.
 
     Args:
-        model: As ``build`` returns it, under no strategy of several replicas.
-        images: uint8 (n, 28, 28), 0 is background and 255 ink.
-        batch_size: Images at once.
-        after_batch: Called after each batch; what it raises ends the pass.
+        model: A model with the input and output of ``build``'s, on one device.
+        images: uint8 (n, 28, 28), 0 for background and 255 for ink.
+        batch_size: Images in one forward pass.
+        after_batch: Called after each batch; an exception it raises ends the prediction.
 
     Returns:
-        float32 (n, 10), of each digit.
+        float32 (n, 10).
 
     Raises:
-        NotFiniteError: The network gives something else: its weights overflow. What overflows in
-            front of the pooling may stay unseen (see ``trainer.training.loop``).
+        NotFiniteError: The network returned NaN or infinity, as with weights that overflow. Some
+            overflows before the pooling layer stay unseen: with AVX-512, oneDNN's pooling ignores
+            NaN (TensorFlow 2.21).
     """
-    # Not model.predict, which compiles with XLA: the kernels, and so the bits, are those of the
-    # evaluation in training.
+    # Not model.predict, which compiles with XLA: these are the kernels, and so the bits, of the
+    # evaluation during training.
     predict = tf.function(lambda inputs: model(inputs, training=False), autograph=False)
     parts = []
     for start in range(0, len(images), batch_size):
-        inputs = np.float32(images[start : start + batch_size, ..., np.newaxis]) / 255
-        parts.append(predict(inputs).numpy())
+        parts.append(predict(scale(images[start : start + batch_size])).numpy())
         after_batch()
-    found = np.concatenate(parts)
-    if not np.isfinite(found).all():
+    predicted = np.concatenate(parts)
+    finite = np.isfinite(predicted).all(axis=1)
+    if not finite.all():
         raise NotFiniteError(
-            "Expected probabilities. Received: NaN from the network, for "
-            f"{len(found) - int(np.isfinite(found).all(axis=1).sum()):,} of {len(found):,} images. "
-            "Train it anew, with a smaller --learning-rate."
+            "Expected finite probabilities. Received: NaN from the network, for "
+            f"{np.count_nonzero(~finite):,} of {len(finite):,} images. Train the model again, with "
+            "a smaller learning_rate."
         )
-    return found
+    return predicted

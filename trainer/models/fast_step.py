@@ -1,16 +1,17 @@
-"""The training step on CPUs by other arithmetic: the same mathematics, in half the time.
+"""The training step on CPUs in half the time: the same mathematics, another algorithm.
 
-    chosen = choose("auto", strategy, threads=2)
-    with chosen.step(model) as forward:
+    choice = find("auto", accelerator=False)                    # starts no TensorFlow device
+    choice = choice.verify(optimizer="adadelta", threads=2)     # compares it with TensorFlow's own
+    with choice.step(model) as forward:
         loop.fit(model, ..., forward=forward)
 
-The convolutions, what is between them and the dropout behind them are one operation, written in C
-(``winograd.c``), and its gradient another; Adadelta's update is TensorFlow's fused one. The layers
-behind them, and every variable, are the model's own, which stays the stock Keras model that is
-saved. Another model, and another device than CPUs, take the plain path: ``model`` itself.
+Both convolutions, the pooling and the dropout after it are one operation written in C
+(``winograd.c``), and its gradient another; the optimizer's update is TensorFlow's fused kernel
+(``fused_optimizers``). All other layers, and every variable, are those of the stock Keras model,
+which is what is saved. Any other model, and any device but a CPU, takes Keras' own step.
 
-Before it is first used the operation is compared with TensorFlow's own on this machine.
-``docs/performance.md`` has what it brings, and what was tried beside it.
+Before its first use each part is compared on this machine with what it replaces, which stays in use
+where they differ. ``docs/performance.md`` has what it gains, and what else was tried.
 """
 
 import contextlib
@@ -24,34 +25,64 @@ from types import ModuleType
 import numpy as np
 
 from trainer.config import Fast
-from trainer.distributed.strategy import Workers, has_memory_of_its_own
+from trainer.models.fused_optimizers import find_problem, fused_update
 from trainer.runtime import keras, tf
 
 Forward = Callable[..., tf.Tensor]  # (x, training=...) -> the model's output
 
 IMAGE_SHAPE = (28, 28, 1)
 POOLED_SHAPE = (12, 12, 64)
-TOLERANCE = 1e-5  # of the norm: what the float32 gradients of two right computations may differ by
+TOLERANCE = 1e-5  # relative difference in norm that rounding to float32 may cause in a gradient
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
-    """Whether the fast step is used.
+class StepChoice:
+    """Which training step a run uses.
 
     Attributes:
-        name: For a run's record, because it decides last bits: ``keras``, or ``winograd`` and the
-            instruction set.
+        name: For the run manifest, because it determines the last bits of a result: ``keras``, or
+            ``winograd`` and the instruction set.
         reason: A sentence for the user; empty where nothing needs saying.
-        threads: Of an operation.
+        threads: Threads inside one operation.
+        fused: Whether the optimizer's update is a fused kernel.
     """
 
     name: str
-    reason: str
-    threads: int
+    reason: str = ""
+    threads: int = 1
+    fused: bool = False
+
+    def verify(self, *, optimizer: str, threads: int, replicas: int = 1) -> "StepChoice":
+        """Compares the fast step with TensorFlow's and Keras' own operations on this machine; call
+        it after the strategy is constructed, since it starts TensorFlow's devices.
+
+        Args:
+            optimizer: Keras' name of the optimizer.
+            threads: Threads inside one operation of TensorFlow.
+            replicas: Number of replicas in this process, which share the threads.
+
+        Returns:
+            The step to use: this one, or Keras' in place of the parts that differ.
+        """
+        if self.name == "keras":
+            return self
+        if problem := _difference():
+            return _keras(problem)
+        verified = dataclasses.replace(self, threads=max(1, threads // replicas), fused=True)
+        if problem := find_problem(optimizer):
+            return dataclasses.replace(
+                verified,
+                name=f"{self.name}, update by keras",
+                reason=f"the optimizer's update is Keras' own: the fused one does not work with "
+                f"Keras {keras.__version__} ({problem})",
+                fused=False,
+            )
+        return verified
 
     @contextlib.contextmanager
     def step(self, model: keras.Model) -> Iterator[Forward]:
-        """Gives what stands for ``model`` in the training step, and prepares its optimizer.
+        """Yields what to call in place of ``model`` in the training step, and replaces the update
+        of its optimizer meanwhile.
 
         Args:
             model: Built and compiled.
@@ -59,31 +90,43 @@ class Chosen:
         if self.name == "keras" or not _fits(model):
             yield model
             return
-        with _fused(model.optimizer):
+        with fused_update(model.optimizer) if self.fused else contextlib.nullcontext():
             yield functools.partial(_forward, model, self.threads)
 
 
-def choose(kind: Fast, strategy: tf.distribute.Strategy, *, threads: int) -> Chosen:
-    """Tells whether the fast step can be used. Starts TensorFlow's devices.
+def choose(
+    kind: Fast, *, accelerator: bool, optimizer: str, threads: int, replicas: int = 1
+) -> StepChoice:
+    """Returns the verified step, for a process that need not know it before its strategy exists;
+    arguments as those of ``find`` and ``StepChoice.verify``.
+    """
+    return find(kind, accelerator=accelerator).verify(
+        optimizer=optimizer, threads=threads, replicas=replicas
+    )
+
+
+def find(kind: Fast, *, accelerator: bool) -> StepChoice:
+    """Tells whether the fast step can be used; starts no TensorFlow device.
 
     Args:
-        kind: ``auto``: where it can; ``off``: never.
-        strategy: Its replicas share the threads of a process.
-        threads: Those inside one operation of TensorFlow.
+        kind: ``auto``: wherever possible; ``off``: never.
+        accelerator: Whether the run computes on GPUs or a TPU.
     """
-    replicas = strategy.num_replicas_in_sync // Workers(strategy).count
-    plain = functools.partial(Chosen, "keras", threads=threads)
-    if kind == "off" or has_memory_of_its_own():
-        return plain("")
+    if kind == "off" or accelerator:
+        return StepChoice("keras")
     library = _library()
     if isinstance(library, str):
-        return plain(f"the step is Keras' own, which takes twice the time: {library}")
-    return Chosen(f"winograd {library.instructions}", "", max(1, threads // replicas))
+        return _keras(library)
+    return StepChoice(f"winograd {library.instructions}")
+
+
+def _keras(problem: str) -> StepChoice:
+    return StepChoice("keras", f"the step is Keras' own, which takes twice the time: {problem}")
 
 
 @functools.cache
 def _library() -> ModuleType | str:
-    """Returns the operations; or why there are none."""
+    """Returns the operations, or why they cannot be used."""
     spec = importlib.util.find_spec("trainer.models._winograd")
     if spec is None:
         return (
@@ -92,13 +135,9 @@ def _library() -> ModuleType | str:
     try:
         library = tf.load_op_library(spec.origin)
         library.instructions = _instructions(spec.origin)
-        right = _is_right(library)
+        _register_gradient(library)
     except (tf.errors.OpError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        return f"the fast one does not work with this TensorFlow ({reason})"
-    if not right:
-        return "the fast one computes something else on this processor; please report it"
-    _register_gradient(library)
+        return _does_not_work(error)
     return library
 
 
@@ -108,10 +147,41 @@ def _instructions(path: str) -> str:
     return name().decode()
 
 
-def _is_right(library: ModuleType) -> bool:
-    """Compares output and gradients with those of TensorFlow's own operations, on a few images."""
+def _does_not_work(error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"the fast one does not work with this TensorFlow ({reason})"
+
+
+def _register_gradient(library: ModuleType) -> None:
+    # Looked up here, so that a library without the operation is an error now.
+    backward = library.winograd_pool_grad
+
+    def gradient(op: tf.Operation, gradient: tf.Tensor, _: None) -> list[tf.Tensor | None]:
+        options = {name: op.get_attr(name) for name in ("drop", "threads")}
+        images, *weights, _random = op.inputs
+        gradients = backward(images, *weights, op.outputs[1], gradient, **options)
+        for value, weight in zip(gradients, weights, strict=True):
+            value.set_shape(weight.shape)
+        return [None, *gradients, None]
+
+    tf.RegisterGradient("WinogradPool")(gradient)
+
+
+@functools.cache
+def _difference() -> str:
+    """Returns why the loaded operations cannot be used; empty where they can."""
+    try:
+        if _computes_the_same(_library()):
+            return ""
+    except (tf.errors.OpError, AttributeError) as error:
+        return _does_not_work(error)
+    return "the fast one computes something else on this processor; please report it"
+
+
+def _computes_the_same(library: ModuleType) -> bool:
+    """Compares output and gradients with those of TensorFlow's own operations on a few images."""
     noise = np.random.default_rng(0)
-    n = 9  # more than one group of winograd.c, and no whole number of them
+    n = 9  # more than one group of images of winograd.c, the last one incomplete
     shapes = ((n, *IMAGE_SHAPE), (3, 3, 1, 32), (32,), (3, 3, 32, 64), (64,), (n, *POOLED_SHAPE))
     x, *weights, gradient = (
         tf.constant(noise.normal(0, scale, shape), tf.float32)
@@ -133,20 +203,8 @@ def _is_right(library: ModuleType) -> bool:
     )
 
 
-def _register_gradient(library: ModuleType) -> None:
-    def gradient(op: tf.Operation, gradient: tf.Tensor, _: None) -> list[tf.Tensor | None]:
-        options = {name: op.get_attr(name) for name in ("drop", "threads")}
-        images, *weights, _random = op.inputs
-        gradients = library.winograd_pool_grad(images, *weights, op.outputs[1], gradient, **options)
-        for value, weight in zip(gradients, weights, strict=True):
-            value.set_shape(weight.shape)
-        return [None, *gradients, None]
-
-    tf.RegisterGradient("WinogradPool")(gradient)
-
-
 def _fits(model: keras.Model) -> bool:
-    """Tells whether the model begins with what the operation computes."""
+    """Tells whether the model begins with the layers that the operation replaces."""
     if type(model) is not keras.Sequential or model.input_shape[1:] != IMAGE_SHAPE:
         return False
     convolution = {
@@ -188,14 +246,14 @@ def _fits(model: keras.Model) -> bool:
 
 
 def _forward(model: keras.Sequential, threads: int, x: tf.Tensor, *, training: bool) -> tf.Tensor:
-    """Stands for ``model(x, training=training)``; x has a static shape."""
+    """Computes ``model(x, training=training)``; x has a static shape."""
     first, second, _, *rest = model.layers
     shape = (x.shape[0], *POOLED_SHAPE)
     drop, random = 0, tf.zeros((0, *POOLED_SHAPE), tf.uint8)
     if training and rest and _drops_in_256ths(rest[0]):
         dropout = rest.pop(0)
         drop = round(256 * dropout.rate)
-        # A byte a unit, of the same stream of seeds that the layer draws its own masks by.
+        # One random byte a unit, from the seeds that the layer would draw its masks with.
         seed = tf.cast(dropout.seed_generator.next(), tf.int32)
         words = tf.random.stateless_uniform((*shape[:-1], 16), seed, None, None, tf.uint32)
         random = tf.reshape(tf.bitcast(words, tf.uint8), shape)
@@ -213,69 +271,10 @@ def _forward(model: keras.Sequential, threads: int, x: tf.Tensor, *, training: b
 
 
 def _drops_in_256ths(layer: keras.Layer) -> bool:
-    """Tells whether a layer is a ``Dropout`` whose rate a byte can draw exactly."""
+    """Tells whether a layer is a ``Dropout`` with a rate that is a multiple of 1/256."""
     return (
         type(layer) is keras.layers.Dropout
         and layer.noise_shape is None
         and 0 < layer.rate < 1
         and (256 * layer.rate).is_integer()
-    )
-
-
-@contextlib.contextmanager
-def _fused(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
-    """Has Adadelta and Adam make their updates in one pass over the weights, where Keras makes a
-    dozen; others are as they are.
-    """
-    if type(optimizer) is keras.optimizers.Adadelta:
-        update = _update_adadelta
-    elif type(optimizer) is keras.optimizers.Adam and not optimizer.amsgrad:
-        update = _update_adam
-    else:
-        yield
-        return
-
-    def update_step(gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
-        update(
-            optimizer,
-            optimizer._get_variable_index(variable),
-            var=variable.handle,
-            lr=tf.cast(learning_rate, variable.dtype),
-            grad=tf.cast(gradient, variable.dtype),
-        )
-
-    optimizer.update_step = update_step
-    try:
-        yield
-    finally:
-        del optimizer.update_step
-
-
-def _update_adadelta(optimizer: keras.optimizers.Adadelta, index: int, **common) -> None:
-    dtype = common["grad"].dtype
-    tf.raw_ops.ResourceApplyAdadelta(
-        accum=optimizer._accumulated_grads[index].value.handle,
-        accum_update=optimizer._accumulated_delta_vars[index].value.handle,
-        rho=tf.constant(optimizer.rho, dtype),
-        epsilon=tf.constant(optimizer.epsilon, dtype),
-        **common,
-    )
-
-
-def _update_adam(optimizer: keras.optimizers.Adam, index: int, **common) -> None:
-    dtype = common["grad"].dtype
-    step = tf.cast(optimizer.iterations + 1, dtype)
-    betas = optimizer.beta_1, optimizer.beta_2
-    beta_1, beta_2 = (tf.constant(beta, dtype) for beta in betas)
-    # As Keras 3.15 has them, where they come by way of float32.
-    power_1, power_2 = (keras.ops.power(keras.ops.cast(beta, dtype.name), step) for beta in betas)
-    tf.raw_ops.ResourceApplyAdam(
-        m=optimizer._momentums[index].value.handle,
-        v=optimizer._velocities[index].value.handle,
-        beta1_power=power_1,
-        beta2_power=power_2,
-        beta1=beta_1,
-        beta2=beta_2,
-        epsilon=tf.constant(optimizer.epsilon, dtype),
-        **common,
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.distributed.strategy import Workers
+from trainer.distributed.collectives import Workers
 from trainer.errors import (
     ConfigurationError,
     DataError,
@@ -196,10 +196,10 @@ class Keeper:
     def _share(self, position: Position | None, variables: list[tf.Variable]) -> Position | None:
         """Gives the other workers what worker 0 has restored, bit for bit."""
         state = json.dumps(position and dataclasses.asdict(position))
-        state = json.loads(self.workers.share(state.encode()))
+        state = json.loads(self.workers.broadcast(state.encode()))
         if state is None:
             return None
-        content = self.workers.share(b"".join(value.numpy().tobytes() for value in variables))
+        content = self.workers.broadcast(b"".join(value.numpy().tobytes() for value in variables))
         if self.workers.index:
             start = 0
             for variable in variables:

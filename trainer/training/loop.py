@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from trainer.distributed.strategy import Workers, separate_seeds
+from trainer.distributed.collectives import Workers
+from trainer.distributed.replica_seeds import separate_seeds
 from trainer.errors import NotFiniteError
 from trainer.runtime import keras, tf
 from trainer.training.checkpoint import Position

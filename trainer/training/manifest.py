@@ -11,7 +11,7 @@ import numpy as np
 
 import trainer
 from trainer.config import TrainConfig
-from trainer.data.sources import Digits
+from trainer.data.dataset import Digits
 from trainer.runtime import keras, tf
 from trainer.training.checkpoint import FREE_FIELDS
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data import sources as data
+from trainer.data.dataset import ARRAYS
+from trainer.data.sources import IDX_FILES, load
 
 # Of the four files once unpacked, as they have been published.
 SHA256 = {
@@ -25,15 +26,15 @@ SHA256 = {
 
 def bundle(folder: Path, target: Path) -> None:
     """Writes ``target`` from the IDX files in ``folder``; the same files give the same bytes."""
-    digits = data.load(str(folder))
-    for name in data.ARRAYS:
+    digits = load(str(folder))
+    for name in ARRAYS:
         array = getattr(digits, name)
         header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
         found = hashlib.sha256(header + array.tobytes()).hexdigest()
         if found != SHA256[name]:
-            raise SystemExit(f"{data.IDX_FILES[name]}: expected {SHA256[name]}, received {found}")
+            raise SystemExit(f"{IDX_FILES[name]}: expected {SHA256[name]}, received {found}")
     print(f"Digits.sha256 is {digits.sha256}")
-    np.savez_compressed(target, **{name: getattr(digits, name) for name in data.ARRAYS})
+    np.savez_compressed(target, **{name: getattr(digits, name) for name in ARRAYS})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""The contract of a data set: checked arrays of images and labels, with a digest.
+
+digits = Digits(x_train, y_train, x_test, y_test)
+digits.sha256                       # equal for equal data, whatever file it came from
+digits.first(1000, None)            # the first 1,000 training images, all test images
+"""
+
+import dataclasses
+import functools
+import hashlib
+
+import numpy as np
+
+from trainer.errors import DataError, UsageError
+
+IMAGE_SHAPE = (28, 28)
+NUM_CLASSES = 10
+ALIGNMENT = 64  # bytes; EIGEN_MAX_ALIGN_BYTES of TensorFlow's builds
+
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Images and labels for training and for testing.
+
+    Attributes:
+        x_train: Training images, uint8 (n, 28, 28), 0 for background and 255 for ink.
+        y_train: Their labels, integers (n,) from 0 to 9; kept as uint8.
+        x_test: Test images, as ``x_train``.
+        y_test: Their labels, as ``y_train``.
+
+    Raises:
+        DataError: An array has another shape or dtype, a label is out of range, or there are not
+            as many labels as images.
+    """
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            images, labels = f"x_{part}", f"y_{part}"
+            _check_images(images, getattr(self, images))
+            _check_labels(labels, getattr(self, labels))
+            if len(getattr(self, images)) != len(getattr(self, labels)):
+                raise DataError(
+                    f"Expected one label for each image. Received: {len(getattr(self, images))} "
+                    f"images in {images} and {len(getattr(self, labels))} labels in {labels}."
+                )
+            object.__setattr__(self, images, _aligned(getattr(self, images)))
+            object.__setattr__(self, labels, _aligned(getattr(self, labels).astype(np.uint8)))
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 over the names, dtypes, shapes and bytes of the four arrays: equal for equal
+        data, whatever file it came from.
+        """
+        digest = hashlib.sha256()
+        for name in ARRAYS:
+            array = getattr(self, name)
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def first(self, train: int | None, test: int | None) -> "Digits":
+        """Returns the first ``train`` training and ``test`` test examples; None means all.
+
+        Raises:
+            UsageError: There are fewer examples than that.
+        """
+        for name, limit, have in (
+            ("train_limit", train, len(self.x_train)),
+            ("test_limit", test, len(self.x_test)),
+        ):
+            if limit is not None and limit > have:
+                raise UsageError(
+                    f"{name} must be at most the {have} examples there are. "
+                    f"Received: {name}={limit}. Leave it out to use them all."
+                )
+        return Digits(
+            self.x_train[:train], self.y_train[:train], self.x_test[:test], self.y_test[:test]
+        )
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """Returns the array, or a copy of it, that begins where TensorFlow wants its tensors to: it can
+    then use the same memory.
+    """
+    if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned[...] = array
+    return aligned
+
+
+def _check_images(name: str, images: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or not len(images):
+        raise DataError(
+            f"Expected {name} as uint8 of shape (n, 28, 28) with n of at least 1. "
+            f"Received: {images.dtype} of shape {images.shape}."
+        )
+
+
+def _check_labels(name: str, labels: np.ndarray) -> None:
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        raise DataError(
+            f"Expected {name} as integers of shape (n,). "
+            f"Received: {labels.dtype} of shape {labels.shape}."
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
+        raise DataError(
+            f"Expected labels from 0 to {NUM_CLASSES - 1} in {name}. "
+            f"Received: labels from {labels.min()} to {labels.max()}."
+        )

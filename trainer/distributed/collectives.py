@@ -1,0 +1,123 @@
+"""What the workers of a run exchange with one another, by their strategy's all-reduce.
+
+workers = Workers(strategy)
+workers.count, workers.index            # 2, 0
+workers.broadcast(b"from worker 0")     # the same bytes on every worker
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from trainer.distributed.worker import PeerError
+from trainer.runtime import tf
+
+
+class Workers:
+    """The collective operations of the workers of a strategy.
+
+    Every worker must call the same methods in the same order; a lone process exchanges nothing.
+
+    Args:
+        strategy: A ``MultiWorkerMirroredStrategy``, or any strategy of one process.
+
+    Attributes:
+        count: Number of workers.
+        index: Number of this worker, counted from 0.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy) -> None:
+        self.strategy = strategy
+        self.count, self.index = 1, 0
+        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            resolver = strategy.cluster_resolver
+            self.count = len(resolver.cluster_spec().as_dict()["worker"])
+            self.index = resolver.task_id
+
+    @property
+    def local_replicas(self) -> int:
+        """Number of replicas in this process."""
+        return self.strategy.num_replicas_in_sync // self.count
+
+    def sum(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns the sum of every worker's ``values``, a tensor of one shape and dtype on all of
+        them. Call it inside a ``tf.function``.
+        """
+        if self.count == 1:
+            return values
+
+        def of_replica(values: tf.Tensor) -> tf.Tensor:
+            context = tf.distribute.get_replica_context()
+            # One replica of each worker contributes.
+            first = context.replica_id_in_sync_group % self.local_replicas == 0
+            values = tf.where(first, values, tf.zeros_like(values))
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+        return self.strategy.experimental_local_results(self.strategy.run(of_replica, (values,)))[0]
+
+    def gather(self, value: int) -> list[int]:
+        """Returns every worker's ``value``, a 32-bit integer, in the order of the workers."""
+        values = np.zeros(self.count, np.int32)
+        values[self.index] = value
+        return self._sum(values).tolist()
+
+    def first(self, value: int) -> int:
+        """Returns worker 0's ``value``, a 32-bit integer."""
+        return self.gather(value)[0]
+
+    def all_equal(self, content: bytes) -> bool:
+        """Tells whether all workers have the same content.
+
+        Args:
+            content: Of the same length on every worker, a multiple of 4 bytes.
+        """
+        words = np.frombuffer(content, np.int32)
+        rows = np.zeros((self.count, len(words)), np.int32)
+        rows[self.index] = words
+        return bool((self._sum(rows) == words).all())
+
+    def broadcast(self, content: bytes) -> bytes:
+        """Returns worker 0's content, bit for bit; what the others pass is ignored."""
+        if self.count == 1:
+            return content
+        size = self.first(len(content))
+        words = np.zeros(-(-size // 4), np.int32)
+        if self.index == 0:  # As integers, of which a sum with zeros changes no bit.
+            words = np.frombuffer(content.ljust(4 * len(words), b"\0"), np.int32)
+        return self._sum(words).tobytes()[:size]
+
+    def _sum(self, values: np.ndarray) -> np.ndarray:
+        if self.count == 1:
+            return values
+        return _adder(self.strategy)(values.ravel()).numpy().reshape(values.shape)
+
+
+@contextlib.contextmanager
+def lost_peers() -> Iterator[None]:
+    """Re-raises the errors that a lost worker can cause as ``PeerError``: those of TensorFlow's
+    collectives, and of the ring, which are ``UnknownError`` inside a ``tf.function``.
+    """
+    try:
+        yield
+    except (
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.DeadlineExceededError,
+        tf.errors.InternalError,
+        tf.errors.UnavailableError,
+        tf.errors.UnknownError,
+        ConnectionError,
+    ) as error:
+        # The message is a traceback of the graph; the cause stands at its end.
+        lines = [line.strip() for line in str(error).splitlines()]
+        reasons = [
+            line for line in lines if line and not line.startswith(("[[", "The error could"))
+        ]
+        raise PeerError(f"another worker was lost: {reasons[-1][:300]}") from error
+
+
+@functools.cache  # One trace a strategy, whatever is exchanged.
+def _adder(strategy: tf.distribute.Strategy) -> Callable[[np.ndarray], tf.Tensor]:
+    return tf.function(Workers(strategy).sum, autograph=False, reduce_retracing=True)
