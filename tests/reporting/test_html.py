@@ -1,4 +1,4 @@
-"""The report's page and its pictures: what they say, and what they leave alone."""
+"""The report's page and charts: what they show, and that they change nothing else."""
 
 import base64
 import io
@@ -79,9 +79,9 @@ class Page(HTMLParser):
 def digits(mnist):
     """Images, labels, and probabilities of which four of forty are wrong."""
     labels = mnist.y_test[:40]
-    said = labels.copy()
-    said[:4] = (said[:4] + 1) % 10
-    return mnist.x_test[:40], labels, np.eye(10)[said] * 0.7 + 0.03
+    predicted = labels.copy()
+    predicted[:4] = (predicted[:4] + 1) % 10
+    return mnist.x_test[:40], labels, np.eye(10)[predicted] * 0.7 + 0.03
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def shown(report):
 
 def test_the_page_says_what_the_manifest_says(shown, report):
     for figure in (
-        "mnist.h5: 90.00% of the test digits right",
+        "mnist.h5: 90.00% test accuracy",
         "90.00%",  # as val_accuracy
         "4 of 40 wrong",
         "0.3125",
@@ -115,7 +115,7 @@ def test_the_page_says_what_the_manifest_says(shown, report):
     assert shown.all("title")
 
 
-def test_the_page_needs_nothing_but_itself(shown, report):
+def test_the_page_loads_nothing_and_runs_no_script(shown, report):
     content = report.page.decode()
     assert not {tag for tag, _ in shown.elements} & {"script", "link", "iframe", "object", "base"}
     assert "url(" not in content
@@ -128,7 +128,7 @@ def test_the_page_needs_nothing_but_itself(shown, report):
     assert policy["content"].startswith("default-src 'none';")
 
 
-def test_names_from_elsewhere_are_text(shown, report):
+def test_names_from_the_manifest_are_escaped(shown, report):
     assert HOSTILE in shown.text
     assert shown.all("script") == []
     assert b"alert(&quot;1&quot;)" in report.page
@@ -150,7 +150,7 @@ def test_each_picture_is_there_and_described(shown, report):
     assert len({picture["alt"] for picture in pictures}) == 5
 
 
-def test_the_drawing_can_be_ended_between_two_pictures(digits):
+def test_the_drawing_can_be_stopped_after_each_chart(digits):
     images, labels, probabilities = digits
 
     def stop():
@@ -167,7 +167,7 @@ def test_the_drawing_can_be_ended_between_two_pictures(digits):
         )
 
 
-def test_a_model_without_a_mistake_has_a_page_too(digits):
+def test_a_model_without_mistakes_has_a_page_too(digits):
     images, labels, _ = digits
     history = {name: values[:1] for name, values in HISTORY.items()}
     report = html.render(
@@ -186,15 +186,15 @@ def test_a_model_without_a_mistake_has_a_page_too(digits):
     ("taken", "sentence"),
     [
         ([], ""),
-        ([(4, 9)], "Most often a 4 for a 9, once."),
-        ([(4, 9), (6, 0), (4, 9)], "Most often a 4 for a 9, 2 times."),
-        ([(6, 0), (4, 9)], "Most often a 4 for a 9 and a 6 for a 0, once each."),
+        ([(4, 9)], "Most often a 4 as a 9, once."),
+        ([(4, 9), (6, 0), (4, 9)], "Most often a 4 as a 9, 2 times."),
+        ([(6, 0), (4, 9)], "Most often a 4 as a 9 and a 6 as a 0, once each."),
         ([(6, 0), (4, 9), (1, 7), (7, 1)], ""),  # None stands out.
     ],
 )
 def test_the_commonest_mistakes_are_named(taken, sentence):
-    true, said = np.array([(3, 3), *taken]).T
-    assert html._commonest(scores.score(true, np.eye(10)[said])) == sentence
+    true, predicted = np.array([(3, 3), *taken]).T
+    assert html._commonest(scores.score(true, np.eye(10)[predicted])) == sentence
 
 
 def test_one_epoch_has_one_tick_and_points_that_show():
@@ -226,7 +226,7 @@ def test_the_matrix_shows_every_number_and_colours_the_mistakes(digits):
     assert shown.max() == 1000 * (matrix - np.diag(matrix.diagonal())).max()
 
 
-def test_mistakes_say_what_was_said_and_what_is_true(digits):
+def test_a_mistake_shows_its_predicted_and_its_true_digit(digits):
     images, labels, probabilities = digits
     worst = scores.score(labels, probabilities).worst
     axes = charts.mistakes(images, labels, probabilities, worst).axes[0]
@@ -308,7 +308,7 @@ def test_a_run_without_matplotlib_says_so_and_is_done(command, tmp_path):
 @pytest.mark.full
 def test_a_report_that_cannot_be_written_changes_no_exit_code(command, tmp_path):
     run = command.start(*SMALL, "--output-dir", "out")
-    run.stdout.readline()  # The folder is claimed.
+    run.stdout.readline()  # The folder is locked.
     (tmp_path / "out" / ".report.html.tmp").mkdir()  # where the page is to be written first
     stdout, stderr = run.communicate(timeout=120)
     assert (run.returncode, stderr) == (0, "")
@@ -319,7 +319,7 @@ def test_a_report_that_cannot_be_written_changes_no_exit_code(command, tmp_path)
 
 
 @pytest.mark.full
-def test_a_page_is_of_the_run_beside_it(command, tmp_path):
+def test_the_page_describes_the_run_in_its_folder(command, tmp_path):
     path = save_npz(tmp_path / "digits <&>.npz")
     done = command.run("--epochs", 2, "--batch-size", 20, "--data", path, "--output-dir", "out")
     assert (done.returncode, done.stderr) == (0, "")

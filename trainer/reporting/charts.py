@@ -1,10 +1,10 @@
-"""Pictures of a run and of what its model says, as figures of Matplotlib.
+"""Charts of a run and of its model's predictions, as Matplotlib figures.
 
     figure = charts.curves(history)
     content = charts.png(figure)
 
-It uses Matplotlib's object-oriented interface alone, never pyplot: no window, no state that a
-notebook or another thread could meet. A figure is 100 units wide for each inch, at most 960.
+Only Matplotlib's object-oriented interface is used, never pyplot: no window, and no global state
+shared with a notebook or another thread. Figures are at most 9.6 inches wide, 960 CSS pixels.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ import numpy as np
 
 from trainer.reporting.scores import Scores
 
-if TYPE_CHECKING:  # Loaded by what draws, so that importing this module costs nothing.
+if TYPE_CHECKING:  # Imported by the functions that draw: it takes a second.
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, whom most colour-blind people can tell
-# apart.
+# From the palette of Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, for colour-blind
+# readers too.
 BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#b03a00"
 INK, GREY, PALE, PALER = "#24292f", "#6e7781", "#d0d7de", "#eaeef2"
 
-TILES = 24  # images in a picture of them, at most
+TILES = 24  # images in a grid, at most
 
 _STYLE = {
-    "font.family": ["DejaVu Sans"],  # It comes with Matplotlib.
+    "font.family": ["DejaVu Sans"],  # part of Matplotlib
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": GREY,
@@ -49,12 +49,12 @@ _STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 2,
     "figure.facecolor": "white",
-    "savefig.dpi": 200,  # sharp on a screen of two pixels a unit
+    "savefig.dpi": 200,  # two pixels per CSS pixel
 }
 
 
 def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
-    """Draws loss and accuracy of every epoch, in training and on the test images.
+    """Draws loss and accuracy by epoch, for training and test images.
 
     Args:
         history: As ``history.json`` has it: ``loss``, ``accuracy``, ``val_loss``, ``val_accuracy``.
@@ -66,7 +66,7 @@ def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
         figure.get_layout_engine().set(wspace=0.08)
         left, right = figure.subplots(1, 2)
         epochs = np.arange(1, len(history["loss"]) + 1)
-        # Alone, a point has no line to be seen by; many crowd it.
+        # A single epoch has no line, and many markers hide it.
         size = 7 if len(epochs) == 1 else 4 if len(epochs) <= 30 else 0
         for axes, name in ((left, "loss"), (right, "accuracy")):
             for part, prefix, colour in (("training", "", ORANGE), ("test", "val_", BLUE)):
@@ -95,11 +95,11 @@ def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
 
 
 def confusion(matrix: np.ndarray) -> "Figure":
-    """Draws a confusion matrix with its numbers. Its colours are those of the mistakes, which
-    beside the right ones would all look alike.
+    """Draws a confusion matrix with its counts. The colour scale covers the mistakes alone: on one
+    scale with the diagonal they would all look the same.
 
     Args:
-        matrix: Integers (k, k), rows what an image is, columns what was said.
+        matrix: Integers (k, k), true class by row and predicted class by column.
     """
     with _style():
         from matplotlib.patches import Rectangle
@@ -110,7 +110,7 @@ def confusion(matrix: np.ndarray) -> "Figure":
         k = len(matrix)
         wrong = np.ma.masked_equal(np.where(np.eye(k, dtype=bool), 0, matrix), 0)
         most = int(wrong.max()) if wrong.count() else 1
-        # Not imshow, which takes six times the memory of the picture for a while.
+        # Not imshow, which temporarily takes six times the memory of the image.
         places = np.arange(k)
         lines = {"edgecolors": "white", "linewidth": 1.5}
         cells = axes.pcolormesh(places, places, wrong, cmap="Oranges", vmin=0, vmax=most, **lines)
@@ -131,7 +131,7 @@ def confusion(matrix: np.ndarray) -> "Figure":
             )
         axes.set_xticks(places)
         axes.set_yticks(places)
-        axes.set_xlabel("said")
+        axes.set_xlabel("predicted")
         axes.set_ylabel("true")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -145,27 +145,27 @@ def confusion(matrix: np.ndarray) -> "Figure":
 def mistakes(
     images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, worst: np.ndarray
 ) -> "Figure":
-    """Draws the worst mistakes, TILES at most: what was said, how sure that was, and what is true.
+    """Draws the worst mistakes, at most TILES, with predicted digit, confidence and true digit.
 
     Args:
         images: uint8 (n, 28, 28).
-        labels: Integers (n,).
-        probabilities: (n, 10).
-        worst: Which of them are mistakes, the worst first (``Scores.worst``).
+        labels: True digits, integers (n,).
+        probabilities: Predicted probabilities, (n, 10).
+        worst: Indices of the mistakes, the most confident first (``Scores.worst``).
     """
-    return _grid(images, labels, probabilities, worst[:TILES], "No image was said wrong.")
+    return _grid(images, labels, probabilities, worst[:TILES], "No image is misclassified.")
 
 
 def samples(
     images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, count: int = TILES
 ) -> "Figure":
-    """Draws the first images, right or wrong; else as ``mistakes``."""
+    """Draws the first images, classified correctly or not, in the form of ``mistakes``."""
     return _grid(images, labels, probabilities, np.arange(min(count, len(images))), "")
 
 
 def reliability(found: Scores) -> "Figure":
-    """Draws accuracy against confidence, the probability of what was said: the reliability diagram
-    of Guo et al. (2017), https://arxiv.org/abs/1706.04599; below it how many images a bin has.
+    """Draws accuracy by confidence, the reliability diagram of Guo et al. (2017),
+    https://arxiv.org/abs/1706.04599, above a histogram of the confidence.
     """
     with _style():
         from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
@@ -203,7 +203,7 @@ def reliability(found: Scores) -> "Figure":
 
 
 def png(figure: "Figure") -> bytes:
-    """Returns a figure as the content of a PNG file, two pixels a unit."""
+    """Returns a figure as a PNG file, two pixels per CSS pixel."""
     with _style():
         figure.savefig(content := io.BytesIO(), format="png")
     return content.getvalue()
@@ -211,8 +211,8 @@ def png(figure: "Figure") -> bytes:
 
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
-    """Has Matplotlib draw as this package does, whatever a matplotlibrc says, and say nothing of
-    the folder of its own: it makes a temporary one where HOME cannot be written.
+    """Sets the style of these charts, whatever a matplotlibrc sets, and mutes the warning that
+    Matplotlib uses a temporary cache folder where HOME is read-only.
     """
     logger = logging.getLogger("matplotlib")
     level = logger.level
@@ -240,47 +240,47 @@ def _grid(
     labels: np.ndarray,
     probabilities: np.ndarray,
     which: np.ndarray,
-    otherwise: str,
+    empty: str,
 ) -> "Figure":
-    """Draws images with what was said of them; where there are none, says so."""
-    columns, width, height, side = 8, 1.2, 1.6, 1.08  # of a cell and of the image in it
+    """Draws images with their predictions; without images, the text ``empty``."""
+    columns, width, height, side = 8, 1.2, 1.6, 1.08  # inches, of a cell and of the image in it
     with _style():
         from matplotlib.figure import Figure
 
         rows = -(-len(which) // columns) or 0.4
         figure = Figure(figsize=(columns * width, rows * height))
-        # One system of axes for all, in inches from the upper left: 24 of them take seconds.
+        # One Axes for all, in inches from the upper left: 24 Axes take seconds to draw.
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, columns * width), ylim=(rows * height, 0))
         axes.set_axis_off()
         if not len(which):
-            axes.text(columns * width / 2, rows * height / 2, otherwise, ha="center", color=GREY)
+            axes.text(columns * width / 2, rows * height / 2, empty, ha="center", color=GREY)
         for place, index in enumerate(which):
-            said = int(probabilities[index].argmax())
-            right = said == labels[index]
+            predicted = int(probabilities[index].argmax())
+            correct = predicted == labels[index]
             middle = (place % columns + 0.5) * width
             top = place // columns * height + 0.27
             extent = (middle - side / 2, middle + side / 2, top + side, top)
-            # Ink is dark, as on paper.
+            # Dark ink on white, as on paper.
             axes.imshow(images[index], cmap="gray_r", vmin=0, vmax=255, extent=extent)
             left, end, bottom, top = extent
-            colour = PALE if right else RED
+            colour = PALE if correct else RED
             axes.plot([left, end, end, left, left], [top, top, bottom, bottom, top], colour, lw=1)
             axes.text(
                 middle,
                 top - 0.07,
-                f"{said}  {probabilities[index, said]:.1%}",
+                f"{predicted}  {probabilities[index, predicted]:.1%}",
                 ha="center",
-                color=INK if right else RED,
+                color=INK if correct else RED,
                 fontweight="bold",
             )
             axes.text(
                 middle,
                 bottom + 0.06,
-                f"#{index}" if right else f"is {labels[index]}   #{index}",
+                f"#{index}" if correct else f"is {labels[index]}   #{index}",
                 ha="center",
                 va="top",
                 fontsize=8,
                 color=GREY,
             )
-        axes.set(xlim=(0, columns * width), ylim=(rows * height, 0))  # imshow sets its own
+        axes.set(xlim=(0, columns * width), ylim=(rows * height, 0))  # imshow has changed them
         return figure

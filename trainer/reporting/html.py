@@ -49,9 +49,9 @@ def render(
         manifest: As ``mnist.json`` has it.
         history: As ``history.json`` has it.
         images: The test images, uint8 (n, 28, 28).
-        labels: Their digits, integers (n,).
-        probabilities: (n, 10), what the model predicts for them.
-        after_picture: Called after each picture; what it raises ends the drawing.
+        labels: True digits, integers (n,).
+        probabilities: Predicted probabilities, (n, 10).
+        after_picture: Called after each chart; it may raise to end the drawing.
     """
     found = scores.score(labels, probabilities)
     drawn = {}
@@ -63,7 +63,7 @@ def render(
         ("reliability", lambda: charts.reliability(found)),
     ):
         drawn[name] = charts.png(draw())
-        gc.collect()  # A figure is full of cycles, and takes as much memory as a model.
+        gc.collect()  # A figure has reference cycles, and takes as much memory as the model.
         after_picture()
     template = (
         importlib.resources.files("trainer.reporting") / "assets" / "report.html"
@@ -84,7 +84,7 @@ def _sentences(manifest: dict, history: Mapping, found: Scores) -> dict[str, str
     best = int(np.argmax(history["val_accuracy"]))
     at_most = "" if config["schedule"] == "constant" else " at most"
     return {
-        "title": f"{manifest['model']['file']}: {accuracy} of the test digits right",
+        "title": f"{manifest['model']['file']}: {accuracy} test accuracy",
         "subtitle": (
             f"A CNN of {manifest['model']['parameters']:,} parameters, trained on "
             f"{data['train_examples']:,} images ({data['source']}) and measured on "
@@ -94,34 +94,33 @@ def _sentences(manifest: dict, history: Mapping, found: Scores) -> dict[str, str
             f"{_many(epochs, 'epoch')} with {config['optimizer']}, learning rate "
             f"{config['learning_rate']:g}{at_most}, batches of {config['batch_size']}, seed "
             f"{config['seed']}. The best test accuracy was {percent(history['val_accuracy'][best])}"
-            f", after epoch {best + 1}; the model is that of the last epoch. Dropout, which is on "
-            "in training alone, is why training can look worse than the test."
+            f", after epoch {best + 1}; the model is that of the last epoch. Dropout is active "
+            "in training only, so training metrics can be worse than test metrics."
         ),
         "mistaken": (
-            f"Taken for another digit: {len(found.worst):,} of {found.examples:,}. "
-            f"{_commonest(found)}"
+            f"Misclassified: {len(found.worst):,} of {found.examples:,}. {_commonest(found)}"
         ),
         "calibration": (
-            "How often the model is right, against how sure it is. Where a bar ends at its line, "
-            "its probabilities can be taken at their word: the expected calibration error, "
-            f"{found.ece:.4f}, is the distance between the two, averaged over the images."
+            "Accuracy by confidence, the probability of the predicted digit. Where a bar ends at "
+            "its line, the mean confidence, the model is calibrated. The expected calibration "
+            f"error, {found.ece:.4f}, is the distance between the two, averaged over the images."
         ),
     }
 
 
 def _commonest(found: Scores) -> str:
     wrong = found.confusion - np.diag(found.confusion.diagonal())
-    pairs = [f"a {true} for a {said}" for true, said in np.argwhere(wrong == wrong.max())]
-    if len(pairs) > 3:  # None stands out; there may be no mistake at all.
+    pairs = [f"a {true} as a {other}" for true, other in np.argwhere(wrong == wrong.max())]
+    if len(pairs) > 3:  # None stands out, or there are no mistakes at all.
         return ""
     each = " each" if len(pairs) > 1 else ""
     return f"Most often {' and '.join(pairs)}, {_times(wrong.max())}{each}."
 
 
 def _alts(history: Mapping, found: Scores) -> dict[str, str]:
-    """Says what each picture shows, to those who do not see it."""
+    """Returns the alternative text of each picture."""
     first, last = (percent(history["val_accuracy"][epoch]) for epoch in (0, -1))
-    sure = found.bin_counts[-1] / found.examples
+    confident = found.bin_counts[-1] / found.examples
     return {
         "curves": (
             f"Loss and accuracy of each epoch. Test accuracy: {first} after the first, {last} "
@@ -132,13 +131,14 @@ def _alts(history: Mapping, found: Scores) -> dict[str, str]:
             f"diagonal. {_commonest(found)}"
         ),
         "mistakes": (
-            f"The {min(charts.TILES, len(found.worst))} worst mistakes as images, each with what "
-            "was said, its probability and what is true."
+            f"The {min(charts.TILES, len(found.worst))} worst mistakes as images, each with its "
+            "predicted digit, the probability of that, and its true digit."
         ),
-        "samples": "The first test images, each with what was said and its probability.",
+        "samples": "The first test images, each with its predicted digit and its probability.",
         "reliability": (
-            "Reliability diagram: accuracy against confidence. In the surest bin, which has "
-            f"{percent(sure)} of the images, {percent(found.bin_accuracy[-1])} are right."
+            "Reliability diagram: accuracy by confidence. In the bin of the highest confidence, "
+            f"with {percent(confident)} of the images, the accuracy is "
+            f"{percent(found.bin_accuracy[-1])}."
         ),
     }
 
@@ -235,7 +235,7 @@ def _tables(manifest: dict, history: Mapping, found: Scores) -> dict[str, str]:
 
 
 def _speed(manifest: dict, seconds: np.ndarray) -> float:
-    """Returns the training images a second in epochs of that many seconds."""
+    """Returns training images per second, given the seconds of each epoch."""
     return manifest["data"]["train_examples"] * len(seconds) / max(seconds.sum(), 1e-9)
 
 
@@ -246,7 +246,7 @@ def _table(
     numbers: bool = False,
     code: bool = False,
 ) -> str:
-    """Writes a table; the first cell of each row is its head."""
+    """Returns a table; the first cell of each row is its header."""
     lines = ['<table class="numbers">' if numbers else "<table>"]
     cells = "".join(f'<th scope="col">{_escape(cell)}</th>' for cell in head)
     lines.append(f"<thead><tr>{cells}</tr></thead>\n<tbody>")
@@ -258,7 +258,7 @@ def _table(
 
 
 def _picture(content: bytes, alt: str) -> str:
-    # Bytes 16 to 24 of a PNG file: its size. Two pixels are one unit.
+    # Bytes 16 to 24 of a PNG file are its size; two pixels are one CSS pixel.
     width, height = (int.from_bytes(content[at : at + 4], "big") // 2 for at in (16, 20))
     data = base64.b64encode(content).decode()
     return (

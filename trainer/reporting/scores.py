@@ -1,9 +1,9 @@
-"""How good a classifier is: what labels and the probabilities it gave them say of it.
+"""Metrics of a classifier, from labels and predicted probabilities.
 
     found = scores.score(labels, probabilities)
     found.accuracy, found.ece, found.worst[:10]
 
-It knows neither Keras nor TensorFlow: where the probabilities come from does not matter.
+It needs neither Keras nor TensorFlow.
 """
 
 import dataclasses
@@ -11,37 +11,37 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-BINS = 15  # Guo et al.'s number.
-EPSILON = 1e-7  # Keras' default (``keras.config.epsilon()``).
+BINS = 15  # as in Guo et al. (2017)
+EPSILON = 1e-7  # the default of ``keras.config.epsilon()``
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What is found in n examples of k classes, where the class *said* is the most probable one.
+    """Metrics over n examples of k classes. The predicted class is the most probable one, and its
+    probability is the confidence of the prediction.
 
     Attributes:
-        accuracy: Share of the examples whose class is said.
-        loss: Mean of ``-log(p)``, where p is the probability of the right class, as Keras'
+        accuracy: Fraction of the examples whose class is predicted.
+        loss: Mean of ``-log(p)``, where p is the probability of the true class, as Keras'
             ``categorical_crossentropy`` computes it from probabilities: divided by their sum and
             clipped to 1e-7 and 1 - 1e-7.
-        ece: The expected calibration error, over the bins below::
+        ece: Expected calibration error over the bins below::
 
                 ECE = sum over bins b of  |b| / n * | accuracy(b) - confidence(b) |
 
-            where confidence(b) is the mean of the probabilities of what was said in the examples
-            of b: Guo et al. (2017), equation 3, https://arxiv.org/abs/1706.04599. 0: of what is
-            said with 90%, 90% is right.
-        confusion: Integers (k, k): examples of the class of the row that were said to be that of
-            the column.
-        precision: (k,), of what was said to be a class, the share that is; NaN where none was.
-        recall: (k,), of what is of a class, the share that was said to be; NaN where none is.
-        bin_edges: (BINS + 1,), from 0 to 1 in equal steps. A bin holds the examples where the
-            probability of what was said lies above its lower edge and up to its upper one.
-        bin_counts: Integers (BINS,), examples in each.
-        bin_accuracy: (BINS,), accuracy of those; NaN in an empty bin.
-        bin_confidence: (BINS,), their mean probability of what was said; NaN in an empty bin.
-        worst: Integers (mistakes,), which examples are mistakes: first the one where the wrong
-            class got the most probability.
+            where confidence(b) is the mean confidence in b: Guo et al. (2017), equation 3,
+            https://arxiv.org/abs/1706.04599. It is 0 if of the predictions made with 90%
+            confidence 90% are correct.
+        confusion: Integers (k, k): number of examples by true class (row) and predicted class
+            (column).
+        precision: (k,), by predicted class; NaN where there is no prediction.
+        recall: (k,), by true class; NaN where there is no example.
+        bin_edges: (BINS + 1,), from 0 to 1 in equal steps. A bin is open at its lower edge and
+            closed at its upper one.
+        bin_counts: Integers (BINS,), number of examples.
+        bin_accuracy: (BINS,), accuracy; NaN in an empty bin.
+        bin_confidence: (BINS,), mean confidence; NaN in an empty bin.
+        worst: Integers (mistakes,), indices of the misclassified examples by falling confidence.
     """
 
     accuracy: float
@@ -58,24 +58,24 @@ class Scores:
 
     @property
     def counts(self) -> np.ndarray:
-        """Integers (k,), how many examples of each class there are."""
+        """Integers (k,), number of examples by true class."""
         return self.confusion.sum(axis=1)
 
     @property
     def examples(self) -> int:
-        """How many there are."""
+        """Number of examples."""
         return int(self.confusion.sum())
 
 
 def score(labels: np.ndarray, probabilities: np.ndarray) -> Scores:
-    """Compares what a classifier says with what is right.
+    """Computes the metrics of a classifier.
 
     Args:
-        labels: Integers (n,), 0 to k - 1, n at least 1.
-        probabilities: (n, k), of each class.
+        labels: True classes, integers (n,), 0 to k - 1, n at least 1.
+        probabilities: Predicted probabilities, (n, k).
 
     Raises:
-        ValueError: The shapes do not fit together.
+        ValueError: The shapes do not match.
 
     >>> found = score(np.array([0, 1]), np.array([[0.9, 0.1], [0.8, 0.2]]))
     >>> found.accuracy, round(found.loss, 4), found.worst.tolist(), found.confusion.tolist()
@@ -89,26 +89,26 @@ def score(labels: np.ndarray, probabilities: np.ndarray) -> Scores:
             f"Received: {labels.shape} and {probabilities.shape}."
         )
     n, k = probabilities.shape
-    said = probabilities.argmax(axis=1)
-    confidence = probabilities[np.arange(n), said]
-    right = said == labels
+    predicted = probabilities.argmax(axis=1)
+    confidence = probabilities[np.arange(n), predicted]
+    correct = predicted == labels
     confusion = np.zeros((k, k), np.int64)
-    np.add.at(confusion, (labels, said), 1)
+    np.add.at(confusion, (labels, predicted), 1)
 
     edges = np.linspace(0, 1, BINS + 1)
     bins = np.digitize(confidence, edges[1:-1], right=True)
     bin_counts = np.bincount(bins, minlength=BINS)
-    bin_accuracy = _share(np.bincount(bins, right, minlength=BINS), bin_counts)
-    bin_confidence = _share(np.bincount(bins, confidence, minlength=BINS), bin_counts)
+    bin_accuracy = _ratio(np.bincount(bins, correct, minlength=BINS), bin_counts)
+    bin_confidence = _ratio(np.bincount(bins, confidence, minlength=BINS), bin_counts)
 
-    mistakes = np.flatnonzero(~right)
+    mistakes = np.flatnonzero(~correct)
     return Scores(
-        accuracy=float(right.mean()),
+        accuracy=float(correct.mean()),
         loss=_cross_entropy(labels, probabilities),
         ece=float(np.nansum(bin_counts * np.abs(bin_accuracy - bin_confidence)) / n),
         confusion=confusion,
-        precision=_share(confusion.diagonal(), confusion.sum(axis=0)),
-        recall=_share(confusion.diagonal(), confusion.sum(axis=1)),
+        precision=_ratio(confusion.diagonal(), confusion.sum(axis=0)),
+        recall=_ratio(confusion.diagonal(), confusion.sum(axis=1)),
         bin_edges=edges,
         bin_counts=bin_counts,
         bin_accuracy=bin_accuracy,
@@ -118,7 +118,7 @@ def score(labels: np.ndarray, probabilities: np.ndarray) -> Scores:
 
 
 def as_dict(found: Scores) -> dict:
-    """Returns scores as JSON can hold them; None where there was nothing to divide by."""
+    """Returns the metrics for JSON; NaN becomes None."""
     return {
         "examples": found.examples,
         "accuracy": found.accuracy,
@@ -138,7 +138,7 @@ def as_dict(found: Scores) -> dict:
 
 
 def as_text(found: Scores) -> str:
-    """Returns scores as tables."""
+    """Returns the metrics as tables of plain text."""
     wrong = len(found.worst)
     digits = range(len(found.counts))
     table = [("digit", "images", "precision", "recall")]
@@ -155,29 +155,29 @@ def as_text(found: Scores) -> str:
             "",
             *_aligned(table),
             "",
-            "Rows: what an image is. Columns: what was said.",
+            "Rows: true digit. Columns: predicted digit.",
             *_aligned(matrix),
         )
     )
 
 
-def percent(share: float) -> str:
-    """Writes a share as people do; a dash where there is none.
+def percent(fraction: float) -> str:
+    """Formats a fraction; NaN is a dash.
 
     >>> percent(0.99196), percent(float("nan"))
     ('99.20%', '-')
     """
-    return "-" if share != share else f"{share:.2%}"
+    return "-" if fraction != fraction else f"{fraction:.2%}"
 
 
 def _cross_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    right = probabilities[np.arange(len(labels)), labels] / probabilities.sum(axis=1)
-    return float(-np.log(np.clip(right, EPSILON, 1 - EPSILON)).mean())
+    true = probabilities[np.arange(len(labels)), labels] / probabilities.sum(axis=1)
+    return float(-np.log(np.clip(true, EPSILON, 1 - EPSILON)).mean())
 
 
-def _share(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
-    """Divides, where there is something to divide by; NaN elsewhere."""
-    return np.divide(parts, wholes, out=np.full(len(parts), np.nan), where=wholes > 0)
+def _ratio(parts: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Divides; NaN where a total is 0."""
+    return np.divide(parts, totals, out=np.full(len(parts), np.nan), where=totals > 0)
 
 
 def _number(value: float) -> float | None:
@@ -185,7 +185,7 @@ def _number(value: float) -> float | None:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Puts the cells of each column under one another, at its right edge."""
+    """Aligns the cells of each column to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
