@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from support import save_npz
+from support import Pause, save_npz
 
 from trainer.files import FILES
 from trainer.reporting import charts, html, scores
@@ -265,8 +265,8 @@ def run_alone(command, program):
     return done.stdout
 
 
-def test_a_matplotlibrc_changes_no_picture_and_a_picture_no_setting(command):
-    command.env["MPLBACKEND"] = "svg"  # another than what draws
+def test_a_matplotlibrc_changes_no_chart_and_a_chart_changes_no_setting(command):
+    command.env["MPLBACKEND"] = "svg"  # another backend than the one used
     expected = run_alone(command, DRAW)
     (command.folder / "matplotlibrc").write_text(
         "text.usetex: True\nsavefig.facecolor: black\nfont.size: 40\naxes.grid: True\n"
@@ -274,20 +274,20 @@ def test_a_matplotlibrc_changes_no_picture_and_a_picture_no_setting(command):
     assert run_alone(command, WATCHED) == expected
 
 
-def test_a_home_that_cannot_be_written_is_no_matter(command):
+def test_charts_are_drawn_where_home_is_read_only(command):
     for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
         command.env.pop(name, None)
     expected = run_alone(command, DRAW)
     command.env |= {"HOME": "/proc/nowhere", "TMPDIR": str(command.folder)}
     assert run_alone(command, DRAW) == expected
-    assert list(command.folder.iterdir()) == []  # and nothing is left of it
+    assert list(command.folder.iterdir()) == []  # The temporary cache is removed.
 
 
 SMALL = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)
 
 
 @pytest.mark.full
-def test_a_run_without_matplotlib_says_so_and_is_done(command, tmp_path):
+def test_a_run_without_matplotlib_succeeds_with_a_notice(command, tmp_path):
     (tmp_path / "empty" / "matplotlib").mkdir(parents=True)
     (tmp_path / "empty" / "matplotlib" / "__init__.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'matplotlib'\", name='matplotlib')"
@@ -307,10 +307,12 @@ def test_a_run_without_matplotlib_says_so_and_is_done(command, tmp_path):
 
 @pytest.mark.full
 def test_a_report_that_cannot_be_written_changes_no_exit_code(command, tmp_path):
-    run = command.start(*SMALL, "--output-dir", "out")
-    run.stdout.readline()  # The folder is locked.
-    (tmp_path / "out" / ".report.html.tmp").mkdir()  # where the page is to be written first
-    stdout, stderr = run.communicate(timeout=120)
+    pause = Pause(folder=tmp_path / "pause", calling="trainer.reporting.html:render")
+    run = command.start(*SMALL, "--output-dir", "out", hooks=[pause])
+    pause.wait(run)
+    (tmp_path / "out" / ".report.html.tmp").mkdir()  # the name under which the page is written
+    pause.go()
+    stdout, stderr = run.communicate(timeout=300)
     assert (run.returncode, stderr) == (0, "")
     assert "No report.html: Expected a folder that can be written at out. Received: " in stdout
     assert "test accuracy" in stdout
