@@ -9,6 +9,8 @@ every moment the old file or the new one is there, complete.
 
 import contextlib
 import os
+import secrets
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,6 +88,59 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
         finally:
             for name in files:
                 _temporary(folder / name).unlink(missing_ok=True)
+
+
+def place(source: Path, target: Path) -> None:
+    """Copies a file or folder to ``target``, whole or not at all, in place of what is there.
+
+    No system call that Python has replaces a folder that is not empty: for an instant there is
+    neither, and after a kill in that instant the former one is there with the suffix ``.old``.
+
+    Args:
+        source: Its permissions are not copied.
+        target: Its folder is created where it does not exist. Other processes may be placing
+            something there, too: the last one wins.
+
+    Raises:
+        OSError: It cannot be written. What was there is still there.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        _copy(source, temporary)
+        if source.is_dir() and target.exists():
+            _exchange(temporary, target)
+        else:
+            temporary.replace(target)
+        flush(target.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file or folder onto the disk, with the permissions that new files get."""
+    if source.is_dir():
+        target.mkdir()
+        for path in source.iterdir():
+            _copy(path, target / path.name)
+    else:
+        shutil.copyfile(source, target)
+    flush(target)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Puts a folder in the place of another, which has the first one's name afterwards."""
+    former = new.with_suffix(".old")
+    old.rename(former)
+    try:
+        new.rename(old)
+    except BaseException:
+        former.rename(old)
+        raise
+    former.rename(new)
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:

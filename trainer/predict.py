@@ -2,32 +2,27 @@
 
     python -m trainer.predict mnist.h5 seven.jpg scans/ "photos/*.heic"
 
-Each line has the file, the digit and its probability. What cannot be read is said, and the others
-go on.
+Each line has the file, the digit and its probability. A picture that cannot be read has an error in
+its place, and the others go on.
 """
 
 import contextlib
 import dataclasses
 import glob
-import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from trainer import cli
-from trainer.errors import OutputError, TrainerError, UsageError
+from trainer.errors import OutputError, UsageError
 from trainer.machine import available_cpus
 
 if TYPE_CHECKING:  # --help loads none of these.
-    import numpy as np
-
-    from trainer.inference import decoders
-    from trainer.inference.digit import Digit, DigitCount
+    from trainer.inference.classifier import Answer, Picture
 
 PROG = "python -m trainer.predict"
 
@@ -36,7 +31,6 @@ PROG = "python -m trainer.predict"
 THRESHOLD = 0.9
 
 STDIN = "-"
-FIRST, LATER = 16, 64  # Pictures at once: few, for an answer soon; then more.
 SHOWN = 448  # Pixels of the original's longest side in what --show writes.
 
 
@@ -102,47 +96,44 @@ def predict(config: PredictConfig) -> None:
         TrainerError: One of its kinds, for whatever a user can cause or meet; of several pictures
             that cannot be read, the first one's kind, when all others are done.
     """
+    from trainer.inference import classifier
+
     names = list(_expand(config.images))
     if config.show:
         _make_folder(config.show)
     failures = []
-    for number, answer in enumerate(_answers(config, names), start=1):
-        if config.json:
-            print(json.dumps(_as_dict(config, answer)), flush=True)
-        elif not answer.error:
-            print(_as_text(config, answer), flush=True)
-        if answer.error:
-            failures.append(answer.error)
-            if len(names) > 1:
-                print(f"{PROG}: error: {answer.error}", file=sys.stderr, flush=True)
-        elif config.show:
-            # 48: what a file system allows, whatever the letters.
-            _show(config.show / f"{number:04}-{Path(answer.name).stem[:48]}.png", answer)
+    with classifier.start(
+        config.model, processes=min(config.threads, len(names)), threads=config.threads
+    ) as started:
+        answers = started.classify(map(_picture, names), digits=config.digits)
+        for number, answer in enumerate(answers, start=1):
+            if config.json:
+                print(json.dumps(_as_dict(config, answer)), flush=True)
+            elif not answer.error:
+                print(_as_text(config, answer), flush=True)
+            if answer.error:
+                failures.append(answer.error)
+                if len(names) > 1:
+                    print(f"{PROG}: error: {answer.error}", file=sys.stderr, flush=True)
+            elif config.show:
+                # 48 letters are at most the 255 bytes that file systems allow.
+                _show(config.show / f"{number:04}-{Path(answer.name).stem[:48]}.png", answer)
     if failures and len(names) == 1:
         raise failures[0]
     if failures:
         raise type(failures[0])(
             f"Expected digits in all of {len(names):,} pictures. Received: {len(failures):,} "
-            "without, each named above. Mend them, or leave them out."
+            "without, each named above. Replace them, or leave them out."
         )
 
 
-@dataclasses.dataclass
-class _Answer:
-    """What is known of a picture: the last of these that has a value."""
-
-    name: str
-    error: TrainerError | None = None
-    grey: "np.ndarray | None" = None  # uint8 (h, w)
-    seen: "Sequence[Digit]" = ()
-    probabilities: "np.ndarray | None" = None  # float32 (digits, 10)
-
-
 def _expand(names: Iterable[str]) -> Iterator[str]:
-    """Yields the files of folders and patterns; what is not there remains, for its error."""
+    """Yields the files of folders and patterns; a name that matches none is yielded as it is, and
+    opening it says what is wrong.
+    """
     for name in names:
         found = []
-        with contextlib.suppress(OSError, ValueError):  # Which opening it will meet again.
+        with contextlib.suppress(OSError, ValueError):  # Opening it will raise the same.
             if Path(name).is_dir():
                 from trainer.inference.pictures import suffixes
 
@@ -153,95 +144,38 @@ def _expand(names: Iterable[str]) -> Iterator[str]:
         yield from found or [name]
 
 
-def _answers(config: PredictConfig, names: Sequence[str]) -> Iterator[_Answer]:
-    """Yields what is said of each picture, in their order."""
-    groups = [names[:FIRST], *(names[at : at + LATER] for at in range(FIRST, len(names), LATER))]
-    from trainer.inference import decoders
-
-    with decoders.start(min(config.threads, len(names))) as start:
-
-        def read(group: Sequence[str]) -> list[tuple[str, Future]]:
-            return [_read(start, name, config.digits) for name in group]
-
-        ahead = read(groups[0])  # While TensorFlow starts; those after it, while it computes.
-        classify = _classifier(config)
-        for group in (*groups[1:], []):
-            answers = [_answer(*asked) for asked in ahead]
-            ahead = read(group)
-            seen = [digit.pixels for answer in answers for digit in answer.seen]
-            said = iter(classify(seen))
-            for answer in answers:
-                answer.probabilities = list(itertools.islice(said, len(answer.seen)))
-                yield answer
-
-
-def _read(read: "decoders.Decode", name: str, digits: "DigitCount") -> tuple[str, Future]:
-    """Returns what a picture is called, and what its process will say of it."""
+def _picture(name: str) -> "Picture":
     if name != STDIN:
-        return (called := _printable(name)), read(Path(name), called, digits)
-    from trainer.inference import pictures as images
+        return name, Path(name)
+    from trainer.inference.pictures import MAX_BYTES
 
-    content = sys.stdin.buffer.read(images.MAX_BYTES + 1) if sys.stdin else b""
-    return "standard input", read(content, "standard input", digits)
-
-
-def _answer(called: str, read: Future) -> _Answer:
-    try:
-        return _Answer(called, None, *read.result())
-    except TrainerError as error:
-        return _Answer(called, error)
+    return "standard input", sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""
 
 
-def _classifier(config: PredictConfig) -> "Callable[[list[np.ndarray]], np.ndarray]":
-    """Loads the model; returns what makes float32 (n, 10) of n pictures, uint8 (28, 28)."""
-    import numpy as np
-
-    from trainer.inference import model_file
-
-    cnn = model_file.load(config.model, threads=config.threads)
-
-    def classify(pictures: list[np.ndarray]) -> np.ndarray:
-        if not pictures:
-            return np.empty((0, 10), np.float32)
-        inputs = np.float32(pictures)[..., np.newaxis] / 255
-        return cnn(inputs, training=False).numpy()
-
-    return classify
-
-
-def _as_dict(config: PredictConfig, answer: _Answer) -> dict:
+def _as_dict(config: PredictConfig, answer: "Answer") -> dict:
     if answer.error:
         return {"file": answer.name, "error": str(answer.error), "code": answer.error.exit_code}
     digits = [
         {
-            "digit": int(said.argmax()),
-            "probability": float(said.max()),
-            "unsure": seen.several or bool(said.max() < config.threshold),
-            "box": seen.box,
+            "digit": prediction.label,
+            "probability": prediction.probability,
+            "unsure": prediction.digit.several or prediction.probability < config.threshold,
+            "box": prediction.digit.box,
         }
-        for seen, said in zip(answer.seen, answer.probabilities, strict=True)
+        for prediction in answer.predictions
     ]
     return {"file": answer.name, "digits": digits}
 
 
-def _as_text(config: PredictConfig, answer: _Answer) -> str:
+def _as_text(config: PredictConfig, answer: "Answer") -> str:
     lines = []
     for digit in _as_dict(config, answer)["digits"]:
         lines.append(f"{answer.name}  {digit['digit']}  {digit['probability']:.1%}")
         if digit["unsure"]:
             lines[-1] += "  unsure"
-    if answer.seen[0].several:
+    if answer.predictions[0].digit.several:
         lines[-1] += ", it looks like several digits: --digits many"
     return "\n".join(lines)
-
-
-def _printable(name: str) -> str:
-    r"""Returns a name that is one line, and does nothing to a terminal.
-
-    >>> _printable("7.png"), _printable(chr(27))
-    ('7.png', "'\\x1b'")
-    """
-    return name if name.isprintable() else repr(name)
 
 
 def _make_folder(folder: Path) -> None:
@@ -251,25 +185,28 @@ def _make_folder(folder: Path) -> None:
         raise _unwritable(folder, error) from error
 
 
-def _show(path: Path, answer: _Answer) -> None:
-    """Draws a picture with the digits that were found in it, and beside it what the model saw."""
+def _show(path: Path, answer: "Answer") -> None:
+    """Draws a picture with the digits that were found in it, and beside it each digit as the model
+    saw it.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    height, width = answer.grey.shape
+    height, width = answer.picture.shape
     zoom = SHOWN / max(height, width)
-    original = Image.fromarray(answer.grey).convert("RGB")
+    original = Image.fromarray(answer.picture).convert("RGB")
     original = original.resize((max(1, round(width * zoom)), max(1, round(height * zoom))))
     tile, label = SHOWN // 2, 24
-    columns = -(-len(answer.seen) // 2)
+    columns = -(-len(answer.predictions) // 2)
     sheet = Image.new("RGB", (SHOWN + 8 + columns * (tile + 8), SHOWN + 2 * label), "white")
     sheet.paste(original)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for number, (seen, said) in enumerate(zip(answer.seen, answer.probabilities, strict=True)):
-        draw.rectangle([round(edge * zoom) for edge in seen.box], outline="#b03a00", width=2)
+    for number, prediction in enumerate(answer.predictions):
+        digit = prediction.digit
+        draw.rectangle([round(edge * zoom) for edge in digit.box], outline="#b03a00", width=2)
         row, column = divmod(number, columns)
         left, top = SHOWN + 8 + column * (tile + 8), row * (tile + label)
-        sheet.paste(Image.fromarray(seen.pixels).resize((tile, tile), 0), (left, top))
-        text = f"{said.argmax()}  {said.max():.1%}"
+        sheet.paste(Image.fromarray(digit.pixels).resize((tile, tile), 0), (left, top))
+        text = f"{prediction.label}  {prediction.probability:.1%}"
         draw.text((left, top + tile + 2), text, fill="black", font=font)
     try:
         sheet.save(path)

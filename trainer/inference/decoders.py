@@ -28,7 +28,8 @@ DEADLINE = 60.0  # Seconds for one picture.
 MAX_PROCESSES = 4  # Each may take that memory.
 MODULE = "trainer.inference.decoders"  # What a process runs.
 
-Decode = Callable[[Path | bytes, str, DigitCount], Future[tuple[np.ndarray, list[Digit]]]]
+Decoded = tuple[np.ndarray, list[Digit]]  # A picture, uint8 (h, w), and its digits.
+Decode = Callable[[Path | bytes, str, DigitCount], Future[Decoded]]
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ def start(processes: int) -> Iterator[Decode]:
     for decoder in decoders:
         idle.put(decoder)
 
-    def decode(*request: object) -> tuple:
+    def decode(*request) -> Decoded:
         decoder = idle.get()
         try:
             return decoder.decode(*request)
@@ -68,9 +69,7 @@ class _Decoder:
     def __init__(self) -> None:
         self._child = sandbox.Child(MODULE)
 
-    def decode(
-        self, source: Path | bytes, name: str, digits: DigitCount
-    ) -> tuple[np.ndarray, list[Digit]]:
+    def decode(self, source: Path | bytes, name: str, digits: DigitCount) -> Decoded:
         if not self._child:
             self._child = sandbox.Child(MODULE)
         child = self._child
@@ -95,7 +94,7 @@ class _Decoder:
             child.end()
 
 
-def _receive(child: sandbox.Child) -> tuple[np.ndarray, list[Digit]]:
+def _receive(child: sandbox.Child) -> Decoded:
     """Receives a picture and its digits, within the bounds that every picture keeps."""
     header = child.receive()
     height, width = sandbox.integers(header.get("shape"), count=2, most=LONGEST)

@@ -1,0 +1,163 @@
+"""From pictures to answers: decode each, find its digits, classify them.
+
+    with classifier.start(Path("mnist.h5"), processes=2) as classifier:
+        for answer in classifier.classify([("seven.jpg", Path("seven.jpg"))]):
+            print(answer.name, answer.error or answer.predictions[0].label)
+
+Every command that reads pictures goes this way. What needs no pictures, as ``trainer.evaluate``,
+has the model alone: ``model_file`` and ``trainer.models.cnn``.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+
+from trainer.errors import TrainerError
+from trainer.inference import decoders, model_file, sandbox
+from trainer.inference.digit import SIZE, Digit, DigitCount
+
+# Pictures in one group, whose digits are classified together: few at first, for an early answer.
+FIRST_GROUP, GROUP = 16, 64
+
+Picture = tuple[str, Path | bytes]  # What errors call it; its file, or that file's content.
+
+# From uint8 (n, 28, 28), n at least 1, 0 for background and 255 for ink, to float32 (n, 10).
+Predict = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says of a digit.
+
+    Attributes:
+        digit: Its pixels, and where it was found.
+        probabilities: float32 (10,).
+    """
+
+    digit: Digit
+    probabilities: np.ndarray
+
+    @property
+    def label(self) -> int:
+        """The most probable class."""
+        return int(self.probabilities.argmax())
+
+    @property
+    def probability(self) -> float:
+        """That of the most probable class."""
+        return float(self.probabilities.max())
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What is known of a picture: an error, or its digits.
+
+    Attributes:
+        name: What errors call it, in printable letters.
+        error: Why it has no predictions.
+        picture: uint8 (h, w), the picture as it was searched for digits.
+        predictions: One for each digit, at least one where there is no error.
+    """
+
+    name: str
+    error: TrainerError | None = None
+    picture: np.ndarray | None = None
+    predictions: tuple[Prediction, ...] = ()
+
+
+@contextlib.contextmanager
+def start(model: Path, *, processes: int, threads: int | None = None) -> Iterator["Classifier"]:
+    """Starts the processes that decode pictures, and ends them with the block.
+
+    Args:
+        model: An ``mnist.h5``.
+        processes: Pictures decoded at a time (``decoders.start``).
+        threads: Inside one TensorFlow operation (``runtime.set_threads``); None: as it is.
+    """
+    with decoders.start(processes) as decode:
+        yield Classifier(decode, functools.partial(_load, model, threads))
+
+
+class Classifier:
+    """Classifies the digits in pictures.
+
+    Args:
+        decode: As ``decoders.start`` yields it.
+        load: Loads the model, once.
+    """
+
+    def __init__(self, decode: decoders.Decode, load: Callable[[], Predict]) -> None:
+        self._decode = decode
+        self._load = load
+
+    def load(self) -> None:
+        """Loads and compiles the model, which the first picture would do.
+
+        Raises:
+            InputError: The model's file is missing or cannot be read.
+            DataError: It is no model of the digits CNN, or damaged.
+            ConfigurationError: There is no TensorFlow, or it runs with another number of threads.
+        """
+        self._predict(np.zeros((1, SIZE, SIZE), np.uint8))
+
+    def classify(
+        self, pictures: Iterable[Picture], *, digits: DigitCount = "one"
+    ) -> Iterator[Answer]:
+        """Yields an answer for each picture, in their order. While the digits of some are
+        classified, the next ones are decoded, and the first while the model is loaded.
+
+        Raises:
+            TrainerError: The model cannot be loaded, as in ``load``.
+            NotFiniteError: The model's probabilities are not finite.
+        """
+        remaining = iter(pictures)
+        group = self._submit(itertools.islice(remaining, FIRST_GROUP), digits)
+        while group:
+            predict = self._predict
+            decoded = [(name, *_result(future)) for name, future in group]
+            group = self._submit(itertools.islice(remaining, GROUP), digits)
+            pixels = [digit.pixels for *_, found in decoded for digit in found]
+            probabilities = iter(predict(np.stack(pixels)) if pixels else ())
+            for name, error, picture, found in decoded:
+                yield Answer(name, error, picture, tuple(map(Prediction, found, probabilities)))
+
+    def _submit(
+        self, pictures: Iterable[Picture], digits: DigitCount
+    ) -> list[tuple[str, Future[decoders.Decoded]]]:
+        return [
+            (sandbox.printable(name), self._decode(source, name, digits))
+            for name, source in pictures
+        ]
+
+    @functools.cached_property
+    def _predict(self) -> Predict:
+        return self._load()
+
+
+def _load(path: Path, threads: int | None) -> Predict:
+    model = model_file.load(path, threads=threads)
+
+    from trainer.models import cnn
+    from trainer.runtime import tf
+
+    @tf.function(input_signature=[tf.TensorSpec((None, SIZE, SIZE), tf.uint8)], autograph=False)
+    def predict(images: tf.Tensor) -> tf.Tensor:
+        inputs, _ = cnn.preprocess(images, tf.zeros(tf.shape(images)[:1], tf.int32))
+        return model(inputs, training=False)
+
+    return lambda images: predict(images).numpy()
+
+
+def _result(
+    future: Future[decoders.Decoded],
+) -> tuple[TrainerError | None, np.ndarray | None, list[Digit]]:
+    try:
+        return None, *future.result()
+    except TrainerError as error:
+        return error, None, []
