@@ -3,6 +3,7 @@
 import fcntl
 import os
 
+import numpy as np
 import pytest
 from support import Command, Replicas
 
@@ -23,6 +24,28 @@ def mnist():
     from trainer.data import sources
 
     return sources.load("bundled")
+
+
+@pytest.fixture(scope="session")
+def weak_model(mnist):
+    """A model that knows some digits: its answers differ, and are not round."""
+    from trainer.models import cnn
+
+    model = cnn.build(optimizer="adam", learning_rate=1e-3, seed=0)
+    images = np.float32(mnist.x_train[:2048, ..., None]) / 255
+    labels = np.eye(10)[mnist.y_train[:2048]]
+    model.fit(images, labels, batch_size=64, shuffle=False, verbose=0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def weak_model_file(weak_model, tmp_path_factory):
+    """The ``mnist.h5`` of that model."""
+    from trainer.training import artifacts
+
+    path = tmp_path_factory.mktemp("model") / "mnist.h5"
+    path.write_bytes(artifacts._hdf5(weak_model))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from support import Pause
 from trainer import export
 from trainer.errors import UsageError
 from trainer.inference.formats import SUFFIXES
-from trainer.training import artifacts
 
 NAMES = {
     "keras": "mnist.keras",
@@ -21,20 +20,10 @@ NAMES = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    from trainer.models import cnn
-
-    folder = tmp_path_factory.mktemp("run")
-    model = cnn.build(optimizer="adam", learning_rate=1e-3, seed=0)
-    (folder / "mnist.h5").write_bytes(artifacts._hdf5(model))
-    return folder
-
-
 @pytest.fixture
-def here(folder, tmp_path, monkeypatch):
+def here(weak_model_file, tmp_path, monkeypatch):
     """A folder of the test's own with the model, and the current one."""
-    os.link(folder / "mnist.h5", tmp_path / "mnist.h5")
+    os.link(weak_model_file, tmp_path / "mnist.h5")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -261,7 +250,7 @@ def test_sigterm_leaves_what_was_there_and_nothing_temporary(here, command, tmp_
     command.program = ["-m", "trainer.export"]
     (here / "mnist.onnx").write_text("old")
     # In the middle of a conversion, and before anything takes its place.
-    pause = Pause(folder=temporary / "pause", calling="onnx:load")
+    pause = Pause(folder=temporary / "pause", calling="trainer.inference.formats:_onnx")
     started = command.start("mnist.h5", "--format", "onnx", hooks=[pause])
     pause.wait(started)
     assert list(temporary.glob("trainer-export-*"))
