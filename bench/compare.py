@@ -203,7 +203,7 @@ def data(threads: int, number: int) -> Round:
 
 def workers(threads: int, number: int) -> Round:
     """Images a second of one worker on one core; of two, each on one and with as many images a
-    step; and of two replicas in one process.
+    step, by ``--collectives ring``; and of two replicas in one process.
 
     All with one thread inside an operation: the replicas of a process run side by side already, and
     with two threads each they are in one another's way.
@@ -222,7 +222,8 @@ def workers(threads: int, number: int) -> Round:
             {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})}
             for task in ({"type": "worker", "index": index} for index in range(2))
         ]
-        line = (python(), "-m", "trainer.task", *twice, "--output-dir", out)
+        line = (python(), "-m", "trainer.task", *twice, "--collectives", "ring")
+        line = (*line, "--output-dir", out)
         other = subprocess.Popen(
             _words(*two, *line), env={**os.environ, **settings[1]}, stdout=subprocess.DEVNULL
         )

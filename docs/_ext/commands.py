@@ -137,7 +137,8 @@ def _type(hint: object, name: str = "") -> str:
 
 def _default(field: dataclasses.Field) -> str:
     if field.default_factory is not dataclasses.MISSING:
-        return f"Default: `{field.default_factory.__name__}()`."
+        factory = field.default_factory
+        return f"Default: `{factory.__module__}.{factory.__qualname__}()`."
     if field.default is dataclasses.MISSING:
         return "Required."
     if field.default is None or isinstance(field.default, bool):

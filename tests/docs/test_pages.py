@@ -1,5 +1,6 @@
 """The pages as a site, and those that are read where they lie."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 from support import ROOT
 
 IN_THE_ROOT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+PAGES = [*(ROOT / name for name in IN_THE_ROOT), *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -32,6 +34,27 @@ def test_figures_of_the_readme_are_those_that_were_measured():
         numbers |= set(re.findall(r"\d+\.\d+", row.split("|")[2]))
     assert numbers
     assert not [number for number in numbers if number not in measured]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_only_modules_and_files_that_are_there(page):
+    code = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text())
+    code = [text for text in code if "NAME" not in text]
+    files = [
+        text for text in code if re.fullmatch(r"(trainer|tests|k8s|bench|docs)/[\w./-]+", text)
+    ]
+    modules = [text for text in code if re.fullmatch(r"trainer(\.\w+)+", text)]
+    missing = [name for name in files if not (ROOT / name).exists()]
+    assert not missing + [name for name in modules if not is_there(name)]
+
+
+def is_there(name: str) -> bool:
+    """Tells whether ``trainer.a.b`` is a module or something in one."""
+    path = ROOT.joinpath(*name.split("."))
+    if path.is_dir() or path.with_suffix(".py").exists():
+        return True
+    module, _, attribute = name.rpartition(".")
+    return hasattr(importlib.import_module(module), attribute)
 
 
 @pytest.mark.full
