@@ -9,30 +9,23 @@ SAVES = 15
 
 
 def main() -> None:
-    from trainer.distributed.collectives import Workers
     from trainer.models import cnn
-    from trainer.runtime import tf
     from trainer.training import checkpoint
+    from trainer.training.manifest import RunManifest
 
     model = cnn.build(optimizer="adadelta", learning_rate=1.0, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        keeper = checkpoint.Keeper(
-            Path(folder),
-            {"run": "bench"},
-            finished_run=None,
-            resume="auto",
-            every="1",
-            keep=3,
-            stop=lambda: None,
-            workers=Workers(tf.distribute.get_strategy()),
-            warn=print,
+        manifest = RunManifest(
+            run="bench", job=None, config={}, data={}, versions={}, environment={}
         )
-        position = keeper.restore(model)
+        checkpoints = checkpoint.Checkpoints(Path(folder), keep=3)
+        checkpoints.track(model)
+        position = checkpoint.Position()
         seconds = []
         for step in range(1, SAVES + 1):
             position.step = position.steps = step
             start = time.perf_counter()
-            keeper.after_call(position)
+            checkpoints.save(position, manifest)
             seconds.append(time.perf_counter() - start)
     print(
         f"a checkpoint: median {statistics.median(seconds):.3f} s, most {max(seconds):.3f} s; "

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from sessions import Session
 
-from trainer import config, runtime, task
+from trainer import config, runtime
 from trainer.data import pipeline, sources
 from trainer.distributed import cluster, ring, strategy
 from trainer.distributed.collectives import Workers
@@ -23,8 +24,8 @@ from trainer.distributed.replica_seeds import separate_seeds
 from trainer.errors import StoppedError
 from trainer.models import cnn, fast_step
 from trainer.runtime import keras, tf
-from trainer.training import artifacts as output
-from trainer.training import checkpoint, loop
+from trainer.training import artifacts, loop, run
+from trainer.training.checkpoint import Position
 
 
 class Record(keras.optimizers.SGD):
@@ -64,8 +65,13 @@ def train(
             for layer in model.layers:
                 if isinstance(layer, keras.layers.Dropout):
                     layer.rate = 0
-    keeper = folder and keep(folder, chosen, stop=lambda: "SIGTERM" if done == stop_at else None)
-    position = keeper.restore(model) if keeper else checkpoint.Position()
+    session = folder and Session(
+        Path(folder),
+        stop=lambda: "SIGTERM" if done == stop_at else None,
+        notify=print,
+        strategy=chosen,
+    )
+    position = session.begin(model) if session else Position()
     done, sums, steps = position.steps, position.totals[:2] or [0.0, 0.0], []
 
     def after_call(position):
@@ -75,8 +81,8 @@ def train(
             gradients = [v.numpy() for v in model.optimizer.kept] if optimizer else None
             steps.append((loss / weight, gradients))
             done, sums = position.steps, position.totals[:2]
-        if keeper:
-            keeper.after_call(position)
+        if session:
+            session.after_call(position)
 
     history = {}
     step = fast_step.choose(
@@ -109,27 +115,6 @@ def train(
     return model, history, steps
 
 
-def keep(folder, chosen, stop):
-    facts = {
-        "run": "this run",
-        "config": config.TrainConfig(epochs=1).as_dict(),
-        "data": {"sha256": ""},
-        "versions": {},
-        "environment": {},
-    }
-    return checkpoint.Keeper(
-        Path(folder),
-        facts,
-        finished_run=None,
-        resume="auto",
-        every="1h",
-        keep=3,
-        stop=stop,
-        workers=Workers(chosen),
-        warn=print,
-    )
-
-
 def losses(chosen, *, examples, batch_size, **stop):
     """In float64 with dropout off: every step's loss, the history, and the weights' digest."""
     for setting in (keras.config.set_floatx, keras.config.set_dtype_policy):
@@ -139,7 +124,7 @@ def losses(chosen, *, examples, batch_size, **stop):
     return {
         "losses": [loss for loss, _ in steps],
         "history": history,
-        "weights": output.weights_sha256(model),
+        "weights": artifacts.weights_sha256(model),
     }
 
 
@@ -154,11 +139,11 @@ def placed(chosen, *, examples, batch_size, on_devices):
     """Two epochs of the command's own training, with the images on the host or on the devices."""
     strategy.has_accelerator = lambda: on_devices
     settings = config.TrainConfig(epochs=2, batch_size=batch_size, threads=2, fast="off")
-    model, history = task.fit(
+    model, history = run.fit(
         settings, sources.load("bundled").first(examples, 100), strategy=chosen
     )
     history.pop("seconds")
-    return {"history": history, "weights": output.weights_sha256(model)}
+    return {"history": history, "weights": artifacts.weights_sha256(model)}
 
 
 def compiled(chosen, *, examples, batch_size, jit_compile):
@@ -193,8 +178,8 @@ def saved(chosen, *, examples, batch_size, folder):
     """Trains with dropout and saves the model; returns the weights' digest."""
     digits = sources.load("bundled").first(examples, 100)
     model, history, _ = train(chosen, digits, batch_size=batch_size, dropout=True)
-    output.save(Path(folder), model, history, {})
-    return output.weights_sha256(model)
+    artifacts.save(Path(folder), model, history, {})
+    return artifacts.weights_sha256(model)
 
 
 def exchanged(chosen):

@@ -1,7 +1,130 @@
-"""Train a CNN on handwritten digits: ``python -m trainer.task`` ends with ``mnist.h5``.
+"""Train a CNN on handwritten digits, on one device or many.
 
-Importing the package loads nothing else; each module loads what it needs. ``trainer.config``,
-``trainer.cli``, ``trainer.data.sources`` and ``trainer.errors`` work without TensorFlow.
+    import trainer
+
+    config = trainer.TrainConfig(epochs=2, output_dir="out")
+    model, history = trainer.fit(config)            # out/mnist.h5, out/report.html, …
+    data = trainer.load_data("bundled")
+    trainer.evaluate(model, data).accuracy
+    model = trainer.load_model("out/mnist.h5")
+
+Importing the package loads nothing else; each function loads what it needs. The first that needs
+TensorFlow sets TF_ENABLE_ONEDNN_OPTS=1 before it imports it, unless the variable is set: it decides
+bits, and so is the same here and in ``python -m trainer.task``. ``fit`` sets TensorFlow's threads
+(``config.threads``), its use of TensorFloat-32 (``config.precision``), its visible GPUs and memory
+growth (``config.gpus``), and with ``config.deterministic`` op determinism, for the whole process;
+while it trains in the main thread, it handles SIGINT and SIGTERM. Nothing else of the process is
+changed.
 """
 
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import keras
+
+    from trainer.data.dataset import Digits
+    from trainer.reporting.scores import Scores
+
 __version__ = "0.1.0"
+
+__all__ = ["TrainConfig", "evaluate", "fit", "load_data", "load_model"]
+
+
+def fit(
+    config: TrainConfig,
+    data: "Digits | None" = None,
+    *,
+    callbacks: Sequence["keras.callbacks.Callback"] = (),
+) -> tuple["keras.Model", dict[str, list[float]]]:
+    """Trains as ``python -m trainer.task`` does, in this process: the same weights, bit for bit,
+    and the same files in ``config.output_dir``. An unfinished run there is resumed.
+
+    Args:
+        config: What to train, and how.
+        data: The images to train on; None: those that ``config.data`` names.
+        callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` are called once
+            a call of the compiled step, with the number of its last batch.
+
+    Returns:
+        The compiled model, and its history as ``History.history`` of Keras, with ``seconds``.
+
+    Raises:
+        ConfigurationError: What is asked for cannot run here: for example, the environment
+            describes several workers, each of which needs the parent process that the command has.
+        TrainerError: Another of its kinds, as the command would end with it.
+        KeyboardInterrupt: Ctrl-C before the first step, or a second one.
+    """
+    from trainer.distributed import cluster
+    from trainer.errors import ConfigurationError
+    from trainer.training import run
+
+    if config.strategy != "one" and (workers := cluster.resolve(os.environ)):
+        raise ConfigurationError(
+            "Expected one process: several workers need the parent processes that python -m "
+            "trainer.task and python -m trainer.launch start. Received: TF_CONFIG or "
+            f"TRAINER_WORKERS with {len(workers.workers)} workers. Use one of those commands, or "
+            "strategy='one' to train in this process alone."
+        )
+    # None is for the pod of a Job that has finished already.
+    trained = cast("run.Run", run.train(config, data=data, callbacks=callbacks))
+    return trained.model, trained.history
+
+
+def evaluate(model: "keras.Model", data: "Digits", *, batch_size: int = 128) -> "Scores":
+    """Measures a model on the test images of a data set.
+
+    Args:
+        model: From ``fit`` or ``load_model``.
+        data: From ``load_data``.
+        batch_size: Number of images that go through the model at once.
+
+    Returns:
+        Accuracy, loss, calibration, confusion matrix, and the mistakes.
+
+    Raises:
+        NotFiniteError: The model gives NaN: its weights overflow.
+    """
+    from trainer.models import cnn
+    from trainer.reporting import scores
+
+    probabilities = cnn.probabilities(model, data.x_test, batch_size=batch_size)
+    return scores.score(data.y_test, probabilities)
+
+
+def load_data(source: str = "bundled") -> "Digits":
+    """Loads a data set: ``bundled``, a path, ``keras`` or ``tfds:NAME``, as ``TrainConfig.data``.
+
+    Returns:
+        Images uint8 (n, 28, 28) and labels uint8 (n,), for training and for testing.
+
+    Raises:
+        InputError: The source is missing, unreadable or cannot be reached.
+        DataError: It is there and is not what it should be.
+    """
+    from trainer.data import sources
+
+    return sources.load(source)
+
+
+def load_model(path: "str | Path") -> "keras.Sequential":
+    """Loads the weights of an ``mnist.h5``, which may be anyone's: nothing in it is run.
+
+    Returns:
+        The compiled model. Input: float32 (n, 28, 28, 1) from 0 to 1. Output: float32 (n, 10),
+        probabilities.
+
+    Raises:
+        InputError: The file is missing or cannot be read.
+        DataError: It is damaged, or another network's.
+    """
+    from pathlib import Path
+
+    from trainer.inference import model_file
+
+    return model_file.load(Path(path))

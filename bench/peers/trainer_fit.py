@@ -1,4 +1,4 @@
-"""The trainer itself, called as its notebook calls it: ``trainer.task.fit``."""
+"""The trainer itself, called as its notebook calls it: ``trainer.training.run.fit``."""
 
 import keras
 import work
@@ -6,7 +6,7 @@ import work
 from trainer import runtime
 from trainer.config import TrainConfig
 from trainer.data.dataset import Digits
-from trainer.task import fit
+from trainer.training.run import fit
 
 flags = work.arguments()
 config = TrainConfig(

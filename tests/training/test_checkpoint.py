@@ -1,29 +1,20 @@
 """What a stop may change of the outcome: nothing."""
 
-import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from sessions import Session, Stopper, manifest
+from support import ROOT
 
-from trainer.config import TrainConfig
 from trainer.data import pipeline
-from trainer.distributed.collectives import Workers
 from trainer.errors import ConfigurationError, DataError, InputError, StoppedError
 from trainer.runtime import keras, tf
 from trainer.training import loop
-from trainer.training.checkpoint import FOLDER, Keeper, Position
+from trainer.training.checkpoint import FOLDER, Position
 
 EPOCHS, STEPS = 2, 4  # and three steps in each evaluation; a call has one step
-
-FACTS = {
-    "run": "this run",
-    "config": TrainConfig(epochs=EPOCHS).as_dict(),
-    "data": {"sha256": "of the data"},
-    "versions": {"tensorflow": "2.21.0"},
-    "environment": {"threads": 1},
-}
 
 
 def build():
@@ -42,33 +33,7 @@ def build():
     return model
 
 
-class Stopper:
-    """Asks the run to stop at one of its calls, counted from 1; None: never."""
-
-    def __init__(self, at=None):
-        self.at = at
-        self.calls = 0
-
-    def __call__(self):
-        self.calls += 1
-        return "SIGTERM" if self.calls == self.at else None
-
-
-def keeper(folder, *, facts=FACTS, stop=None, warn=None, **options):
-    options = {
-        "finished_run": None,
-        "resume": "auto",
-        "every": "1000h",
-        "keep": 3,
-        "stop": stop or Stopper(),
-        "workers": Workers(tf.distribute.get_strategy()),
-        "warn": warn or (lambda text: None),
-        **options,
-    }
-    return Keeper(folder, json.loads(json.dumps(facts)), **options)
-
-
-def train(held, *, epochs=EPOCHS, steps_per_execution=1):
+def train(session, *, epochs=EPOCHS, steps_per_execution=1):
     """Trains until the end or the stop; returns all that a run can end with."""
     noise = np.random.default_rng(0)
     x = noise.normal(size=(15, 6)).astype(np.float32)
@@ -83,8 +48,8 @@ def train(held, *, epochs=EPOCHS, steps_per_execution=1):
         metrics={"mae": keras.losses.mean_absolute_error},
         epochs=epochs,
         steps_per_execution=steps_per_execution,
-        position=held.restore(model),
-        after_call=held.after_call,
+        position=session.begin(model),
+        after_call=session.after_call,
     )
     assert len(history.pop("seconds")) == epochs
     variables = [*model.variables, *model.optimizer.variables]
@@ -93,7 +58,7 @@ def train(held, *, epochs=EPOCHS, steps_per_execution=1):
 
 def train_until_stopped(folder, at, **options):
     with pytest.raises(StoppedError, match="stopped by SIGTERM at epoch"):
-        train(keeper(folder, stop=Stopper(at), **options))
+        train(Session(folder, stop=Stopper(at), **options))
 
 
 def numbers(folder):
@@ -102,8 +67,8 @@ def numbers(folder):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    held = keeper(tmp_path_factory.mktemp("unbroken"), stop=(stop := Stopper()))
-    outcome = train(held)
+    session = Session(tmp_path_factory.mktemp("unbroken"), stop=(stop := Stopper()))
+    outcome = train(session)
     assert stop.calls == EPOCHS * (STEPS + 3) + EPOCHS  # each call, and each epoch's end
     return outcome
 
@@ -111,14 +76,14 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize("at", range(1, EPOCHS * (STEPS + 4) + 1))
 def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, unbroken, at):
     train_until_stopped(tmp_path, at)
-    assert train(keeper(tmp_path, resume="must")) == unbroken
+    assert train(Session(tmp_path, policy="must")) == unbroken
 
 
 def test_a_run_stopped_again_and_again_ends_with_the_same_bits(tmp_path, unbroken):
     # Every fourth call: an evaluation has three, and begins anew when it was interrupted.
     for _ in range(EPOCHS * STEPS):
         try:
-            outcome = train(keeper(tmp_path, stop=Stopper(4)))
+            outcome = train(Session(tmp_path, stop=Stopper(4)))
             break
         except StoppedError:
             pass
@@ -127,14 +92,14 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bits(tmp_path, unbroke
 
 def test_a_run_resumed_with_other_calls_ends_with_the_same_bits(tmp_path, unbroken):
     train_until_stopped(tmp_path, 3)
-    assert train(keeper(tmp_path), steps_per_execution=3) == unbroken
+    assert train(Session(tmp_path), steps_per_execution=3) == unbroken
 
 
 def test_a_run_can_be_made_longer(tmp_path, tmp_path_factory):
-    longer = {**FACTS, "config": {**FACTS["config"], "epochs": 3}}
-    expected = train(keeper(tmp_path_factory.mktemp("unbroken")), epochs=3)
+    longer = manifest(config={"epochs": 3})
+    expected = train(Session(tmp_path_factory.mktemp("unbroken")), epochs=3)
     train_until_stopped(tmp_path, 10)
-    assert train(keeper(tmp_path, facts=longer), epochs=3) == expected
+    assert train(Session(tmp_path, manifest=longer), epochs=3) == expected
 
 
 @pytest.mark.parametrize(
@@ -146,13 +111,13 @@ def test_a_run_can_be_made_longer(tmp_path, tmp_path_factory):
     ],
 )
 def test_checkpoints_come_as_often_as_asked(tmp_path, every, saved):
-    train(keeper(tmp_path, every=every, keep=100))
+    train(Session(tmp_path, every=every, keep=100))
     assert numbers(tmp_path) == saved
 
 
 def test_checkpoints_come_by_the_clock(tmp_path):
     ticks = iter(range(10_000))  # every look at it is a second later: one a call, two a save
-    train(keeper(tmp_path, every="3s", keep=100, clock=lambda: next(ticks)))
+    train(Session(tmp_path, every="3s", keep=100, clock=lambda: next(ticks)))
     assert numbers(tmp_path) == [3, 4, 7, 8]
 
 
@@ -177,7 +142,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, unbroken, su
     train_until_stopped(tmp_path, 3, every="1")
     damage(tmp_path / FOLDER / f"steps-3{suffix}", how)
     warnings = []
-    assert train(keeper(tmp_path, warn=warnings.append)) == unbroken
+    assert train(Session(tmp_path, notify=warnings.append)) == unbroken
     assert "steps-3 cannot be read" in warnings[0]
     assert "Resuming the unfinished run" in warnings[1]
     assert warnings[1].endswith("at epoch 1, step 2")
@@ -186,15 +151,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, unbroken, su
 def test_a_damaged_list_of_checkpoints_does_no_harm(tmp_path, unbroken):
     train_until_stopped(tmp_path, 3)
     (tmp_path / FOLDER / "checkpoint").write_bytes(b"\xff")
-    assert train(keeper(tmp_path)) == unbroken
+    assert train(Session(tmp_path)) == unbroken
 
 
 def test_a_run_with_none_but_damaged_checkpoints_is_not_begun_anew_unasked(tmp_path, unbroken):
     train_until_stopped(tmp_path, 3)
     damage(tmp_path / FOLDER / "steps-3.index", "truncated")
-    with pytest.raises(DataError, match=r"1, all damaged\. Use --resume never"):
-        train(keeper(tmp_path))
-    assert train(keeper(tmp_path, resume="never")) == unbroken
+    with pytest.raises(DataError, match=r"1, all damaged\. Use resume='never'"):
+        train(Session(tmp_path))
+    assert train(Session(tmp_path, policy="never")) == unbroken
 
 
 @pytest.mark.parametrize(
@@ -208,37 +173,35 @@ def test_a_run_with_none_but_damaged_checkpoints_is_not_begun_anew_unasked(tmp_p
 )
 def test_an_unfinished_run_of_another_kind_is_refused(tmp_path, unbroken, change, message):
     train_until_stopped(tmp_path, 3)
-    ((part, values),) = change.items()
     with pytest.raises(ConfigurationError, match=message) as refused:
-        train(keeper(tmp_path, facts={**FACTS, part: {**FACTS[part], **values}}))
-    assert "--resume never" in str(refused.value)
-    assert train(keeper(tmp_path)) == unbroken  # nothing of it was lost
+        train(Session(tmp_path, manifest=manifest(**change)))
+    assert "resume='never'" in str(refused.value)
+    assert train(Session(tmp_path)) == unbroken  # nothing of it was lost
 
 
 def test_a_run_whose_learning_rate_depends_on_its_length_cannot_be_made_longer(tmp_path):
-    def facts(epochs):
-        return {**FACTS, "config": {**FACTS["config"], "schedule": "one-cycle", "epochs": epochs}}
+    def scheduled(epochs):
+        return manifest(config={"schedule": "one-cycle", "epochs": epochs})
 
-    train_until_stopped(tmp_path, 3, facts=facts(EPOCHS))
+    train_until_stopped(tmp_path, 3, manifest=scheduled(EPOCHS))
     with pytest.raises(ConfigurationError, match="epochs=3 where it has epochs=2"):
-        train(keeper(tmp_path, facts=facts(EPOCHS + 1)))
+        train(Session(tmp_path, manifest=scheduled(EPOCHS + 1)))
 
 
 def test_what_decides_nothing_may_change(tmp_path, unbroken):
     train_until_stopped(tmp_path, 3)
     other = {"output_dir": "moved", "log_format": "json", "tensorboard": True, "threads": 9}
-    facts = {**FACTS, "config": {**FACTS["config"], **other}}
-    assert train(keeper(tmp_path, facts=facts)) == unbroken
+    assert train(Session(tmp_path, manifest=manifest(config=other))) == unbroken
 
 
 def test_another_environment_is_named(tmp_path):
     train_until_stopped(tmp_path, 3)
     warnings = []
     train(
-        keeper(
+        Session(
             tmp_path,
-            facts={**FACTS, "versions": {"tensorflow": "2.20.0"}, "environment": {"threads": 4}},
-            warn=warnings.append,
+            manifest=manifest(versions={"tensorflow": "2.20.0"}, environment={"threads": 4}),
+            notify=warnings.append,
         )
     )
     assert "tensorflow is 2.20.0 and was 2.21.0, threads is 4 and was 1" in warnings[0]
@@ -247,8 +210,8 @@ def test_another_environment_is_named(tmp_path):
 def test_what_a_finished_run_left_is_not_resumed(tmp_path, unbroken):
     train_until_stopped(tmp_path, 3)
     seen = []
-    other = {**FACTS, "config": {**FACTS["config"], "seed": 8}}
-    train(keeper(tmp_path, facts=other, finished_run="this run", warn=seen.append))
+    other = manifest(config={"seed": 8})
+    train(Session(tmp_path, manifest=other, finished_run="this run", notify=seen.append))
     assert seen == []
 
 
@@ -256,24 +219,24 @@ def test_what_a_finished_run_left_is_not_resumed(tmp_path, unbroken):
 def test_a_run_begun_anew_goes_on_in_the_place_of_a_pod_of_its_job(
     tmp_path, unbroken, job, resumed
 ):
-    facts = {**FACTS, "job": "this one"}
+    ours = manifest(job="this one")
     with pytest.raises(StoppedError):
-        train(keeper(tmp_path, facts=facts, resume="never", stop=Stopper(3)))
+        train(Session(tmp_path, manifest=ours, policy="never", stop=Stopper(3)))
     seen = []
-    again = {"facts": {**FACTS, "job": job}, "resume": "never", "warn": seen.append}
-    assert train(keeper(tmp_path, **again)) == unbroken
+    again = {"manifest": manifest(job=job), "policy": "never", "notify": seen.append}
+    assert train(Session(tmp_path, **again)) == unbroken
     assert any("Resuming" in text for text in seen) == resumed
 
 
 def test_resume_must_needs_something_to_resume(tmp_path):
     with pytest.raises(InputError, match=r"unfinished run to resume .* Received: none"):
-        train(keeper(tmp_path, resume="must"))
+        train(Session(tmp_path, policy="must"))
 
 
 def test_a_finished_run_leaves_nothing(tmp_path):
-    held = keeper(tmp_path)
-    train(held)
-    held.finish()
+    session = Session(tmp_path)
+    train(session)
+    session.checkpoints.delete_all()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -284,15 +247,16 @@ def test_a_position_says_where_it_is():
 FULL = """
 import resource, sys
 from pathlib import Path
-sys.path[:0] = [sys.argv[2]]
-from test_checkpoint import Stopper, keeper, train
+sys.path[:0] = sys.argv[2:]
+from sessions import Session
+from test_checkpoint import train
 from trainer.errors import OutputError
 def limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     return None
-held = keeper(Path(sys.argv[1]), stop=limit)
+session = Session(Path(sys.argv[1]), stop=limit)
 try:
-    train(held)
+    train(session)
 except OutputError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -302,7 +266,7 @@ except OutputError as error:
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, command, unbroken):
     train_until_stopped(tmp_path, 3)
     done = subprocess.run(
-        [sys.executable, "-c", FULL, tmp_path, str(__file__).rpartition("/")[0]],
+        [sys.executable, "-c", FULL, tmp_path, ROOT / "tests", ROOT / "tests" / "training"],
         env=command.env,
         capture_output=True,
         text=True,
@@ -310,4 +274,4 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, comma
     )
     assert done.returncode == 73, done.stderr
     assert "the last checkpoint stands" in done.stdout
-    assert train(keeper(tmp_path)) == unbroken
+    assert train(Session(tmp_path)) == unbroken

@@ -80,6 +80,14 @@ def expects_accelerator(kind: Strategy, *, cluster: Cluster | None, gpus: int | 
     return seen > 0 or _resolve(kind, cluster, gpus, seen) == "tpu"
 
 
+def count_gpus(gpus: int | None) -> int:
+    """Returns the number of GPUs that ``create`` uses in this process, where they are there.
+    Starts no TensorFlow device, so it can be called before workers meet.
+    """
+    seen = len(tf.config.list_physical_devices("GPU"))
+    return seen if gpus is None else min(gpus, seen)
+
+
 def has_accelerator() -> bool:
     """Tells whether TensorFlow computes on GPUs or a TPU in this process; starts its devices."""
     return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())

@@ -21,6 +21,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -125,10 +126,10 @@ def _keras(problem: str) -> StepChoice:
 
 
 @functools.cache
-def _library() -> ModuleType | str:
-    """Returns the operations, or why they cannot be used."""
+def _library() -> Any:
+    """Returns the module of the operations, or why they cannot be used: a string."""
     spec = importlib.util.find_spec("trainer.models._winograd")
-    if spec is None:
+    if spec is None or spec.origin is None:
         return (
             "the fast one was not compiled when the package was installed, for want of gcc or clang"
         )

@@ -72,12 +72,18 @@ def _update(kind: type[keras.optimizers.Optimizer], *, fused: bool) -> list[np.n
     optimizer = kind(learning_rate=0.5, name="checked")
     optimizer.build([variable])
     update_step = _fused_update_step(optimizer) if fused else None
-    calls = []
+    calls = 0
     if update_step:
-        optimizer.update_step = lambda *values: calls.append(1) or update_step(*values)
+
+        def counted(*values: tf.Tensor) -> None:
+            nonlocal calls
+            calls += 1
+            update_step(*values)
+
+        optimizer.update_step = counted
     for gradient in values[1:]:
         optimizer.apply([tf.constant(gradient)], [variable])
-    if update_step and len(calls) != _CHECKED_STEPS:
+    if update_step and calls != _CHECKED_STEPS:
         raise RuntimeError("Keras does not call update_step")
     return [variable.numpy(), *(slot.numpy() for slot in optimizer.variables)]
 
@@ -103,7 +109,7 @@ def _fused_update_step(optimizer: keras.optimizers.Optimizer) -> UpdateStep | No
     return update_step
 
 
-def _update_adadelta(optimizer: keras.optimizers.Adadelta, index: int, **common) -> None:
+def _update_adadelta(optimizer: keras.optimizers.Adadelta, index: int, **common: tf.Tensor) -> None:
     dtype = common["grad"].dtype
     tf.raw_ops.ResourceApplyAdadelta(
         accum=optimizer._accumulated_grads[index].value.handle,
@@ -114,7 +120,7 @@ def _update_adadelta(optimizer: keras.optimizers.Adadelta, index: int, **common)
     )
 
 
-def _update_adam(optimizer: keras.optimizers.Adam, index: int, **common) -> None:
+def _update_adam(optimizer: keras.optimizers.Adam, index: int, **common: tf.Tensor) -> None:
     dtype = common["grad"].dtype
     step = tf.cast(optimizer.iterations + 1, dtype)
     betas = optimizer.beta_1, optimizer.beta_2

@@ -6,11 +6,12 @@ One-cycle warms up from 10% of the peak over the first 30% of the steps, then co
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 from trainer.config import Schedule, TrainConfig
 from trainer.runtime import keras
 
-LearningRate = float | keras.optimizers.schedules.LearningRateSchedule
+LearningRate: TypeAlias = float | keras.optimizers.schedules.LearningRateSchedule
 
 WARM_UP = 0.3  # share of the steps in which the learning rate rises to its peak
 START = 0.1  # initial learning rate, as a share of the peak

@@ -3,10 +3,10 @@
     history = fit(model, lambda epoch: train_batches(epoch), test_batches, strategy=strategy,
                   loss=keras.losses.categorical_crossentropy, metrics={}, epochs=10)
 
-It stands where ``model.fit`` would, because Keras 3's own does not run on several workers
+It takes the place of ``model.fit``, because Keras 3's own does not run on several workers
 (https://github.com/keras-team/keras/issues/20585). Several steps run inside one call of a
-``tf.function``; the sums of every step come back one by one and are added up here in float64, so
-how many steps a call holds changes no result.
+``tf.function``; the sums of each step are returned one by one and added up here in float64, so the
+number of steps in a call changes no result.
 """
 
 import math
@@ -21,9 +21,9 @@ from trainer.errors import NotFiniteError
 from trainer.runtime import keras, tf
 from trainer.training.checkpoint import Position
 
-SECONDS_PER_CALL = 1.0  # A call this long hides what a call costs, and lets progress be seen.
+SECONDS_PER_CALL = 1.0  # Long enough to hide the overhead of a call, short enough for progress.
 
-_REMEDY = "Use a smaller --learning-rate; files of an earlier run are as they were."
+_REMEDY = "Use a smaller learning_rate; files of an earlier run are as they were."
 
 PerExample = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -47,36 +47,37 @@ def fit(
     after_call: Callable[[Position], None] = lambda position: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Trains a model, and evaluates it after every epoch.
+    """Trains a model, and evaluates it after each epoch.
 
     Args:
-        model: Built, and compiled with its optimizer, inside the strategy's scope.
-        train_data: Gives the batches of an epoch, which is counted from 0: a data set of known
-            cardinality of ``(x, y, sample_weight)``, all of one shape, sample_weight (n,).
+        model: Built, and compiled with its optimizer, in the strategy's scope.
+        train_data: Returns the batches of an epoch, which is counted from 0: a data set of known
+            cardinality with elements ``(x, y, sample_weight)``, all of the same shapes,
+            sample_weight float32 (n,).
         validation_data: The same for evaluation.
-        strategy: The batches are global ones: it splits each among its replicas.
-        loss: Gives one value an example, (n,), from ``y`` and the model's output.
-        metrics: By name, functions like ``loss``.
-        epochs: How many.
+        strategy: Splits each batch, which is a global one, among its replicas.
+        loss: Returns one value per example, (n,), from ``y`` and the model's output.
+        metrics: Functions like ``loss``, by name.
+        epochs: Number of epochs.
         preprocess: Applied to ``(x, y)`` on the device, inside the step.
-        forward: What is called for ``model``, as ``forward(x, training=True)``, to the same effect;
-            None: ``model`` itself.
-        jit_compile: Compile forward and backward pass of a step with XLA.
-        steps_per_execution: Steps in one call; None: as many as take about a second.
-        callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` come once a
-            call, with the number of the last step, counted from 0, and the means so far.
-        position: Where to go on; None: from the beginning. The model must be as it was there.
-        after_call: Called after each call and each epoch with where the run is; what it raises
-            ends the run.
-        clock: Seconds, monotonic.
+        forward: Called in place of ``model``, as ``forward(x, training=True)``, and equivalent to
+            it; None: ``model`` itself.
+        jit_compile: Whether to compile the forward and backward pass of a step with XLA.
+        steps_per_execution: Number of steps in a call; None: as many as take about a second.
+        callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` are called once
+            a call, with the number of its last step, counted from 0, and the means so far.
+        position: Where to resume; None: at the beginning. The variables must be as they were there.
+        after_call: Called with the position after each call, each call of an evaluation, and each
+            epoch; what it raises ends the run.
+        clock: Monotonic time in seconds.
 
     Returns:
-        As ``History.history`` of Keras: a value an epoch for ``loss``, each metric, the same with
-        the prefix ``val_``, and ``seconds``, which the epoch took.
+        As ``History.history`` of Keras: one value an epoch for ``loss``, each metric, the same with
+        the prefix ``val_``, and ``seconds``, the duration of the epoch.
 
     Raises:
-        NotFiniteError: The loss became NaN or infinite; the message names epoch and step. Or the
-            weights did, which ``after_call`` never sees.
+        NotFiniteError: The loss or a weight became NaN or infinite; the message names epoch and
+            step. ``after_call`` is not called with such a position.
     """
     separate_seeds(model)
     functions = {"loss": loss, **metrics}
@@ -138,7 +139,7 @@ def evaluate(
     metrics: Mapping[str, PerExample],
     preprocess: Preprocess | None = None,
 ) -> dict[str, float]:
-    """Returns the mean of ``loss`` and of each metric over the data set; arguments as ``fit``'s.
+    """Returns the means of ``loss`` and of each metric over a data set; arguments as in ``fit``.
 
     Raises:
         NotFiniteError: The loss is NaN or infinite.
@@ -154,8 +155,8 @@ def evaluate(
 def _check(model: keras.Model, where: str) -> None:
     """Raises ``NotFiniteError`` for a weight that is NaN or infinite.
 
-    The loss does not tell: on a processor with AVX-512, oneDNN's pooling takes the largest of what
-    is not NaN, and what is behind it looks sound (TensorFlow 2.21).
+    A finite loss proves nothing: on a processor with AVX-512, oneDNN's max pooling ignores NaN, and
+    the layers after it look sound (TensorFlow 2.21).
     """
     for weights in model.trainable_variables:
         if not tf.reduce_all(tf.math.is_finite(weights)):
@@ -179,11 +180,11 @@ def _train_step(
         with tf.GradientTape() as tape:
             sums = _sums(functions, y, forward(x, training=True), sample_weight)
             objective = sums[1] / tf.cast(examples, sums.dtype)
-            if model.losses:  # Regularisation: once a batch, so a share of it in every replica.
+            if model.losses:  # Regularization: once a batch, so each replica adds its share.
                 objective += tf.add_n(model.losses) / replica.num_replicas_in_sync
         return sums, tape.gradient(objective, model.trainable_variables)
 
-    if jit_compile:  # Not the update: replicas meet there.
+    if jit_compile:  # Not the update: replicas synchronize there.
         gradients = tf.function(gradients, jit_compile=True, autograph=False)
 
     def step(
@@ -217,7 +218,7 @@ def _sums(
     sample_weight: tf.Tensor,
 ) -> tf.Tensor:
     """Returns the sum of the weights, then the weighted sum of each function."""
-    dtype = keras.config.floatx()  # Also where the output is of a lower precision.
+    dtype = keras.config.floatx()  # Also where the output has a lower precision.
     weight = tf.cast(sample_weight, dtype)
     values = [weight * tf.cast(function(y, output), dtype) for function in functions.values()]
     return tf.stack([tf.reduce_sum(value) for value in (weight, *values)])
@@ -226,11 +227,11 @@ def _sums(
 def _compile(
     step: Callable[..., tf.Tensor], functions: int, strategy: tf.distribute.Strategy
 ) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
-    """Puts several steps into one ``tf.function``, which returns their sums, a row a step.
+    """Compiles several steps into one ``tf.function``, which returns their sums, one row a step.
 
-    Every replica is given whole batches and takes the slice of its number. What Keras and
-    ``strategy.distribute_datasets_from_function`` do instead ends each epoch with iterators whose
-    autotuning, which no option reaches, can hold it up for seconds (TensorFlow 2.21).
+    Every replica is given whole batches and takes its slice of them.
+    ``strategy.distribute_datasets_from_function``, which Keras uses, ends each epoch with iterators
+    whose autotuning, which no option switches off, can take seconds (TensorFlow 2.21).
     """
     replicas, workers = strategy.num_replicas_in_sync, Workers(strategy)
 
@@ -241,7 +242,7 @@ def _compile(
             size = rows.shape[0] // replicas
             return tf.reshape(rows, (replicas, size, *rows.shape[1:]))[number]
 
-        # Beside the slice, in which there may be none: the examples really in the whole batch.
+        # With the number of real examples in the global batch: a slice may be padding alone.
         return step(own(x), own(y), own(sample_weight), tf.reduce_sum(sample_weight))
 
     # Written out as a tf.while_loop, because AutoGraph does not convert a "for" on Python 3.13
@@ -267,7 +268,7 @@ def _calls(
     steps_per_execution: int | None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[np.ndarray]:
-    """Goes through a data set once; yields the sums of each call's steps, (steps, 1 + functions).
+    """Iterates over a data set once; yields the sums of each call's steps, (steps, 1 + functions).
 
     Raises:
         ValueError: The cardinality of the data set is not known.
@@ -280,7 +281,7 @@ def _calls(
     workers = Workers(strategy)
     steps = steps_per_execution or 1
     while remaining:
-        # Each has a clock of its own, and all must do the same.
+        # The clocks of workers differ, and all must run the same number of steps.
         steps = min(workers.first(steps), remaining)
         start = clock()
         rows = call(iterator, tf.constant(steps)).numpy()
@@ -288,14 +289,14 @@ def _calls(
         yield rows
         remaining -= steps
         if steps_per_execution is None:
-            # Twice as many at most: the first call also compiles, and says nothing of the next.
+            # At most twice as many: the first call also compiles, and tells nothing of the next.
             fitting = SECONDS_PER_CALL * steps / max(seconds, 1e-6)
             steps = max(1, min(2 * steps, round(fitting)))
 
 
 class _Totals:
-    """Adds up the sums of steps, in float64 and one by one, so that it does not matter which of
-    them came in one call; ``sums`` are those of earlier steps.
+    """Adds up the sums of steps, in float64 and one by one, so that the result does not depend on
+    the number of steps in a call; ``sums`` are those of earlier steps.
     """
 
     def __init__(self, functions: Mapping[str, PerExample], sums: Sequence[float] = ()) -> None:
@@ -304,8 +305,15 @@ class _Totals:
         self.steps = 0
 
     def add(self, rows: np.ndarray, where: str, before: int = 0) -> None:
-        """Adds the steps of one call; ``where`` and the number of steps before it are for the
-        error, a ``NotFiniteError`` for a loss that is not finite.
+        """Adds the steps of one call.
+
+        Args:
+            rows: Their sums, (steps, 1 + functions).
+            where: The place, for the error.
+            before: Number of earlier steps, for the error.
+
+        Raises:
+            NotFiniteError: A loss is NaN or infinite.
         """
         for number, row in enumerate(rows, start=before + 1):
             if not math.isfinite(row[1]):
@@ -316,5 +324,5 @@ class _Totals:
         self.steps += len(rows)
 
     def means(self) -> dict[str, float]:
-        """Returns the weighted mean of each function so far."""
+        """Returns the weighted mean of each function so far, by name."""
         return dict(zip(self.names, (self.sums[1:] / self.sums[0]).tolist(), strict=True))

@@ -1,70 +1,105 @@
-"""What decides the outcome of a run, down to its last bits: for its manifest, its checkpoints, and
-the workers that train together.
+"""The run manifest: what a run is, and what its last bits depend on.
+
+It is in mnist.json and in each checkpoint, and workers compare theirs before they train together.
 """
 
-import os
+import dataclasses
 import platform
 import uuid
-from pathlib import Path
 
 import numpy as np
 
 import trainer
-from trainer.config import TrainConfig
+from trainer import machine
+from trainer.config import TrainConfig, fixed_fields
 from trainer.data.dataset import Digits
-from trainer.runtime import keras, tf
-from trainer.training.checkpoint import FREE_FIELDS
+from trainer.runtime import ONEDNN, keras, tf
 
 
-def gather(config: TrainConfig, source: Digits, digits: Digits, *, job: str | None) -> dict:
-    """Returns the facts of a run that begins.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunManifest:
+    """A run, as JSON holds it. It is made once, before the workers of a run meet.
 
-    Args:
-        config: How it trains.
-        source: The data, whole.
-        digits: What the run uses of it.
-        job: Its Job's UID, in a pod of Kubernetes.
-
-    Returns:
-        As JSON holds them: ``run``, its identity; ``job``; ``config``; ``data``, with its digest;
-        ``versions``; ``environment``.
+    Attributes:
+        run: Identity of the run: a random hexadecimal number, the same after a resume.
+        job: UID of the Kubernetes Job it is trained by; None outside one.
+        config: The fields of its ``TrainConfig``.
+        data: ``source``, ``sha256`` of the whole source, and the numbers of examples used,
+            ``train_examples`` and ``test_examples``.
+        versions: Versions of Python and of the packages that compute.
+        environment: What else determines last bits: processor, threads, oneDNN, collectives, the
+            training step, and the numbers of workers and replicas.
     """
-    return {
-        "run": uuid.uuid4().hex,
-        "job": job,
-        "config": config.as_dict(),
-        "data": {
-            "source": config.data,
-            "sha256": source.sha256,
-            "train_examples": len(digits.x_train),
-            "test_examples": len(digits.x_test),
-        },
-        "versions": {
-            "digits-trainer": trainer.__version__,
-            "python": platform.python_version(),
-            "tensorflow": tf.__version__,
-            "keras": keras.__version__,
-            "numpy": np.__version__,
-        },
-        # What else changes the last bits of a result.
-        "environment": {
-            "processor": _processor(),
-            "threads": config.threads,
-            "TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "the processor's"),
-        },
-    }
 
+    run: str
+    job: str | None
+    config: dict
+    data: dict
+    versions: dict
+    environment: dict
 
-def in_common(facts: dict) -> dict:
-    """Returns what all workers of a run must have in common."""
-    packages = {name: version for name, version in facts["versions"].items() if name != "python"}
-    config = {name: value for name, value in facts["config"].items() if name not in FREE_FIELDS}
-    return {**config, **packages, "data": facts["data"]["sha256"]}
+    @classmethod
+    def create(
+        cls,
+        config: TrainConfig,
+        *,
+        source: Digits,
+        used: Digits,
+        step: str,
+        workers: int,
+        replicas: int,
+        job: str | None = None,
+    ) -> "RunManifest":
+        """Describes a run that begins.
 
+        Args:
+            config: Its configuration.
+            source: The data set, whole.
+            used: The examples of it that the run uses.
+            step: Name of the training step: ``models.fast_step.StepChoice.name``.
+            workers: Number of workers.
+            replicas: Number of replicas, over all workers.
+            job: UID of the Kubernetes Job; None outside one.
+        """
+        return cls(
+            run=uuid.uuid4().hex,
+            job=job,
+            config=config.as_dict(),
+            data={
+                "source": config.data,
+                "sha256": source.sha256,
+                "train_examples": len(used.x_train),
+                "test_examples": len(used.x_test),
+            },
+            versions={
+                "digits-trainer": trainer.__version__,
+                "python": platform.python_version(),
+                "tensorflow": tf.__version__,
+                "keras": keras.__version__,
+                "numpy": np.__version__,
+            },
+            environment={
+                "processor": machine.processor(),
+                "threads": config.threads,
+                "TF_ENABLE_ONEDNN_OPTS": ONEDNN,
+                "step": step,
+                "collectives": config.collectives,
+                "workers": workers,
+                "replicas": replicas,
+            },
+        )
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    def shared_by_workers(self) -> dict:
+        """Returns, by name, what must be equal on all workers of a run."""
+        packages = {name: value for name, value in self.versions.items() if name != "python"}
+        return {
+            **{name: self.config[name] for name in fixed_fields()},
+            **packages,
+            "data": self.data["sha256"],
+            "step": self.environment["step"],
+            "collectives": self.environment["collectives"],
+        }
+
+    def as_dict(self) -> dict:
+        """Returns the fields as JSON can hold them."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,214 @@
+"""The library's calls: they do what the command does, or say why not."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from support import ROOT, outcome
+
+SMALL = {"epochs": 2, "train_limit": 256, "test_limit": 100, "batch_size": 64, "report": False}
+
+FIT = """
+import json, sys
+import trainer
+config = trainer.TrainConfig(**json.loads(sys.argv[1]))
+model, history = trainer.fit(config)
+print(json.dumps(history["val_accuracy"]))
+"""
+
+
+def flags(settings):
+    return [
+        word
+        for name, value in settings.items()
+        for word in (
+            [f"--{'' if value else 'no-'}{name.replace('_', '-')}"]
+            if isinstance(value, bool)
+            else [f"--{name.replace('_', '-')}", value]
+        )
+    ]
+
+
+def call(command, program, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=command.folder,
+        env=command.env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+# Without oneDNN the operations are others: those that TensorFlow has where a processor has AVX2
+# alone, unless it is switched on.
+@pytest.mark.parametrize("onednn", [None, "0"])
+def test_fit_ends_with_the_same_files_as_the_command(command, tmp_path, onednn):
+    if onednn:
+        command.env["TF_ENABLE_ONEDNN_OPTS"] = onednn
+    done = command.run(*flags(SMALL), "--output-dir", "command")
+    assert done.returncode == 0, done.stderr
+    called = call(command, FIT, json.dumps({**SMALL, "output_dir": "call"}))
+    assert called.returncode == 0, called.stderr
+    assert outcome(tmp_path / "call") == outcome(tmp_path / "command")
+    manifest = json.loads((tmp_path / "call" / "mnist.json").read_text())
+    assert manifest["environment"]["TF_ENABLE_ONEDNN_OPTS"] == (onednn or "1")
+    assert (
+        json.loads(called.stdout.splitlines()[-1])
+        == json.loads((tmp_path / "call" / "history.json").read_text())["val_accuracy"]
+    )
+
+
+def test_fit_resumes_the_run_that_the_command_left(command, tmp_path):
+    done = command.run(*flags(SMALL), "--output-dir", "whole")
+    assert done.returncode == 0, done.stderr
+    settings = {**SMALL, "output_dir": "out", "steps_per_execution": 1}
+    stopped = call(
+        command,
+        "import os, signal, keras, trainer\n"
+        "class Stop(keras.callbacks.Callback):\n"
+        "    def on_train_batch_end(self, batch, logs=None):\n"
+        "        if batch == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"trainer.fit(trainer.TrainConfig(**{settings}), callbacks=[Stop()])\n",
+    )
+    assert "StoppedError: stopped by SIGTERM at epoch 1, step 3" in stopped.stderr
+    assert not (tmp_path / "out" / "mnist.h5").exists()
+    called = call(command, FIT, json.dumps({**settings, "resume": "must"}))
+    assert called.returncode == 0, called.stderr
+    assert "at epoch 1, step 3" in called.stdout
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+TWO = json.dumps(
+    {
+        "cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]},
+        "task": {"type": "worker", "index": 0},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "prepare", "environ", "refused"),
+    [
+        ({}, "", {"TF_CONFIG": TWO}, "with 2 workers"),
+        ({"strategy": "multiworker"}, "", {}, "Received: none described"),
+        ({"step_timeout": 5}, "", {}, "step_timeout=5 and one process"),
+        ({"collectives": "ring"}, "", {}, "ring"),
+        ({"gpus": 64}, "", {}, "gpus=64|--gpus 64"),
+        (
+            {"threads": 1},
+            "from trainer.runtime import set_threads, tf; set_threads(2); tf.constant(0) + 0",
+            {},
+            "Expected to set threads=1",
+        ),
+        ({"train_limit": 60_001}, "", {}, "train_limit=60001"),
+        ({"batch_size": 257}, "", {}, "batch_size=257"),
+    ],
+)
+def test_what_fit_cannot_honour_it_refuses(command, tmp_path, settings, prepare, environ, refused):
+    command.env |= environ
+    called = call(
+        command,
+        "import trainer\n"
+        f"{prepare}\n"
+        "try:\n"
+        f"    trainer.fit(trainer.TrainConfig(**{ {**SMALL, 'output_dir': 'out', **settings} }))\n"
+        "except trainer.errors.TrainerError as error:\n"
+        "    print(error)\n",
+    )
+    assert called.returncode == 0, called.stderr
+    assert re.search(refused, called.stdout)
+    assert called.stdout.count("\n") == 1
+    assert not (tmp_path / "out" / "mnist.h5").exists()
+
+
+def test_one_process_of_a_described_cluster_can_be_asked_to_train_alone(command):
+    command.env["TF_CONFIG"] = TWO
+    called = call(command, FIT, json.dumps({**SMALL, "strategy": "one", "epochs": 1}))
+    assert called.returncode == 0, called.stderr
+
+
+def test_every_setting_of_tensorflow_is_set(command):
+    called = call(
+        command,
+        "import trainer\n"
+        f"settings = {SMALL}\n"
+        "trainer.fit(trainer.TrainConfig(**settings, threads=1, precision='float32',"
+        " deterministic=True))\n"
+        "from trainer.runtime import tf\n"
+        "from tensorflow.python.framework import config\n"
+        "assert tf.config.threading.get_intra_op_parallelism_threads() == 1\n"
+        "assert not tf.config.experimental.tensor_float_32_execution_enabled()\n"
+        "assert config.is_op_determinism_enabled()\n",
+    )
+    assert called.returncode == 0, called.stderr
+
+
+# What a program may rely on staying as it was, but for what TensorFlow's own import changes.
+UNCHANGED = """
+import json, os, signal, sys
+before = dict(os.environ), signal.getsignal(signal.SIGINT), os.fstat(2)
+if sys.argv[1] == "trainer":
+    import trainer
+    assert not {"tensorflow", "keras", "numpy"} & set(sys.modules)
+    trainer.load_data("bundled")
+    assert "tensorflow" not in sys.modules
+    import trainer.runtime
+else:
+    import tensorflow, keras
+    keras.Sequential
+print(sorted(name for name, value in os.environ.items() if before[0].get(name) != value))
+assert signal.getsignal(signal.SIGINT) is before[1]
+assert os.fstat(2) == before[2]
+"""
+
+
+def test_importing_the_library_changes_one_variable(command):
+    ours, tensorflows = (call(command, UNCHANGED, name) for name in ("trainer", "tensorflow"))
+    assert ours.returncode == 0, ours.stderr
+    changed, expected = (set(ast.literal_eval(run.stdout)) for run in (ours, tensorflows))
+    assert changed - expected == {"TF_ENABLE_ONEDNN_OPTS"}
+
+
+def test_evaluate_and_load_model_say_what_the_commands_say(command, trained):
+    called = call(
+        command,
+        "import sys, trainer\n"
+        "data = trainer.load_data('bundled').first(10, 500)\n"
+        "scores = trainer.evaluate(trainer.load_model(sys.argv[1]), data)\n"
+        "print(scores.accuracy)\n",
+        trained / "mnist.h5",
+    )
+    assert called.returncode == 0, called.stderr
+    command.program = ["-m", "trainer.evaluate"]
+    done = command.run(trained / "mnist.h5", "--test-limit", 500, "--json")
+    assert json.loads(done.stdout)["accuracy"] == float(called.stdout)
+
+
+def test_arrays_of_the_callers_are_trained_on(command, tmp_path):
+    called = call(
+        command,
+        "import trainer\n"
+        "data = trainer.load_data('bundled').first(256, 100)\n"
+        f"settings = {SMALL}\n"
+        "trainer.fit(trainer.TrainConfig(**settings, output_dir='arrays'), data)\n",
+    )
+    assert called.returncode == 0, called.stderr
+    done = command.run(*flags(SMALL), "--output-dir", "named")
+    assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path / "arrays") == outcome(tmp_path / "named")
+
+
+def test_the_package_says_what_is_public():
+    done = subprocess.run(
+        [sys.executable, "-c", "import trainer; print(*trainer.__all__)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["TrainConfig", "evaluate", "fit", "load_data", "load_model"]

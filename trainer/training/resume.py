@@ -1,0 +1,177 @@
+"""Which checkpoint a run resumes: the newest readable one of the same, unfinished run.
+
+position, manifest = resume(checkpoints, model, manifest, policy="auto", ...)
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import numpy as np
+
+from trainer.config import Resume, fixed_fields
+from trainer.distributed.collectives import Workers
+from trainer.errors import ConfigurationError, DataError, InputError, TrainerError
+from trainer.runtime import keras
+from trainer.training.checkpoint import Checkpoints, Position, variables_of
+from trainer.training.manifest import RunManifest
+
+
+def resume(
+    checkpoints: Checkpoints,
+    model: keras.Model,
+    manifest: RunManifest,
+    *,
+    policy: Resume,
+    finished_run: str | None,
+    workers: Workers,
+    notify: Callable[[str], None],
+) -> tuple[Position, RunManifest]:
+    """Restores model and optimizer from the newest readable checkpoint of the unfinished run;
+    leaves them as they are where there is none.
+
+    Args:
+        checkpoints: Those in the output folder.
+        model: Built and compiled; its checkpoints are tracked from now on.
+        manifest: That of the run that begins.
+        policy: As ``TrainConfig.resume``. In a Kubernetes Job ``never`` does not discard what
+            another pod of the same Job has saved.
+        finished_run: Identity of the run that the files in the output folder are of, if any.
+        workers: The workers of the run. All of them call this together; worker 0 alone reads the
+            folder, and broadcasts what it has restored.
+        notify: Takes a sentence for the user.
+
+    Returns:
+        The position to go on from, and the manifest with the identity of the run it belongs to.
+
+    Raises:
+        ConfigurationError: The unfinished run has another configuration or other data.
+        DataError: There are checkpoints, and none can be read.
+        InputError: ``policy`` is ``must`` and there is nothing to resume.
+    """
+    checkpoints.track(model)
+    resumed = None
+    if workers.index == 0:
+        if policy == "never" and not manifest.job:
+            checkpoints.delete_all()
+        resumed = _restore_newest(checkpoints, manifest, policy, finished_run, notify)
+        if resumed is None and policy == "must":
+            raise InputError(
+                f"Expected an unfinished run to resume in {checkpoints.folder}. Received: none. "
+                "Use resume='auto' to start one."
+            )
+    if workers.count > 1:
+        resumed = _broadcast(resumed, model, workers)
+    if resumed is None:
+        return Position(), manifest
+    return Position(**resumed["position"]), dataclasses.replace(manifest, run=resumed["run"])
+
+
+def _restore_newest(
+    checkpoints: Checkpoints,
+    manifest: RunManifest,
+    policy: Resume,
+    finished_run: str | None,
+    notify: Callable[[str], None],
+) -> dict | None:
+    """Returns the state of the checkpoint that was restored; None where there is none."""
+    paths = checkpoints.newest_first()
+    for path in paths:
+        try:
+            state = checkpoints.read_state(path)
+            if is_obsolete(state, manifest, policy=policy, finished_run=finished_run):
+                checkpoints.delete_all()
+                return None
+            check_same_run(state, manifest, where=str(checkpoints.folder))
+            checkpoints.restore(path)
+        except TrainerError:
+            raise
+        except Exception as error:  # TensorFlow and JSON have one for each kind of damage.
+            reason = " ".join(str(error).split())[:200]
+            notify(f"The checkpoint {path} cannot be read ({reason}): trying the one before")
+            continue
+        if changes := changed_environment(state, manifest):
+            notify(
+                "The run goes on, but its last bits will differ from those of an uninterrupted "
+                f"one: {', '.join(changes)}"
+            )
+        notify(
+            f"Resuming the unfinished run in {checkpoints.folder} at "
+            f"{Position(**state['position'])}"
+        )
+        return state
+    if paths and policy == "never":
+        checkpoints.delete_all()
+    elif paths:
+        raise DataError(
+            f"Expected a readable checkpoint in {checkpoints.folder}. Received: {len(paths)}, all "
+            "damaged. Use resume='never' to start anew."
+        )
+    return None
+
+
+def is_obsolete(
+    state: dict, manifest: RunManifest, *, policy: Resume, finished_run: str | None
+) -> bool:
+    """Tells whether a checkpoint is to be deleted: it is of a run that has finished, and was killed
+    before it could delete it; or of one that is to start anew, unless another pod of the same Job
+    has done so already.
+    """
+    if state["run"] == finished_run:
+        return True
+    return policy == "never" and state.get("job") != manifest.job
+
+
+def check_same_run(state: dict, manifest: RunManifest, *, where: str) -> None:
+    """Compares the run of a checkpoint with the one that would resume it.
+
+    Settings marked ``MAY_DIFFER`` in ``TrainConfig`` may differ. ``epochs`` may grow, where the
+    learning rate is constant; a schedule depends on the number of epochs.
+
+    Raises:
+        ConfigurationError: They differ in configuration or data.
+    """
+    theirs, ours = state["config"], manifest.config
+    names = [name for name in fixed_fields() if name != "epochs" and name in theirs]
+    if theirs["epochs"] > ours["epochs"] or theirs.get("schedule", "constant") != "constant":
+        names.append("epochs")
+    differences = [
+        f"{name}={ours[name]!r} where it has {name}={theirs[name]!r}"
+        for name in names
+        if ours[name] != theirs[name]
+    ]
+    if manifest.data["sha256"] != state["data"]["sha256"]:
+        differences.append("other images or labels")
+    if differences:
+        raise ConfigurationError(
+            f"Expected the unfinished run in {where} to go on as it began. Received: "
+            f"{', '.join(differences)}. Use its settings, or resume='never' to start anew."
+        )
+
+
+def changed_environment(state: dict, manifest: RunManifest) -> list[str]:
+    """Describes what has changed since a checkpoint of what determines last bits."""
+    ours = manifest.as_dict()
+    return [
+        f"{name} is {ours[part].get(name)} and was {value}"
+        for part in ("versions", "environment")
+        for name, value in state[part].items()
+        if value != ours[part].get(name)
+    ]
+
+
+def _broadcast(state: dict | None, model: keras.Model, workers: Workers) -> dict | None:
+    """Gives the other workers what worker 0 has restored, bit for bit."""
+    state = json.loads(workers.broadcast(json.dumps(state).encode()))
+    if state is None:
+        return None
+    variables = [variable for part in variables_of(model).values() for variable in part]
+    content = workers.broadcast(b"".join(value.numpy().tobytes() for value in variables))
+    if workers.index:
+        start = 0
+        for variable in variables:
+            dtype, shape = variable.dtype.as_numpy_dtype, variable.shape
+            value = np.frombuffer(content, dtype, shape.num_elements(), start).reshape(shape)
+            variable.assign(value)
+            start += value.nbytes
+    return state

@@ -1,0 +1,547 @@
+"""One run from its configuration to its files: load, assemble, train, save, report.
+
+    run = train(TrainConfig(epochs=2, output_dir="out"))
+    run.model, run.history, run.manifest
+
+``python -m trainer.task`` calls it in a process of its own for each worker, and ``trainer.fit``
+in the caller's.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from trainer import cli, files
+from trainer.config import TrainConfig
+from trainer.errors import ConfigurationError, StoppedError, UsageError
+from trainer.signals import Signals
+from trainer.training import artifacts
+
+if TYPE_CHECKING:
+    import keras
+    import tensorflow as tf
+
+    from trainer.data.dataset import Digits
+    from trainer.distributed.cluster import Cluster
+    from trainer.distributed.collectives import Workers
+    from trainer.distributed.strategy import StrategyChoice
+    from trainer.distributed.worker import Link
+    from trainer.models.fast_step import StepChoice
+    from trainer.reporting.progress import Watcher
+    from trainer.training.checkpoint import Checkpointer, Position
+    from trainer.training.manifest import RunManifest
+
+LINGER = 60.0  # Seconds that a pod takes at most to end which is being deleted, of a Job before.
+
+
+class Run(NamedTuple):
+    """A run that has ended.
+
+    Attributes:
+        model: The trained model, compiled.
+        history: As ``History.history`` of Keras, and ``seconds``.
+        manifest: As ``mnist.json`` has it; empty on workers other than the chief.
+    """
+
+    model: "keras.Model"
+    history: dict[str, list[float]]
+    manifest: dict
+
+
+def train(
+    config: TrainConfig,
+    *,
+    data: "Digits | None" = None,
+    cluster: "Cluster | None" = None,
+    link: "Link | None" = None,
+    job: str | None = None,
+    callbacks: Sequence["keras.callbacks.Callback"] = (),
+) -> Run | None:
+    """Trains as a configuration says, shows the progress, and saves what comes out.
+
+    While it runs in the main thread, the first SIGINT or SIGTERM ends it after the current call of
+    the step, with a checkpoint.
+
+    Args:
+        config: What to train, and how.
+        data: The images to train on; None: those that ``config.data`` names.
+        cluster: The workers of the run; None: this process trains alone. The chief alone shows
+            progress and writes files.
+        link: To the parent process, which each of several workers has.
+        job: UID of the Kubernetes Job whose pod this is; None outside one.
+        callbacks: Keras callbacks, called as ``loop.fit`` says.
+
+    Returns:
+        What was trained; None where an earlier pod of the same Job had finished the run.
+
+    Raises:
+        TrainerError: One of its kinds, for whatever a user can cause or meet.
+    """
+    start = time.monotonic()
+    chief = cluster is None or cluster.is_chief
+    if cluster is None and config.step_timeout is not None:
+        raise UsageError(
+            "step_timeout is for several workers, each of which has a parent process that watches "
+            f"it. Received: step_timeout={config.step_timeout} and one process. Leave it out."
+        )
+    left = _Left(config)
+    with Signals() as signals, contextlib.ExitStack() as held:
+        try:
+            if chief:
+                wait = LINGER if job else 0
+                held.enter_context(files.lock_output_dir(config.output_dir, wait=wait))
+                if _is_finished(config, job):
+                    return None
+            # The data comes first: what is wrong with it shows before TensorFlow, which takes
+            # seconds to start.
+            source, digits = _load(config, data)
+
+            from trainer import runtime
+            from trainer.distributed.collectives import lost_peers as peer_errors
+
+            out_of_memory_errors = contextlib.nullcontext
+
+            _configure_tensorflow(config)
+            watcher = held.enter_context(_progress(config, cluster))
+            if link:
+                held.enter_context(peer_errors())
+            held.enter_context(out_of_memory_errors())
+            assembly = _assemble(config, source, digits, cluster=cluster, link=link, job=job)
+            signals.defer()
+            _announce(config, digits, assembly, watcher)
+            session = _Session(config, assembly, watcher, signals, link)
+            left.session = session
+            model, history = fit(
+                config,
+                digits,
+                strategy=assembly.strategy.strategy,
+                step=assembly.step,
+                callbacks=[watcher, *session.callbacks(digits), *callbacks],
+                begin=session.begin,
+                after_call=session.after_call,
+            )
+            images, labels = digits.x_test, digits.y_test
+            del source, digits, data  # the training images, which nobody needs any more
+            runtime.release_memory()
+            _compare_weights(model, session.workers, watcher)
+            if link:
+                link.tell("trained")
+            if not chief:
+                return Run(model, history, {})
+            description = _save(config, model, history, session.manifest, start)
+            session.checkpoints.delete_all()
+
+            from trainer.training import report
+
+            report.draw(
+                config,
+                model,
+                description,
+                history,
+                images=images,
+                labels=labels,
+                stopped=lambda: signals.received,
+                watcher=watcher,
+            )
+            _say_result(config, description, watcher)
+            return Run(model, history, description)
+        except KeyboardInterrupt as interrupt:  # Nothing was under way, or it was the second one.
+            if str(interrupt) == "SIGTERM":
+                raise StoppedError(f"stopped by SIGTERM. {left}") from None
+            raise KeyboardInterrupt(str(left)) from None
+
+
+def fit(
+    config: TrainConfig,
+    digits: "Digits",
+    *,
+    strategy: "tf.distribute.Strategy | None" = None,
+    step: "StepChoice | None" = None,
+    callbacks: Sequence["keras.callbacks.Callback"] = (),
+    begin: "Callable[[keras.Model], Position] | None" = None,
+    after_call: "Callable[[Position], None]" = lambda position: None,
+) -> tuple["keras.Model", dict[str, list[float]]]:
+    """Builds the model of a configuration and trains it; writes no file.
+
+    Args:
+        config: How to train.
+        digits: What to train on.
+        strategy: Under which strategy; None: the one that ``config`` asks for, in this process.
+        step: Which training step; None: the one that ``config`` asks for.
+        callbacks: Keras callbacks, called as ``loop.fit`` says.
+        begin: Takes the model, and returns where to go on; None: the beginning.
+        after_call: As that of ``loop.fit``.
+
+    Returns:
+        The compiled model, in float32, and its history as ``loop.fit`` returns it.
+
+    Raises:
+        UsageError: The batch size does not divide among the replicas.
+        NotFiniteError: The loss or the weights became NaN or infinite.
+    """
+    from trainer.data import augment, pipeline
+    from trainer.distributed.strategy import check_batch_size, has_accelerator
+    from trainer.models import cnn
+    from trainer.training import loop
+
+    strategy = strategy or _strategy(config, None).strategy
+    step = step or _verified_step(config, strategy)
+    check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
+    with strategy.scope():
+        model = cnn.from_config(config, len(digits.x_train))
+    position = begin(model) if begin else None
+    dataset = pipeline.put_on_devices(
+        digits,
+        strategy=strategy if has_accelerator() else None,
+        preprocess=cnn.preprocess,
+        augment=augment.warp if config.augment == "affine" else None,
+    )
+    with step.step(model) as forward:
+        history = loop.fit(
+            model,
+            lambda epoch: pipeline.train_batches(
+                *dataset.train,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                epoch=epoch,
+                augment=dataset.augment,
+            ),
+            pipeline.test_batches(*dataset.test, batch_size=config.batch_size),
+            strategy=strategy,
+            loss=cnn.loss(config.label_smoothing),
+            metrics=cnn.METRICS,
+            epochs=config.epochs,
+            preprocess=dataset.preprocess,
+            forward=forward,
+            jit_compile=config.jit_compile,
+            steps_per_execution=config.steps_per_execution,
+            callbacks=callbacks,
+            position=position,
+            after_call=after_call,
+        )
+    if config.precision == "mixed_bfloat16":  # The file is for everybody: of plain float32.
+        with strategy.scope():
+            plain = cnn.from_config(
+                dataclasses.replace(config, precision="float32"), len(digits.x_train)
+            )
+        plain.set_weights(model.get_weights())
+        model = plain
+    return model, history
+
+
+class _Left:
+    """Says what an interrupted run leaves in its output folder."""
+
+    session: "_Session | None" = None
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def __str__(self) -> str:
+        if self.session and (saved := self.session.last_checkpoint):
+            return (
+                f"The checkpoint at {saved} is in {self.config.output_dir}: the same command "
+                "resumes the run."
+            )
+        return f"What is in {self.config.output_dir} is as it was."
+
+
+def _is_finished(config: TrainConfig, job: str | None) -> bool:
+    """Tells whether this is a pod in place of one that was lost after it had written its Job's
+    files; then shows the result once more.
+    """
+    if not job or (manifest := artifacts.read_manifest(config.output_dir)).get("job") != job:
+        return False
+    with _progress(config, None) as watcher:
+        _say_result(config, manifest, watcher)
+    return True
+
+
+def _load(config: TrainConfig, data: "Digits | None") -> tuple["Digits", "Digits"]:
+    """Returns the whole data set, and what the run uses of it."""
+    from trainer.data import sources
+
+    source = sources.load(config.data) if data is None else data
+    digits = source.first(config.train_limit, config.test_limit)
+    if config.batch_size > len(digits.x_train):
+        raise UsageError(
+            f"batch_size must be at most the {len(digits.x_train)} training images. Received: "
+            f"batch_size={config.batch_size}. Use batch_size={len(digits.x_train)} or less."
+        )
+    return source, digits
+
+
+def _configure_tensorflow(config: TrainConfig) -> None:
+    """Sets what TensorFlow has for the whole process."""
+    from trainer import runtime
+
+    runtime.set_threads(config.threads)
+    runtime.set_precision(config.precision)
+    if config.deterministic:
+        runtime.set_deterministic()
+
+
+class _Assembly(NamedTuple):
+    """What a run is made of before it trains."""
+
+    strategy: "StrategyChoice"
+    step: "StepChoice"
+    manifest: "RunManifest"
+
+
+def _assemble(
+    config: TrainConfig,
+    source: "Digits",
+    digits: "Digits",
+    *,
+    cluster: "Cluster | None",
+    link: "Link | None",
+    job: str | None,
+) -> _Assembly:
+    """Chooses strategy and step, makes the run manifest, and meets the other workers."""
+    from trainer.distributed import strategy as strategies
+    from trainer.training.manifest import RunManifest
+
+    def manifest(step: str, workers: int, replicas: int) -> RunManifest:
+        return RunManifest.create(
+            config,
+            source=source,
+            used=digits,
+            step=step,
+            workers=workers,
+            replicas=replicas,
+            job=job,
+        )
+
+    if cluster is None:
+        choice = _strategy(config, None)
+        step = _verified_step(config, choice.strategy)
+        made = manifest(step.name, 1, choice.strategy.num_replicas_in_sync)
+        return _Assembly(choice, step, made)
+    # What each worker is about to do is compared before TensorFlow connects them: it would wait
+    # for one that does something else, with Python's lock held.
+    gpus = strategies.count_gpus(config.gpus)
+    step = _found_step(config, accelerator=gpus > 0)
+    count = len(cluster.workers)
+    made = manifest(step.name, count, count * max(gpus, 1))
+    if link:
+        link.meet(made.shared_by_workers())
+    choice = _strategy(config, cluster)
+    if link:
+        link.tell("connected")
+    verified = _verify(step, config, choice.strategy)
+    _check_that_all_verified(step, verified, choice.strategy)
+    return _Assembly(choice, verified, made)
+
+
+def _strategy(config: TrainConfig, cluster: "Cluster | None") -> "StrategyChoice":
+    from trainer.distributed import strategy
+
+    return strategy.create(
+        config.strategy,
+        cluster=cluster,
+        gpus=config.gpus,
+        startup_timeout=config.startup_timeout,
+    )
+
+
+def _found_step(config: TrainConfig, *, accelerator: bool) -> "StepChoice":
+    from trainer.models import fast_step
+
+    # XLA cannot compile the fast step, and it computes in float32.
+    plain = config.jit_compile or config.precision == "mixed_bfloat16"
+    return fast_step.find("off" if plain else config.fast, accelerator=accelerator)
+
+
+def _verify(
+    step: "StepChoice", config: TrainConfig, strategy: "tf.distribute.Strategy"
+) -> "StepChoice":
+    from trainer.distributed.collectives import Workers
+
+    return step.verify(
+        optimizer=config.optimizer,
+        threads=config.threads,
+        replicas=Workers(strategy).local_replicas,
+    )
+
+
+def _verified_step(config: TrainConfig, strategy: "tf.distribute.Strategy") -> "StepChoice":
+    from trainer.distributed.strategy import has_accelerator
+
+    return _verify(_found_step(config, accelerator=has_accelerator()), config, strategy)
+
+
+def _check_that_all_verified(
+    step: "StepChoice", verified: "StepChoice", strategy: "tf.distribute.Strategy"
+) -> None:
+    """Raises on all workers where the step proved wrong on one, whose bits would differ."""
+    from trainer.distributed.collectives import Workers
+
+    failed = Workers(strategy).gather(int(verified.name != step.name))
+    if any(failed):
+        raise ConfigurationError(
+            f"Expected the training step {step.name} to work on every worker. Received: worker "
+            f"{failed.index(1)}, on which it does not"
+            f"{f' ({verified.reason})' if verified.reason else ''}. Use fast='off'."
+        )
+
+
+@contextlib.contextmanager
+def _progress(config: TrainConfig, cluster: "Cluster | None") -> "Iterator[Watcher]":
+    from trainer.reporting.progress import progress
+
+    with progress(
+        config.log_format,
+        batch_size=config.batch_size,
+        worker=cluster.index if cluster else 0,
+    ) as watcher:
+        yield watcher
+
+
+def _announce(
+    config: TrainConfig, digits: "Digits", assembly: _Assembly, watcher: "Watcher"
+) -> None:
+    schedule = "" if config.schedule == "constant" else f" ({config.schedule})"
+    watcher.say(
+        f"{len(digits.x_train):,} training and {len(digits.x_test):,} test images ({config.data}), "
+        f"epochs {config.epochs}, batch size {config.batch_size}, {config.optimizer} "
+        f"{config.learning_rate:g}{schedule}, seed {config.seed}, threads {config.threads}",
+        "start",
+        **assembly.manifest.as_dict(),
+    )
+    replicas = assembly.manifest.environment["replicas"]
+    watcher.say(assembly.strategy.reason, "strategy", replicas=replicas)
+    if assembly.step.reason:
+        watcher.say(assembly.step.reason, "step")
+
+
+class _Session:
+    """What a run does between the calls of its step: it resumes, reports, and saves."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        assembly: _Assembly,
+        watcher: "Watcher",
+        signals: Signals,
+        link: "Link | None",
+    ) -> None:
+        from trainer.distributed.collectives import Workers
+        from trainer.training.checkpoint import Checkpoints
+
+        self.config = config
+        self.manifest = assembly.manifest
+        self.watcher = watcher
+        self.signals = signals
+        self.link = link
+        self.workers = Workers(assembly.strategy.strategy)
+        self.checkpoints = Checkpoints(config.output_dir, keep=config.keep_checkpoints)
+        self.checkpointer: Checkpointer | None = None
+
+    @property
+    def last_checkpoint(self) -> "Position | None":
+        """The position of the last checkpoint that this run has saved."""
+        if self.checkpointer and self.checkpointer.count:
+            return self.checkpointer.saved
+        return None
+
+    def begin(self, model: "keras.Model") -> "Position":
+        """Restores the unfinished run, if there is one."""
+        from trainer.training.checkpoint import Checkpointer
+        from trainer.training.resume import resume
+
+        position, self.manifest = resume(
+            self.checkpoints,
+            model,
+            self.manifest,
+            policy=self.config.resume,
+            finished_run=artifacts.read_manifest(self.config.output_dir).get("run"),
+            workers=self.workers,
+            notify=lambda text: self.watcher.say(text, "notice"),
+        )
+        self.checkpointer = Checkpointer(
+            self.checkpoints,
+            self.manifest,
+            position,
+            every=self.config.checkpoint_every,
+            stop=lambda: self.signals.received,
+            workers=self.workers,
+        )
+        return dataclasses.replace(position)
+
+    def callbacks(self, digits: "Digits") -> list["keras.callbacks.Callback"]:
+        """Returns the callbacks that the configuration asks for."""
+        if not self.config.tensorboard or self.workers.index:
+            return []
+        from trainer.models import optimizers
+        from trainer.reporting.tensorboard import EpochEvents
+
+        return [
+            EpochEvents(
+                self.config.output_dir,
+                learning_rate=optimizers.learning_rate_by_epoch(self.config, len(digits.x_train)),
+                before=lambda: self.checkpointer.saved.history,
+            )
+        ]
+
+    def after_call(self, position: "Position") -> None:
+        """Reports the step to the parent process, and saves a checkpoint if one is due."""
+        self._report(position)
+        self.checkpointer.after_call(position)
+        self._report(position)  # A checkpoint on a slow disk is no step that hangs.
+
+    def _report(self, position: "Position") -> None:
+        if self.link:
+            pass
+
+
+def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "Watcher") -> None:
+    """Says what weights this worker has ended with, and whether all have the same."""
+    if workers.count == 1:
+        return
+    sha256 = artifacts.weights_sha256(model)
+    same = workers.all_equal(bytes.fromhex(sha256))
+    others = "the same weights as the others, bit for bit"
+    if not same:
+        others = "other weights than the others: their processors round differently"
+    text = f"worker {workers.index} of {workers.count} has {others}: SHA-256 {sha256}"
+    cli.write_termination_message(text)
+    watcher.say(text, "weights", workers=workers.count, same=same, weights_sha256=sha256)
+
+
+def _save(
+    config: TrainConfig,
+    model: "keras.Model",
+    history: dict[str, list[float]],
+    manifest: "RunManifest",
+    start: float,
+) -> dict:
+    """Writes the files; returns what mnist.json says."""
+    metrics = {name: values[-1] for name, values in history.items() if name != "seconds"}
+    description = {
+        **manifest.as_dict(),
+        "metrics": metrics,
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    return artifacts.save(config.output_dir, model, history, description)
+
+
+def _say_result(config: TrainConfig, manifest: dict, watcher: "Watcher") -> None:
+    from trainer.reporting.bar import span
+
+    metrics = manifest["metrics"]
+    text = (
+        f"test accuracy {metrics['val_accuracy']:.2%}, loss {metrics['val_loss']:.4f}, "
+        f"after {span(manifest['seconds'])}\n"
+        f"{config.output_dir / files.MODEL_FILE}  "
+        f"{manifest['model']['bytes'] / 1e6:.1f} MB  "
+        f"SHA-256 {manifest['model']['sha256']}"
+    )
+    cli.write_termination_message(text)
+    watcher.say(
+        text,
+        "done",
+        **{name: manifest[name] for name in ("model", "metrics", "seconds")},
+    )
