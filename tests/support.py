@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.distributed.cluster import Cluster
-from trainer.launch import free_ports
+from trainer.distributed.local import free_ports
 
 ROOT = Path(__file__).parents[1]
 

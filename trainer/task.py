@@ -52,6 +52,7 @@ def train(config: TrainConfig, flags: Sequence[str]) -> None:
             [sys.executable, "-m", "trainer.task", *flags],
             workers,
             startup_timeout=config.startup_timeout,
+            step_timeout=config.step_timeout,
         )
 
 

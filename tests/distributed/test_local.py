@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import Command, outcome
 
-from trainer.launch import free_ports
+from trainer.distributed.local import free_ports
 
 RUN = (
     "--epochs",

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from trainer.distributed.cluster import Cluster
+from trainer.distributed.local import free_ports
 from trainer.distributed.ring import connect
 from trainer.errors import ConfigurationError
-from trainer.launch import free_ports
 
 OTHER = b"digits-trainer ring \0\0\0\7"  # a worker of another run
 SHAPES = [(3, 3, 1, 32), (32,), (0,), (), (1,), (500, 401)]

@@ -1,476 +1,596 @@
-"""Who is told what when a worker is late, lost, frozen, different or done.
+"""Who is told what when a worker is late, lost, hung, different or done.
 
-The parents are the real ones, in processes and on sockets of their own. What they watch follows a
-plan instead of training, so that each case takes seconds; ``test_workers`` has the real thing.
+The parents are the real ones, in processes and on sockets of their own. Their worker processes do
+what a test tells them to, and deadlines are over when it says so (``scripted_worker``);
+``test_workers`` has the real training.
 """
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, Constant, wait_for, with_hooks
 
-from trainer.distributed.supervisor import STANDS
-from trainer.launch import free_ports
+from trainer.distributed.local import free_ports
+from trainer.distributed.parent import (
+    CHECKPOINT_STANDS,
+    FREEZE_TIMEOUT,
+    HEARTBEAT_TIMEOUT,
+    STOP_TIMEOUT,
+)
+from trainer.distributed.supervisor import LOSS_TIMEOUT
 
-PARENT = """
-import json, sys
-from dataclasses import dataclass
-from trainer import cli
-from trainer.distributed import supervisor
-from trainer.distributed.cluster import Cluster
-
-@dataclass
-class Config:
-    workers: str
-    index: int
-    startup_timeout: float
-    child: str
-    plan: str
-
-def command(config):
-    command = [sys.executable, "-c", config.child, config.plan]
-    cluster = Cluster(tuple(json.loads(config.workers)), config.index)
-    supervisor.run(command, cluster, startup_timeout=config.startup_timeout)
-
-sys.exit(cli.run("task", Config, command))
-"""
-
-# Its plan: facts; seconds of training, in which it heeds signals unless deaf; how that ends; and
-# the seconds that it saves for afterwards.
-CHILD = """
-import json, os, sys, time
-from trainer import cli, errors
-from trainer.distributed import worker as child
-
-plan = {"facts": {}, "seconds": 0.5, "deaf": False, "ends": None, "saves": 0}
-plan |= json.loads(sys.argv[1])
-link = child.Link.find(os.environ)
-
-def train():
-    with cli.Signals() as signals:
-        if plan["ends"] == "data":
-            raise errors.DataError("the data is damaged.")
-        try:
-            link.meet(plan["facts"])
-        except KeyboardInterrupt as interrupt:
-            if str(interrupt) == "SIGTERM":
-                raise errors.StoppedError("stopped by SIGTERM.") from None
-            raise
-        signals.defer()
-        link.tell("connected")
-        print("running", os.getpid(), flush=True)
-        end = time.monotonic() + plan["seconds"]
-        while time.monotonic() < end:
-            if signals.received and not plan["deaf"]:
-                raise errors.StoppedError(f"stopped by {signals.received}. Saved.")
-            time.sleep(0.02)
-        if plan["ends"] == "peer":
-            raise child.PeerError("TensorFlow has lost another worker.")
-        if plan["ends"] == "abort":
-            os.abort()
-        if plan["ends"] == "defect":
-            raise AssertionError("a defect")
-        link.tell("trained")
-        print("trained", flush=True)
-        time.sleep(plan["saves"])
-        if plan["ends"] == "disk":
-            raise errors.OutputError("the disk is full.")
-
-link.run(train)
-"""
+HANG = 300  # Seconds that only turn a hang of a test into its failure.
 
 
-class Run:
-    """Some workers of a run."""
+class Worker:
+    """A parent and its worker process."""
 
-    def __init__(self, count, startup_timeout=20):
-        self.workers = [f"127.0.0.1:{port}" for port in free_ports(count)]
-        self.startup_timeout = startup_timeout
-        self.processes = {}
-        self.pids = {}
+    reports = 0
 
-    def start(self, *indices, workers=None, startup_timeout=None, **plan):
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        flags = {
-            "workers": json.dumps(workers or self.workers),
-            "startup-timeout": startup_timeout or self.startup_timeout,
-            "child": CHILD,
-            "plan": json.dumps(plan),
+    def __init__(self, folder, workers, index, *, settings=None, step_timeout=None, hooks=()):
+        self.folder = folder
+        self.name = f"worker {index} ({workers[index]})"
+        folder.mkdir()
+        os.mkfifo(folder / "commands")
+        # Open for reading, too, so that nobody waits for the other to open it.
+        self.commands = os.open(folder / "commands", os.O_RDWR)
+        config = {
+            "folder": str(folder),
+            "workers": workers,
+            "index": index,
+            "settings": settings or {},
+            "step_timeout": step_timeout,
         }
-        for index in indices:
-            argv = [f"--{name}={value}" for name, value in {**flags, "index": index}.items()]
-            self.processes[index] = subprocess.Popen(
-                [sys.executable, "-c", PARENT, *argv],
-                env=env,
+        with (folder / "stderr").open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, ROOT / "tests/scripted_worker.py", "--config", json.dumps(config)],
+                env=with_hooks({**os.environ, "PYTHONPATH": str(ROOT)}, hooks),
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=stderr,
                 text=True,
             )
 
-    def running(self, *indices):
-        """Waits until these train."""
+    @functools.cached_property
+    def pid(self):
+        """The worker process', which has started."""
+        word, pid = self.process.stdout.readline().split()
+        assert word == "started"
+        return int(pid)
+
+    def tell(self, command):
+        """Gives the worker process a command."""
+        assert self.pid
+        os.write(self.commands, f"{command}\n".encode())
+
+    def do(self, command):
+        """The same, and waits until it is done; a report has been handled by then, too."""
+        self.tell(command)
+        self.answers(command)
+        if command.startswith(("tell", "step")):
+            self.reports += 1
+            self.until(
+                lambda entry: (
+                    entry[0] == "handled" and entry[1].keys() & {"connected", "step", "trained"}
+                ),
+                self.reports,
+            )
+
+    def answers(self, command):
+        assert self.process.stdout.readline() == f"{command}\n"
+
+    def log(self):
+        with contextlib.suppress(FileNotFoundError):
+            # The last line may be incomplete.
+            lines = (self.folder / "log").read_text().split("\n")[:-1]
+            return [json.loads(line) for line in lines]
+        return []
+
+    def until(self, found, times=1):
+        wait_for(
+            lambda: sum(map(bool, map(found, self.log()))) >= times, self.process, seconds=HANG
+        )
+
+    def handles(self, key, *, times=1):
+        """Waits until the parent has handled messages of a kind."""
+        self.until(lambda entry: entry[0] == "handled" and key in entry[1], times)
+
+    def receives(self, key, *, times=1):
+        self.until(lambda entry: entry[0] == "received" and key in entry[1], times)
+
+    def joined(self, *indices):
+        """Waits until others have joined this one, worker 0."""
         for index in indices:
-            word, pid = self.processes[index].stdout.readline().split()
-            assert word == "running"
-            self.pids[index] = int(pid)
+            self.until(
+                lambda entry, index=index: entry[0] == "handled" and entry[1].get("hello") == index
+            )
 
-    def trained(self, index):
-        assert self.processes[index].stdout.readline() == "trained\n"
+    def sets(self, deadline):
+        """Waits until the parent has set a deadline; returns its seconds."""
+        self.until(lambda entry: entry[:2] == ["deadline", deadline])
+        return self.seconds(deadline)[-1]
 
-    def send(self, number, index, *, child=True, parent=True):
-        """Sends a signal to both processes of a worker, or one."""
+    def seconds(self, deadline):
+        return [entry[2] for entry in self.log() if entry[:2] == ["deadline", deadline]]
+
+    def expire(self, deadline):
+        """Lets a deadline be over."""
+        (self.folder / deadline).touch()
+
+    def says(self, text):
+        """Waits until a text stands on its stderr."""
+        wait_for(lambda: text in self.stderr(), self.process, seconds=HANG)
+
+    def stderr(self):
+        return (self.folder / "stderr").read_text()
+
+    def send(self, number, *, parent=True, child=True):
+        """Sends a signal to both processes, or one."""
         if parent:
-            self.processes[index].send_signal(number)
+            self.process.send_signal(number)
         if child:
             # A parent that is killed, or goes on and finds its peers gone, may end it first.
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pids[index], number)
+                os.kill(self.pid, number)
 
-    def end(self, index, *, within=20):
-        """Waits for a worker's end; returns its exit code and what it said."""
-        _, stderr = self.processes[index].communicate(timeout=within)
-        return self.processes[index].returncode, stderr
+    def end(self):
+        """Waits for the end of both processes; returns the exit code and stderr."""
+        self.process.communicate(timeout=HANG)  # Until nobody can write any more.
+        return self.process.returncode, self.stderr()
 
-    def name(self, index):
-        return f"worker {index} ({self.workers[index]})"
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+        os.close(self.commands)
 
 
 @pytest.fixture
-def run():
+def start(tmp_path):
+    """Starts workers of a run."""
+    addresses = {}
+    numbers = itertools.count()
     made = []
 
-    def make(*arguments, **options):
-        made.append(Run(*arguments, **options))
-        return made[-1]
+    def start(count, *indices, workers=None, **options):
+        if count not in addresses:
+            addresses[count] = [f"127.0.0.1:{port}" for port in free_ports(count)]
+        for index in indices or range(count):
+            folder = tmp_path / str(next(numbers))
+            made.append(Worker(folder, workers or addresses[count], index, **options))
+        ours = made[len(made) - len(indices or range(count)) :]
+        return ours[0] if len(indices) == 1 else ours
 
-    yield make
-    for process in [process for one in made for process in one.processes.values()]:
-        process.kill()
-        process.communicate()
+    yield start
+    for worker in made:
+        worker.close()
+
+
+def train(*workers):
+    """Lets workers meet and connect."""
+    for worker in workers:
+        worker.tell("meet")
+    for worker in workers:
+        worker.answers("meet")
+        worker.do("tell connected")
+    return workers
+
+
+def assert_succeed(*workers):
+    """Lets workers end their training, worker 0, which comes first, last."""
+    for worker in reversed(workers):
+        worker.do("tell trained")
+        worker.tell("end")
+    for worker in workers:
+        assert worker.end() == (0, "")
 
 
 def assert_lost(ended, worker, how):
-    code, said = ended
-    assert code == 75, said
-    assert said.startswith(f"task: {worker} was lost: {how}"), said
-    assert said.endswith(f"{STANDS}\n")
-    assert said.count("\n") == 1
+    assert ended == (75, f"task: {worker.name} was lost: {how}. {CHECKPOINT_STANDS}\n")
 
 
-def test_all_end_well_and_the_chief_last(run):
-    three = run(3)
-    three.start(0, 1, 2)
-    for index in (1, 2):
-        assert three.end(index) == (0, "")
-    assert three.end(0) == (0, "")
+# -- meeting
 
 
-def test_one_that_is_late_is_waited_for(run):
-    two = run(2)
-    two.start(0)
-    time.sleep(2)
-    two.start(1)
-    assert [two.end(index) for index in (0, 1)] == [(0, "")] * 2
+def test_all_end_well(start):
+    assert_succeed(*train(*start(3)))
 
 
-def test_one_whose_chief_is_late_waits(run):
-    two = run(2)
-    two.start(1)
-    time.sleep(2)
-    two.start(0)
-    assert [two.end(index) for index in (0, 1)] == [(0, "")] * 2
+def test_a_worker_that_is_late_is_waited_for(start):
+    chief = start(2, 0)
+    chief.tell("meet")
+    chief.handles("ready")
+    late = start(2, 1)
+    chief.joined(1)
+    assert chief.seconds("connecting") == []  # It has not gone on alone.
+    late.tell("meet")
+    for worker in (chief, late):
+        worker.answers("meet")
+        worker.do("tell connected")
+    assert_succeed(chief, late)
+
+
+def test_a_worker_whose_chief_is_late_waits(start):
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    host, port = workers[0].split(":")
+    with socket.create_server((host, int(port))) as server:
+        early = start(2, 1, workers=workers)
+        early.tell("meet")
+        server.accept()[0].close()  # It has called, and nobody has answered.
+    chief = start(2, 0, workers=workers)
+    assert_succeed(*train_from(chief, early))
+
+
+def train_from(chief, early):
+    chief.tell("meet")
+    for worker in (chief, early):
+        worker.answers("meet")
+        worker.do("tell connected")
+    return chief, early
 
 
 @pytest.mark.full
-def test_workers_that_never_come_are_named(run):
-    three = run(3, startup_timeout=3)
-    three.start(0, 2)
-    for index in (0, 2):
-        code, said = three.end(index)
+def test_workers_that_never_come_are_named(start):
+    chief, other = start(3, 0, 2)
+    for worker in (chief, other):
+        worker.tell("meet")
+    chief.handles("ready", times=2)
+    assert chief.sets("meeting") == 30
+    chief.expire("meeting")
+    for worker in (chief, other):
+        code, stderr = worker.end()
         assert code == 75
-        assert said.startswith(f"task: {three.name(1)} did not come within 3 s.")
+        assert stderr.startswith("task: worker 1 (127.0.0.1:")
+        assert stderr.endswith(
+            "did not come within 30 s. Start the same command there too; --startup-timeout waits "
+            "longer.\n"
+        )
 
 
-def test_a_chief_that_never_comes_is_named(run):
-    two = run(2, startup_timeout=2)
-    two.start(1)
-    code, said = two.end(1)
-    assert (code, said.split(".")[0]) == (75, f"task: {two.name(0).split('.')[0]}")
-    assert f"{two.name(0)} did not come within 2 s." in said
+def test_a_chief_that_never_comes_is_named(start):
+    other = start(2, 1)
+    assert other.sets("meeting") == 30
+    other.expire("meeting")
+    code, stderr = other.end()
+    assert code == 75
+    assert stderr.startswith("task: worker 0 (127.0.0.1:")
+    assert "did not come within 30 s." in stderr
 
 
 @pytest.mark.parametrize(
-    ("facts", "difference"),
-    [
-        ({"seed": 1, "keras": "3.15.1"}, "seed=1 where worker 0 has seed=0"),
-        ({"seed": 0, "keras": "3.14.0"}, "keras='3.14.0' where worker 0 has keras='3.15.1'"),
-    ],
+    ("name", "value", "chiefs"),
+    [("seed", 1, 0), ("keras", "3.14.0", "3.15.1"), ("step", "keras", "winograd avx512")],
 )
-def test_one_that_would_train_something_else_is_refused(run, facts, difference):
-    three = run(3)
-    three.start(0, 1, facts={"seed": 0, "keras": "3.15.1"})
-    three.start(2, facts=facts)
-    for index in range(3):
-        code, said = three.end(index)
+def test_a_worker_with_other_settings_is_named(start, name, value, chiefs):
+    settings = {"seed": 0, "keras": "3.15.1", "step": "winograd avx512"}
+    chief, alike = start(3, 0, 1, settings=settings)
+    other = start(3, 2, settings={**settings, name: value})
+    chief.joined(1, 2)
+    for worker in (chief, alike, other):
+        worker.tell("meet")
+    for worker in (chief, alike, other):
+        code, stderr = worker.end()
         assert code == 78
-        assert f"Received: {difference}, on {three.name(2)}." in said
-        assert said.count("\n") == 1
+        difference = f"{name}={value!r} where worker 0 has {name}={chiefs!r}"
+        assert f"Received: {difference}, on {other.name}." in stderr
+        assert stderr.count("\n") == 1
 
 
-def test_one_with_another_list_of_workers_is_refused(run):
-    two = run(2)
-    two.start(0)
-    two.start(1, workers=[two.workers[0], "127.0.0.1:1"])
-    for index in (0, 1):
-        code, said = two.end(index)
+def test_a_worker_with_another_list_of_workers_is_refused(start):
+    chief = start(2, 0)
+    other = start(2, 1, workers=[chief.name[len("worker 0 (") : -1], "127.0.0.1:1"])
+    for worker in (chief, other):
+        code, stderr = worker.end()
         assert code == 78
-        assert "Expected one list of workers everywhere. Received: " in said
+        assert "Expected one list of workers everywhere. Received: " in stderr
 
 
-@pytest.mark.full
-def test_one_that_comes_twice_waits_for_the_first_to_go(run):
-    three = run(3)
-    three.start(0, 1)
-    time.sleep(2)
-    twin = Run(0, startup_timeout=3)
-    twin.workers = three.workers
-    twin.start(1)
-    code, said = twin.end(1)
-    assert code in (75, 78)  # its port is in use where the first one's TensorFlow has begun
-    assert "another process has joined as worker 1" in said
-    three.start(2)
-    assert [three.end(index) for index in range(3)] == [(0, "")] * 3
+def test_a_worker_that_comes_twice_waits_for_the_first_to_go(start):
+    chief, first = start(3, 0, 1)
+    chief.joined(1)
+    twin = start(3, 1)
+    twin.receives("busy", times=2)  # So one of them has been handled.
+    twin.expire("meeting")
+    code, stderr = twin.end()
+    assert code == 75
+    assert "Worker 0 answered: another process has joined as worker 1" in stderr
+    assert_succeed(*train(chief, first, start(3, 2)))
 
 
-@pytest.mark.full
-def test_a_port_in_use_is_named(run):
-    two = run(2)
-    port = two.workers[0].split(":")[1]
-    with socket.create_server(("", int(port))):
-        two.start(0)
-        code, said = two.end(0)
+def test_a_port_in_use_is_named(start):
+    (port,) = free_ports(1)
+    with socket.create_server(("", port)):
+        workers = [f"127.0.0.1:{port}", "127.0.0.1:1"]
+        short = Constant("trainer.distributed.messages:PORT_TIMEOUT", 0.1)
+        code, stderr = start(2, 0, workers=workers, hooks=[short]).end()
     assert code == 78
-    assert f"Expected to listen at port {port}" in said
-    assert "Address already in use" in said
+    assert f"Expected to listen on port {port}, for the address {workers[0]}." in stderr
+    assert "Address already in use" in stderr
 
 
-def test_strangers_on_the_port_change_nothing(run):
-    two = run(2)
-    two.start(0)
-    host, port = two.workers[0].split(":")
-    end = time.monotonic() + 20
-    sent = [b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b"[1]\n", b'{"ready": 1}\n', b"x" * 200_000, b""]
-    held = []
-    for content in sent:
-        while True:
-            try:
-                held.append(socket.create_connection((host, int(port))))
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < end
-                time.sleep(0.05)
-        with contextlib.suppress(OSError):
-            held[-1].sendall(content)
-    two.start(1)
-    assert [two.end(index) for index in (0, 1)] == [(0, "")] * 2
-    for one in held:
-        one.close()
+def test_strangers_on_the_port_change_nothing(start):
+    chief = start(2, 0)
+    host, port = chief.name[len("worker 0 (") : -1].split(":")
+
+    def connect():
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection((host, int(port)), timeout=HANG)
+
+    silent = []
+    wait_for(lambda: silent.append(connect()) or silent[-1], chief.process)
+    for content in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff\n",
+        b"[1]\n",
+        b'{"ready": 1}\n',
+        b"x" * 200_000,
+    ):
+        with connect() as stranger, contextlib.suppress(ConnectionError):
+            stranger.sendall(content)
+            assert stranger.recv(1) == b""  # Its connection is closed, without an answer.
+    assert_succeed(*train(chief, start(2, 1)))
+    silent[-1].close()
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_worker_that_is_killed_is_named_at_once(run, lost):
-    three = run(3)
-    three.start(0, 1, 2, seconds=60)
-    three.running(0, 1, 2)
-    three.send(signal.SIGKILL, lost)
-    start = time.monotonic()
-    for index in {0, 1, 2} - {lost}:
-        assert_lost(three.end(index), three.name(lost), "its connection closed")
-    assert time.monotonic() - start < 10
+# -- losses
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_worker_whose_training_is_killed_is_named_at_once(run, lost):
-    two = run(2)
-    two.start(0, 1, seconds=60)
-    two.running(0, 1)
-    two.send(signal.SIGKILL, lost, parent=False)
-    assert two.end(lost) == (137, f"task: error: killed by SIGKILL. {STANDS}\n")
-    assert_lost(two.end(1 - lost), two.name(lost), "killed by SIGKILL")
+def test_a_worker_that_is_killed_is_named(start, lost):
+    workers = train(*start(3))
+    workers[lost].send(signal.SIGKILL)
+    for worker in workers:
+        if worker is not workers[lost]:
+            assert_lost(worker.end(), workers[lost], "its connection closed")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_worker_whose_process_is_killed_is_named(start, lost):
+    workers = train(*start(2))
+    workers[lost].send(signal.SIGKILL, parent=False)
+    own = f"task: error: killed by SIGKILL. {CHECKPOINT_STANDS}\n"
+    assert workers[lost].end() == (137, own)
+    assert_lost(workers[1 - lost].end(), workers[lost], "killed by SIGKILL")
 
 
 @pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.full)])
-def test_a_worker_whose_training_is_frozen_is_named(run, lost):
-    two = run(2)
-    two.start(0, 1, seconds=60)
-    two.running(0, 1)
-    two.send(signal.SIGSTOP, lost, parent=False)
+def test_a_worker_whose_process_is_frozen_is_named(start, lost):
+    assert FREEZE_TIMEOUT < HEARTBEAT_TIMEOUT
+    workers = train(*start(2))
+    workers[lost].send(signal.SIGSTOP, parent=False)
     how = "its process was stopped (SIGSTOP)"
-    assert_lost(two.end(1 - lost), two.name(lost), how)
-    assert two.end(lost) == (75, f"task: {how}. {STANDS}\n")
+    assert_lost(workers[1 - lost].end(), workers[lost], how)
+    assert workers[lost].end() == (75, f"task: {how}. {CHECKPOINT_STANDS}\n")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_worker_that_is_frozen_whole_is_named(run, lost):
-    three = run(3)
-    three.start(0, 1, 2, seconds=90)
-    three.running(0, 1, 2)
-    three.send(signal.SIGSTOP, lost)
-    start = time.monotonic()
-    for index in {0, 1, 2} - {lost}:
-        assert_lost(three.end(index), three.name(lost), "no sign of life for 10 s")
-    assert time.monotonic() - start < 20
-    three.send(signal.SIGCONT, lost)
-    assert three.end(lost)[0] == 75
+def test_a_worker_that_is_frozen_whole_is_named(start, lost):
+    workers = train(*start(3))
+    workers[lost].send(signal.SIGSTOP)
+    for worker in workers:
+        if worker is not workers[lost]:
+            assert_lost(worker.end(), workers[lost], "no heartbeat for 10 s")
+    workers[lost].send(signal.SIGCONT)
+    assert workers[lost].end()[0] == 75
 
 
-def test_one_without_its_parent_ends(run):
-    two = run(2)
-    two.start(0, 1, seconds=60)
-    two.running(0, 1)
-    two.send(signal.SIGKILL, 1, child=False)
-    assert_lost(two.end(0), two.name(1), "its connection closed")
-    end = time.monotonic() + 10
-    while Path(f"/proc/{two.pids[1]}").exists():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+def test_a_worker_process_ends_with_its_parent(start):
+    chief, other = train(*start(2))
+    other.send(signal.SIGKILL, child=False)
+    assert_lost(chief.end(), other, "its connection closed")
+    other.end()  # The worker process would keep stdout open.
 
 
-def test_a_worker_lost_when_the_chief_has_trained_costs_nothing(run):
-    two = run(2, startup_timeout=30)
-    two.start(0, saves=2)
-    two.start(1, seconds=60)
-    two.running(0, 1)
-    two.trained(0)
-    two.send(signal.SIGKILL, 1)
-    time.sleep(3)  # The chief has saved, and waits for the one that does not know.
-    assert two.processes[0].poll() is None
-    two.processes.pop(1).communicate()
-    two.start(1)
-    assert two.end(1) == (0, "")
-    code, said = two.end(0)
-    assert code == 0
-    assert said == (
-        f"The model is saved. Waiting up to 30 s to tell {two.name(1)}, lost at the very end; "
+def test_a_worker_lost_when_the_chief_has_trained_costs_nothing(start):
+    chief, other = train(*start(2))
+    chief.do("tell trained")
+    other.send(signal.SIGKILL)
+    other.end()
+    chief.tell("end")
+    notice = (
+        f"The model is saved. Waiting up to 30 s to tell {other.name}, lost at the very end; "
         "Ctrl-C ends that.\n"
     )
+    chief.says(notice)
+    assert start(2, 1).end() == (0, "")
+    assert chief.end() == (0, notice)
 
 
-def test_a_chief_that_waits_for_a_lost_worker_can_be_ended(run):
-    two = run(2)
-    two.start(0)
-    two.start(1, seconds=60)
-    two.running(0, 1)
-    two.trained(0)
-    two.send(signal.SIGKILL, 1)
-    time.sleep(1.5)
-    two.processes[0].terminate()
-    assert two.end(0, within=5)[0] == 0
+def test_a_chief_that_waits_for_a_lost_worker_can_be_ended(start):
+    chief, other = train(*start(2))
+    chief.do("tell trained")
+    other.send(signal.SIGKILL)
+    other.end()
+    chief.tell("end")
+    chief.says("The model is saved. Waiting up to 30 s to tell ")
+    chief.send(signal.SIGTERM, child=False)
+    assert chief.end()[0] == 0
 
 
-@pytest.mark.parametrize(("failing", "ends", "code"), [(1, "data", 65), (0, "disk", 73)])
-def test_all_end_with_the_error_of_one(run, failing, ends, code):
-    three = run(3)
-    text = {"data": "the data is damaged.", "disk": "the disk is full."}[ends]
-    three.start(failing, ends=ends)
-    three.start(*{0, 1, 2} - {failing}, seconds=60 if failing else 0.5)
-    for index in range(3):
-        by = "" if index == failing else f"{three.name(failing)}: "
-        assert three.end(index) == (code, f"task: error: {by}{text}\n")
+# -- errors
 
 
 @pytest.mark.parametrize(
-    ("number", "stopped"),
+    ("failing", "name", "code", "text"),
     [
-        (signal.SIGTERM, 0),
-        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.full),
-        pytest.param(signal.SIGINT, 0, marks=pytest.mark.full),
-        pytest.param(signal.SIGINT, 1, marks=pytest.mark.full),
+        (1, "data", 65, "the data is damaged."),
+        (0, "data", 65, "the data is damaged."),
+        (1, "defect", 1, "AssertionError: a defect"),
     ],
 )
-def test_a_signal_to_one_that_waits_for_a_frozen_peer_ends_it_within_ten_seconds(
-    run, number, stopped
-):
-    two = run(2)
-    two.start(0, 1, seconds=60, deaf=True)
-    two.running(0, 1)
-    two.send(signal.SIGSTOP, 1 - stopped)
-    two.send(number, stopped, child=False)
-    code, said = two.end(stopped, within=10)
-    assert code == 75
-    assert said == (
-        f"task: stopped by {number.name} while it waited for another worker. {STANDS}\n"
-    )
-    two.send(signal.SIGCONT, 1 - stopped)
-    assert two.end(1 - stopped)[0] == 75
+def test_an_error_before_the_training_ends_all(start, failing, name, code, text):
+    workers = start(3)
+    workers[0].joined(1, 2)
+    workers[failing].tell(f"raise {name}")
+    for index, worker in enumerate(workers):
+        ended, stderr = worker.end()
+        assert ended == code
+        by = "" if index == failing else f"{workers[failing].name}: "
+        assert stderr.splitlines()[-1].startswith(f"task: error: {by}{text}")
 
 
-def test_a_signal_to_all_stops_all(run):
-    two = run(2)
-    two.start(0, 1, seconds=60)
-    two.running(0, 1)
-    for index in (0, 1):
-        two.send(signal.SIGTERM, index, child=False)
-    for index in (0, 1):
-        assert two.end(index) == (75, "task: stopped by SIGTERM. Saved.\n")
+@pytest.mark.parametrize("failing", [0, 1])
+def test_out_of_memory_ends_all_at_once(start, failing):
+    workers = train(*start(2))
+    workers[failing].tell("raise memory")
+    for index, worker in enumerate(workers):
+        by = "" if index == failing else f"{workers[failing].name}: "
+        text = f"task: error: {by}the device has too little memory.\n"
+        assert worker.end() == (78, text)
+        assert worker.seconds("loss") == []
+
+
+def test_an_error_of_the_chief_while_it_saves_ends_all(start):
+    chief, other = train(*start(2))
+    other.do("tell trained")
+    other.tell("end")
+    chief.handles("ended")
+    chief.do("tell trained")
+    chief.tell("raise disk")
+    assert chief.end() == (73, "task: error: the disk is full.\n")
+    assert other.end() == (73, f"task: error: {chief.name}: the disk is full.\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("peer", "InternalError: no kernel image"), ("defect", "AssertionError: a defect")],
+)
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_while_all_are_alive_ends_all_with_itself(start, failing, name, text):
+    workers = train(*start(2))
+    workers[failing].tell(f"raise {name}")
+    # By then the loss of a peer would have been seen.
+    assert workers[0].sets("loss") == LOSS_TIMEOUT > HEARTBEAT_TIMEOUT
+    workers[0].expire("loss")
+    other = workers[1 - failing]
+    line = f"task: error: {workers[failing].name}: {text}. {CHECKPOINT_STANDS}\n"
+    assert other.end() == (1, line)
+    code, stderr = workers[failing].end()
+    assert code == 1
+    assert stderr.startswith("Traceback (most recent call last):\n")
+    assert stderr.endswith(f"task: error: {text}. {CHECKPOINT_STANDS}\n")
+
+
+def test_an_error_gives_way_to_the_loss_that_explains_it(start):
+    chief, lost, other = train(*start(3))
+    chief.tell("raise peer")
+    other.tell("raise peer")
+    chief.handles("ended")
+    other.sets("telling")
+    chief.sets("loss")
+    lost.send(signal.SIGKILL)
+    for worker in (chief, other):
+        assert_lost(worker.end(), lost, "its connection closed")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "how"),
+    [("abort", 134, "killed by SIGABRT"), ("exit", 3, "it ended with exit code 3 and no report")],
+)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_crash_is_a_loss_of_its_worker(start, lost, command, code, how):
+    workers = train(*start(2))
+    workers[lost].tell(command)
+    workers[0].sets("loss")
+    workers[0].expire("loss")
+    assert_lost(workers[1 - lost].end(), workers[lost], how)
+    assert workers[lost].end() == (code, f"task: error: {how}. {CHECKPOINT_STANDS}\n")
+
+
+def test_an_error_gives_way_to_a_later_crash(start):
+    chief, crashed, other = train(*start(3))
+    other.tell("raise peer")
+    chief.sets("loss")
+    crashed.tell("abort")
+    chief.handles("ended", times=2)
+    chief.expire("loss")
+    for worker in (chief, other):
+        assert_lost(worker.end(), crashed, "killed by SIGABRT")
+    assert crashed.end()[0] == 134
+
+
+# -- progress
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_run_without_progress_ends_and_says_after_which_step(start, hung):
+    workers = train(*start(2, step_timeout=40))
+    for worker in workers:
+        worker.do("step 1 11")
+        worker.do("step 1 12")
+        assert worker.seconds("step") == [1200, 40, 40]
+    workers[hung].expire("step")
+    text = f"no step ended for 40 s after epoch 1, step 12 (--step-timeout). {CHECKPOINT_STANDS}"
+    for worker in workers:
+        assert worker.end() == (75, f"task: {text}\n")
+
+
+def test_a_run_that_never_takes_a_step_ends(start):
+    workers = train(*start(2))
+    workers[0].expire("step")
+    text = "no step ended for 1200 s after all workers connected (--step-timeout)"
+    for worker in workers:
+        assert worker.end() == (75, f"task: {text}. {CHECKPOINT_STANDS}\n")
+
+
+def test_saving_the_model_is_no_hang(start):
+    workers = train(*start(2))
+    for worker in workers:
+        worker.do("step 1 1")
+        assert worker.seconds("step") == [1200, 300]
+        worker.do("tell trained")
+        worker.expire("step")
+    assert_succeed(*workers)
+
+
+# -- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_signal_to_a_worker_that_is_blocked_ends_all_in_time(start, number, stopped):
+    workers = train(*start(2))
+    workers[stopped].send(number, child=False)
+    assert workers[stopped].sets("stopping") == STOP_TIMEOUT < 10
+    workers[stopped].expire("stopping")
+    how = f"stopped by {number.name} while it waited for another worker"
+    assert workers[stopped].end() == (75, f"task: {how}. {CHECKPOINT_STANDS}\n")
+    assert_lost(workers[1 - stopped].end(), workers[stopped], how)
+
+
+def test_a_signal_to_all_stops_all(start):
+    workers = train(*start(2))
+    for worker in workers:
+        worker.send(signal.SIGTERM, child=False)
+        worker.sets("stopping")
+    for worker in workers:
+        worker.tell("stop")
+    for worker in workers:
+        assert worker.end() == (75, "task: stopped by SIGTERM. Saved.\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_at_once(run, number, code):
-    two = run(2)
-    two.start(0, 1, seconds=60, deaf=True)
-    two.running(0, 1)
-    two.send(number, 1, child=False)
-    time.sleep(0.5)
-    two.send(number, 1, child=False)
-    ended, said = two.end(1, within=3)
+def test_a_second_signal_ends_at_once(start, number, code):
+    _, other = train(*start(2))
+    other.send(number, child=False)
+    other.sets("stopping")
+    other.send(number, child=False)
+    ended, stderr = other.end()
     assert ended == code
-    assert f"stopped by a second {number.name}. The last checkpoint stands." in said
+    assert f"stopped by a second {number.name}. The last checkpoint stands." in stderr
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
-)
-def test_a_signal_while_it_waits_for_the_others_is_heeded(run, number):
-    two = run(2)
-    two.start(0)
-    time.sleep(2)
-    two.send(number, 0, child=False)
-    code, said = two.end(0, within=12)
-    assert code == (75 if number == signal.SIGTERM else 130), said
-
-
-def test_what_tensorflow_says_gives_way_to_who_was_lost(run):
-    three = run(3)
-    three.start(0, 2, seconds=2, ends="peer")
-    three.start(1, seconds=60)
-    three.running(0, 1, 2)
-    time.sleep(3)
-    three.send(signal.SIGKILL, 1)
-    for index in (0, 2):
-        assert_lost(three.end(index, within=8), three.name(1), "its connection closed")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("ends", "code", "how"),
-    [("abort", 134, "killed by SIGABRT"), ("defect", 1, "a defect of the program")],
-)
-@pytest.mark.parametrize("lost", [0, 1])
-def test_an_end_that_nothing_else_explains_is_its_own(run, lost, ends, code, how):
-    two = run(2)
-    two.start(lost, seconds=1, ends=ends)
-    two.start(1 - lost, seconds=60)
-    assert_lost(two.end(1 - lost), two.name(lost), how)
-    ended, said = two.end(lost)
-    assert ended == code
-    assert how in said.splitlines()[-1]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_a_worker_waits_for_the_others_is_heeded(start, number, code):
+    chief = start(2, 0)
+    chief.tell("meet")
+    chief.handles("ready")
+    chief.send(number, child=False)
+    assert chief.end()[0] == code

@@ -17,8 +17,8 @@ import pytest
 from support import Command, assert_alike, assert_gradients_alike, outcome
 
 from trainer.distributed.cluster import Cluster
-from trainer.distributed.supervisor import STANDS
-from trainer.launch import free_ports
+from trainer.distributed.local import free_ports
+from trainer.distributed.supervisor import CHECKPOINT_STANDS as STANDS
 from trainer.training.checkpoint import FOLDER
 
 RUN = ("--epochs", 2, "--train-limit", 768, "--test-limit", 100, "--threads", 1, "--no-report")

@@ -5,13 +5,11 @@ workers.count, workers.index            # 2, 0
 workers.broadcast(b"from worker 0")     # the same bytes on every worker
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
-from trainer.distributed.worker import PeerError
 from trainer.runtime import tf
 
 
@@ -92,30 +90,6 @@ class Workers:
         if self.count == 1:
             return values
         return _adder(self.strategy)(values.ravel()).numpy().reshape(values.shape)
-
-
-@contextlib.contextmanager
-def lost_peers() -> Iterator[None]:
-    """Re-raises the errors that a lost worker can cause as ``PeerError``: those of TensorFlow's
-    collectives, and of the ring, which are ``UnknownError`` inside a ``tf.function``.
-    """
-    try:
-        yield
-    except (
-        tf.errors.AbortedError,
-        tf.errors.CancelledError,
-        tf.errors.DeadlineExceededError,
-        tf.errors.InternalError,
-        tf.errors.UnavailableError,
-        tf.errors.UnknownError,
-        ConnectionError,
-    ) as error:
-        # The message is a traceback of the graph; the cause stands at its end.
-        lines = [line.strip() for line in str(error).splitlines()]
-        reasons = [
-            line for line in lines if line and not line.startswith(("[[", "The error could"))
-        ]
-        raise PeerError(f"another worker was lost: {reasons[-1][:300]}") from error
 
 
 @functools.cache  # One trace a strategy, whatever is exchanged.

@@ -1,4 +1,4 @@
-"""Messages between the processes of a run: JSON objects, one a line, over sockets.
+"""Messages between the processes of a run: JSON objects, one per line, over sockets.
 
 reader, writer = await connect("digits-0.digits:2222")
 send(writer, hello=1)
@@ -16,12 +16,12 @@ import threading
 from trainer.distributed.cluster import split_address
 from trainer.errors import ConfigurationError
 
-CONNECT = 5.0  # Seconds to reach an address.
-FREED = 10.0  # Seconds in which the port of a worker that was killed is free again.
+CONNECT_TIMEOUT = 5.0  # Seconds to reach an address.
+PORT_TIMEOUT = 10.0  # Seconds until the port of a worker that was killed is free again.
 
 
 def encode(message: dict) -> bytes:
-    """Writes a message as its line."""
+    """Encodes a message as a line of JSON."""
     return json.dumps(message).encode() + b"\n"
 
 
@@ -32,7 +32,7 @@ def send(writer: asyncio.StreamWriter, **message: object) -> None:
 
 
 async def receive(reader: asyncio.StreamReader) -> dict | None:
-    """Returns the next message; None at the end, and for what is no message."""
+    """Returns the next message; None at the end of the stream, and for what is not a message."""
     try:
         message = json.loads(await reader.readline())
     except (OSError, ValueError):  # ValueError: not JSON, or longer than asyncio's 64 KiB.
@@ -41,39 +41,39 @@ async def receive(reader: asyncio.StreamReader) -> dict | None:
 
 
 def listen(address: str) -> socket.socket:
-    """Listens at the port of an address, on all of this machine's interfaces.
+    """Listens on the port of an address, on all network interfaces.
 
     Raises:
         ConfigurationError: The port is in use.
     """
     _, port = split_address(address)
     try:
-        return _listen_at(port)
+        return _listen_on(port)
     except OSError as error:
         raise ConfigurationError(
-            f"Expected to listen at port {port}, for the address {address}. Received: "
-            f"{os.strerror(error.errno)}. Name a free port, or end what uses it."
+            f"Expected to listen on port {port}, for the address {address}. Received: "
+            f"{os.strerror(error.errno)}. Use a free port, or end the process that has this one."
         ) from error
 
 
-async def listener(address: str) -> socket.socket:
-    """The same, where the port may be that of a worker that has just been killed.
+async def listen_when_free(address: str) -> socket.socket:
+    """Listens like ``listen``, but waits for a port that a worker that was just killed still holds.
 
     Raises:
-        ConfigurationError: The port is in use, and stays so.
+        ConfigurationError: The port stays in use.
     """
     loop = asyncio.get_running_loop()
-    end = loop.time() + FREED
+    end = loop.time() + PORT_TIMEOUT
     while True:
         try:
             return listen(address)
-        except ConfigurationError as refused:
-            if loop.time() > end or refused.__cause__.errno != errno.EADDRINUSE:
+        except ConfigurationError as error:
+            if loop.time() > end or error.__cause__.errno != errno.EADDRINUSE:
                 raise
-        await asyncio.sleep(FREED / 40)
+        await asyncio.sleep(PORT_TIMEOUT / 40)
 
 
-def _listen_at(port: int) -> socket.socket:
+def _listen_on(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -84,10 +84,13 @@ def _listen_at(port: int) -> socket.socket:
 
 
 async def connect(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connects to an address; raises ``OSError`` where that fails.
+    """Connects to an address.
 
-    In a thread that nothing waits for: a name server that does not answer must not hold up the end
-    of the process, as it would in a thread of asyncio's own.
+    It does so in a daemon thread: a name server that does not answer would keep the process from
+    exiting if it were asked in asyncio's own executor.
+
+    Raises:
+        OSError: The address cannot be resolved or reached.
     """
     loop = asyncio.get_running_loop()
     connected = loop.create_future()
@@ -96,19 +99,19 @@ async def connect(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWri
         if isinstance(result, OSError):
             if not connected.done():
                 connected.set_exception(result)
-        elif connected.done():  # Nobody waits any more.
+        elif connected.done():  # Cancelled meanwhile.
             result.close()
         else:
             connected.set_result(result)
 
-    def call() -> None:
+    def connect_socket() -> None:
         try:
-            result = socket.create_connection(split_address(address), CONNECT)
+            result = socket.create_connection(split_address(address), CONNECT_TIMEOUT)
             result.setblocking(False)
         except OSError as error:
             result = error
         with contextlib.suppress(RuntimeError):  # The loop is closed.
             loop.call_soon_threadsafe(settle, result)
 
-    threading.Thread(target=call, daemon=True).start()
+    threading.Thread(target=connect_socket, daemon=True).start()
     return await asyncio.open_connection(sock=await connected)

@@ -1,4 +1,5 @@
-"""What the parent process of every worker has: a child that trains, signals, and deadlines.
+"""What the parent process of every worker does: it runs the process that trains, forwards signals
+to it, and keeps deadlines.
 
 ``trainer.distributed.supervisor`` adds how the parents of a run agree on its end.
 """
@@ -12,17 +13,38 @@ from typing import NamedTuple
 from trainer.cli import INTERRUPTED
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.messages import send
-from trainer.distributed.worker import Child, Outcome
+from trainer.distributed.worker import Outcome, WorkerProcess
 from trainer.errors import StoppedError
 
-BEAT = 1.0  # Seconds between two signs of life.
-SILENCE = 10.0  # Seconds without one, after which a peer is lost.
-FROZEN = 5.0  # Seconds that the process which trains may be stopped (SIGSTOP).
-STOP = 7.0  # Seconds that it has for its last step and checkpoint: one that waits for a peer ends.
+HEARTBEAT_INTERVAL = 1.0  # Seconds.
+HEARTBEAT_TIMEOUT = 10.0  # Seconds without a heartbeat after which a peer is lost.
+FREEZE_TIMEOUT = 5.0  # Seconds that the worker process may be stopped (SIGSTOP).
+STOP_TIMEOUT = 7.0  # Seconds from a signal to the end of the step and of its checkpoint.
 
 STOPPED = StoppedError.exit_code
 
-STANDS = "The last checkpoint stands: the same command, on all workers, goes on from there."
+CHECKPOINT_STANDS = (
+    "The last checkpoint stands: the same command, on all workers, goes on from there."
+)
+
+
+def step_deadline(step_timeout: float | None, longest_step: float | None) -> float:
+    """Returns the seconds within which a worker process must report progress.
+
+    Args:
+        step_timeout: What the user allows; None: 20 times the longest interval between two reports,
+            but at least 300 s.
+        longest_step: Seconds of that interval so far; None: nothing has been reported yet. The
+            first step, which compiles, has at least 1,200 s in any case.
+
+    >>> step_deadline(None, None), step_deadline(None, 1.5), step_deadline(None, 60.0)
+    (1200.0, 300.0, 1200.0)
+    >>> step_deadline(10, None), step_deadline(10, 60.0), step_deadline(1800, None)
+    (1200.0, 10, 1800)
+    """
+    if longest_step is None:
+        return max(1200.0, step_timeout or 0)
+    return step_timeout or max(300.0, 20 * longest_step)
 
 
 class Verdict(NamedTuple):
@@ -31,7 +53,7 @@ class Verdict(NamedTuple):
     Attributes:
         code: Exit code.
         text: Why.
-        about: The worker that is the reason; None: all of them, or none.
+        about: The worker that is the reason; None: no single one.
     """
 
     code: int
@@ -39,76 +61,111 @@ class Verdict(NamedTuple):
     about: int | None = None
 
 
-class Parent:
-    """What the parents of the chief and of the others share.
+class End(NamedTuple):
+    """How one worker ends.
 
-    Whoever calls ``finish`` first decides how it ends.
+    Attributes:
+        code: Exit code.
+        text: Why.
+        details: The traceback of an error of its own, where that ends the run.
     """
 
-    def __init__(self, command: Sequence[str], cluster: Cluster, startup_timeout: float) -> None:
+    code: int
+    text: str
+    details: str = ""
+
+
+class Parent:
+    """What the parents of worker 0 and of the others have in common.
+
+    The first call of ``finish`` decides how the worker ends.
+
+    Args:
+        command: The worker process.
+        cluster: All workers, and which this one is.
+        startup_timeout: Seconds that the workers wait for one another.
+        step_timeout: Seconds without progress; None: ``step_deadline``'s default.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        cluster: Cluster,
+        startup_timeout: float,
+        step_timeout: float | None,
+    ) -> None:
         self.cluster = cluster
         self.startup_timeout = startup_timeout
-        self.child = Child(command)
-        self.facts: dict | None = None  # what the child is about to train
+        self.step_timeout = step_timeout
+        self.worker = WorkerProcess(command)
+        self.settings: dict | None = None  # what must be equal on all workers
         self.trained = False
+        self.details = ""  # the traceback of an error in the worker process
         self.signals: list[str] = []
         self.deadlines: dict[str, asyncio.TimerHandle] = {}
         self.tasks: set[asyncio.Task] = set()
         self.loop = asyncio.get_running_loop()
-        self.end: asyncio.Future[tuple[int, str]] = self.loop.create_future()
+        self.end: asyncio.Future[End] = self.loop.create_future()
 
-    async def run(self) -> tuple[int, str]:
-        """Returns the exit code of this worker, and the sentence that explains it."""
+    async def run(self) -> End:
+        """Returns how this worker ends, when it does."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self.loop.add_signal_handler(number, self.on_signal, number)
-        await self.child.connect()
+        await self.worker.connect()
         try:
-            for part in (self._follow_child(), self._watch(), self.meet()):
+            for part in (self._follow_worker(), self._watch(), self.meet()):
                 self.spawn(part)
             return await self.end
         finally:
             for task in self.tasks:
                 task.cancel()
             await asyncio.gather(*self.tasks, return_exceptions=True)
-            self.child.close()
+            self.worker.close()
 
-    # What the chief and the others do differently.
+    # What differs between worker 0 and the others.
 
     async def meet(self) -> None:
-        """Meets the others, and stays in touch with them."""
+        """Connects to the other parents, and keeps the connections."""
         raise NotImplementedError
 
     def on_ready(self) -> None:
-        """Is called when the child has said what it is about to train."""
+        """Is called when the worker process has reported its settings."""
         raise NotImplementedError
 
     def on_outcome(self, outcome: Outcome) -> None:
-        """Is called when the child has ended."""
+        """Is called when the worker process has ended."""
         raise NotImplementedError
 
-    # What they share.
+    def on_hang(self, text: str) -> None:
+        """Is called when the worker process has not reported progress in time."""
+        raise NotImplementedError
+
+    # What they have in common.
 
     def give_up(self, text: str) -> None:
-        """Ends the child, and so the run; it can be resumed."""
-        if self.child.outcome is None:
-            self.child.kill(Outcome(STOPPED, text, "lost"))
+        """Kills the worker process, and so ends the run, which can be resumed."""
+        if self.worker.outcome is None:
+            self.worker.kill(Outcome(STOPPED, text, "lost"))
 
-    def own_end(self, verdict: Verdict) -> tuple[int, str]:
-        """Returns how this worker ends when the run ends so: by what its child says of itself,
-        unless the loss of another worker explains that.
+    def own_end(self, verdict: Verdict) -> End:
+        """Returns how this worker ends when the run ends with the verdict: with the outcome of its
+        own process, unless the verdict explains that.
         """
-        code, text, kind = self.child.outcome or (0, "", "named")
-        if code == 0 or (kind == "unclear" and verdict.about != self.cluster.index):
-            return verdict.code, verdict.text
-        return code, text if kind == "named" else f"{text}. {STANDS}"
+        code, text, kind = self.worker.outcome or (0, "", "named")
+        consequence = kind in ("crashed", "unclear") and verdict.about != self.cluster.index
+        if code == 0 or consequence:
+            return End(verdict.code, verdict.text)
+        if kind == "named":
+            return End(code, text)
+        return End(code, f"{text}. {CHECKPOINT_STANDS}", self.details)
 
-    def finish(self, code: int, text: str) -> None:
+    def finish(self, code: int, text: str, details: str = "") -> None:
         """Ends this worker, unless it is ending already."""
         if not self.end.done():
-            self.end.set_result((code, text))
+            self.end.set_result(End(code, text, details))
 
     def spawn(self, part: Coroutine) -> None:
-        """Runs a part of the work beside the others; a defect in it ends the worker."""
+        """Runs a coroutine concurrently; an exception in it ends the worker."""
 
         def done(task: asyncio.Task) -> None:
             self.tasks.discard(task)
@@ -120,20 +177,20 @@ class Parent:
         task.add_done_callback(done)
 
     def limit(self, name: str, seconds: float, then: Callable[[], None]) -> None:
-        """Calls a function when the time is over, unless ``reached`` is called before."""
+        """Sets a deadline, unless it is set: ``then`` is called if ``reached`` is not before it."""
         if name not in self.deadlines:
             self.deadlines[name] = self.loop.call_later(seconds, then)
 
     def reached(self, *names: str) -> None:
-        """Drops deadlines."""
+        """Cancels deadlines."""
         for name in names:
             if name in self.deadlines:
                 self.deadlines.pop(name).cancel()
 
     def go(self) -> None:
-        """Lets the child connect to the others, who have all come."""
+        """Lets the worker process connect to the others, which have all come."""
         self.reached("meeting")
-        self.child.go()
+        self.worker.go()
         self.limit(
             "connecting",
             self.startup_timeout,
@@ -144,20 +201,40 @@ class Parent:
             ),
         )
 
-    async def _follow_child(self) -> None:
-        async for message in self.child.messages():
+    async def _follow_worker(self) -> None:
+        longest_step = last_report = None
+        async for message in self.worker.messages():
             if "ready" in message:
-                self.facts = message["ready"]
+                self.settings = message["ready"]
                 self.on_ready()
             elif "connected" in message:
                 self.reached("connecting")
+                self._limit_step(step_deadline(self.step_timeout, None), "all workers connected")
+            elif "step" in message:
+                now = self.loop.time()
+                longest_step = max(longest_step or 0.0, now - (last_report or now))
+                last_report = now
+                epoch, step = message["step"]
+                self.reached("step")
+                self._limit_step(
+                    step_deadline(self.step_timeout, longest_step), f"epoch {epoch}, step {step}"
+                )
+            elif "traceback" in message:
+                self.details = message["traceback"]
             elif "trained" in message:
                 self.trained = True
-        self.reached("connecting", "stopping")
-        self.on_outcome(self.child.outcome)
+                self.reached("step")
+        self.reached("connecting", "step", "stopping")
+        self.on_outcome(self.worker.outcome)
+
+    def _limit_step(self, seconds: float, last: str) -> None:
+        text = f"no step ended for {seconds:g} s after {last} (--step-timeout). {CHECKPOINT_STANDS}"
+        self.limit("step", seconds, lambda: self.on_hang(text))
 
     def on_signal(self, number: signal.Signals) -> None:
-        """Passes it to the child, which stops where all agree to; a second one ends at once."""
+        """Forwards a signal to the worker process, which stops where all workers agree to; a second
+        signal ends this worker at once.
+        """
         self.signals.append(number.name)
         if len(self.signals) > 1:
             self.finish(
@@ -165,28 +242,28 @@ class Parent:
                 f"stopped by a second {number.name}. The last checkpoint stands.",
             )
             return
-        self.child.signal(number)
+        self.worker.signal(number)
         self.limit(
             "stopping",
-            STOP,
+            STOP_TIMEOUT,
             lambda: self.give_up(f"stopped by {number.name} while it waited for another worker"),
         )
 
     async def _watch(self) -> None:
-        """Looks once a second whether the child is stopped, and whether this process was."""
+        """Watches for a worker process that is stopped (SIGSTOP), and for a stop of this one."""
         stopped = 0.0
         while True:
             start = time.monotonic()
-            await asyncio.sleep(BEAT)
+            await asyncio.sleep(HEARTBEAT_INTERVAL)
             seconds = time.monotonic() - start
-            if seconds > SILENCE:
+            if seconds > HEARTBEAT_TIMEOUT:
                 self.give_up(f"it stood still for {seconds:.0f} s, longer than the others wait")
-            stopped = stopped + seconds if self.child.is_stopped() else 0.0
-            if stopped > FROZEN:
+            stopped = stopped + seconds if self.worker.is_stopped() else 0.0
+            if stopped > FREEZE_TIMEOUT:
                 self.give_up("its process was stopped (SIGSTOP)")
 
     async def beat(self, writer: asyncio.StreamWriter) -> None:
-        """Gives signs of life for as long as a connection lasts."""
+        """Sends heartbeats for as long as a connection lasts."""
         while not writer.is_closing():
-            send(writer, beat=1)
-            await asyncio.sleep(BEAT)
+            send(writer, heartbeat=1)
+            await asyncio.sleep(HEARTBEAT_INTERVAL)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainer.distributed.cluster import Cluster, split_address
-from trainer.distributed.messages import CONNECT, listen
+from trainer.distributed.messages import CONNECT_TIMEOUT, listen
 
 _HELLO = b"digits-trainer ring "
 _TOKEN = b"."
@@ -148,7 +148,7 @@ def _call(address: str, index: int) -> socket.socket:
     """Connects to a worker that may not be there yet, and says which this one is."""
     while True:
         with contextlib.suppress(OSError):
-            connection = socket.create_connection(split_address(address), CONNECT)
+            connection = socket.create_connection(split_address(address), CONNECT_TIMEOUT)
             connection.sendall(_hello(index))
             connection.settimeout(None)  # It answers when it has reached the worker behind it.
             return connection
@@ -160,7 +160,7 @@ def _accept(server: socket.socket, expected: int, index: int) -> socket.socket:
     server.settimeout(None)
     while True:
         connection, _ = server.accept()
-        connection.settimeout(CONNECT)
+        connection.settimeout(CONNECT_TIMEOUT)
         if _is(connection, expected):
             connection.sendall(_hello(index))
             connection.settimeout(None)

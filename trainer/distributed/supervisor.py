@@ -1,22 +1,27 @@
 """How the parent processes of a run's workers agree on who is alive, and on how the run ends. They
-load no TensorFlow.
+do not load TensorFlow.
 
     run([sys.executable, "-m", "trainer.task", *flags], cluster, startup_timeout=300)
 
-The process that trains is a child (``worker`` says why); its parent (``parent``) owns what must
-never wait: signals, deadlines, and the exit code.
+The process that trains is a child (``worker`` says why); its parent (``parent``) is responsible for
+what must never block: signals, deadlines, and the exit code.
 
-The parents meet first, at worker 0's address, and compare what they are about to train. Their
-connections last as long as the run, beside TensorFlow's own, which takes over the port: by them
-every parent knows who is alive, and worker 0's decides for all how the run ends. Each message is a
-line of JSON:
+The parents connect to worker 0's first, and compare the settings of their workers. Then TensorFlow
+takes over the port of worker 0's address; the connections of the parents last as long as the run.
+Through them every parent knows which workers are alive, and worker 0's decides for all how the run
+ends. Each message is a line of JSON:
 
-    to worker 0    {"hello": 1, "workers": [...]}, {"ready": facts}, {"ended": [code, text, kind]}
+    to worker 0    {"hello": 1, "workers": [...]}, {"ready": settings}, {"hang": text},
+                   {"ended": [code, text, kind]}
     from worker 0  {"welcome": 0}, {"busy": text}, {"go": 1}, {"verdict": [code, text, about]}
-    both           {"beat": 1}, every second
+    both           {"heartbeat": 1}, every second
 
-Workers leave first and worker 0 last. One that is lost when worker 0 has trained costs nothing;
-when it comes back it is told that the run is finished.
+A run ends with exit code 75, which a scheduler need not count as a failure, only where a parent has
+seen a worker go: its connection closed, its heartbeats stopped, its process died or hung, or it did
+not come. An error that a worker raises while all are alive ends the run with that error's code.
+
+Worker 0 leaves last. A worker that is lost when worker 0 has trained costs nothing; when it comes
+back, it is told that the run is finished.
 """
 
 import asyncio
@@ -28,35 +33,54 @@ from collections.abc import Sequence
 from trainer import errors
 from trainer.cli import INTERRUPTED
 from trainer.distributed.cluster import Cluster
-from trainer.distributed.messages import connect, listener, receive, send
-from trainer.distributed.parent import BEAT, SILENCE, STANDS, STOP, STOPPED, Parent, Verdict
+from trainer.distributed.messages import connect, listen_when_free, receive, send
+from trainer.distributed.parent import (
+    CHECKPOINT_STANDS,
+    HEARTBEAT_INTERVAL,
+    HEARTBEAT_TIMEOUT,
+    STOP_TIMEOUT,
+    STOPPED,
+    End,
+    Parent,
+    Verdict,
+)
 from trainer.distributed.worker import Outcome
 from trainer.errors import ConfigurationError
 
-NEWS = 12.0  # Seconds in which an error of TensorFlow's turns out to be the loss of a peer.
-LEAVE = 5.0  # Seconds in which the others end when they are told to.
-TELL = 10.0  # Seconds in which workers that have not come yet can learn why there is no run.
+LOSS_TIMEOUT = 12.0  # Seconds from an error to the loss of the peer that has caused it, at most.
+LEAVE_TIMEOUT = 5.0  # Seconds within which the others end when they know the verdict.
+TELL_TIMEOUT = 10.0  # Seconds within which workers that come too late learn the verdict.
 
 
-def run(command: Sequence[str], cluster: Cluster, *, startup_timeout: float) -> None:
+def run(
+    command: Sequence[str],
+    cluster: Cluster,
+    *,
+    startup_timeout: float,
+    step_timeout: float | None = None,
+) -> None:
     """Runs one worker of a run in a child process, until all of them have ended.
 
     Args:
-        command: What the child is; it finds its end of the connection by ``child.Link.find``.
+        command: The child process; it finds its end of the connection by ``worker.Link.find``.
         cluster: All workers, and which this one is.
         startup_timeout: Seconds to wait for the others.
+        step_timeout: Seconds without progress after which the run has hung; None: a multiple of the
+            longest step, as ``parent.step_deadline`` says.
 
     Raises:
-        StoppedError: A peer was lost or did not come, or a signal stopped the run.
-        TrainerError: What the child, or another worker, ended with.
+        StoppedError: A peer was lost or did not come, the run hung, or a signal stopped it.
+        TrainerError: The error of this worker, or of the first one that had any.
         KeyboardInterrupt: A second signal came, or one before there was anything to lose.
     """
-    kind = _Chief if cluster.is_chief else _Other
+    parent = _Chief if cluster.is_chief else _Other
 
-    async def supervise() -> tuple[int, str]:
-        return await kind(command, cluster, startup_timeout).run()
+    async def supervise() -> End:
+        return await parent(command, cluster, startup_timeout, step_timeout).run()
 
-    code, text = asyncio.run(supervise())
+    code, text, details = asyncio.run(supervise())
+    if details:
+        print(details, file=sys.stderr, flush=True)
     if code == INTERRUPTED:
         raise KeyboardInterrupt(text)
     if code:
@@ -64,28 +88,29 @@ def run(command: Sequence[str], cluster: Cluster, *, startup_timeout: float) -> 
 
 
 class _Peer:
-    """What the chief's parent knows of another worker's."""
+    """What worker 0's parent knows of another worker."""
 
     def __init__(self, index: int, writer: asyncio.StreamWriter) -> None:
         self.index = index
         self.writer = writer
-        self.facts: dict | None = None
-        self.ended = False  # its child
+        self.settings: dict | None = None
+        self.ended = False  # its process
 
 
 class _Chief(Parent):
-    """Worker 0's parent: gathers the others, and decides how the run ends."""
+    """Worker 0's parent: the others connect to it, and it decides how the run ends."""
 
-    def __init__(self, command: Sequence[str], cluster: Cluster, startup_timeout: float) -> None:
-        super().__init__(command, cluster, startup_timeout)
-        self.others = range(1, len(cluster.workers))
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self.others = range(1, len(self.cluster.workers))
         self.peers: dict[int, _Peer] = {}
         self.running = False
         self.verdict: Verdict | None = None
-        self.told: set[int] = set()  # who knows the verdict
+        self.failures: list[tuple[int, Outcome]] = []  # those whose cause is not known yet
+        self.told: set[int] = set()  # the workers that know the verdict
         self.server: asyncio.Server | None = None
 
-    async def run(self) -> tuple[int, str]:
+    async def run(self) -> End:
         try:
             return await super().run()
         finally:
@@ -101,27 +126,29 @@ class _Chief(Parent):
     async def _open(self) -> None:
         self.server = await asyncio.start_server(
             lambda reader, writer: self.spawn(self._talk(reader, writer)),
-            sock=await listener(self.cluster.workers[0]),
+            sock=await listen_when_free(self.cluster.workers[0]),
         )
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Talks with another worker's parent, from its hello on."""
+        """Serves the connection of another worker's parent."""
         peer = None
         how = "its connection closed"
         try:
-            async with asyncio.timeout(SILENCE):
+            async with asyncio.timeout(HEARTBEAT_TIMEOUT):
                 hello = await receive(reader)
             if hello and "hello" in hello and (peer := self._greet(hello, writer)):
                 self.spawn(self.beat(writer))
                 while message := await self._next(reader):
                     if "ready" in message:
-                        peer.facts = message["ready"]
+                        peer.settings = message["ready"]
                         self._compare()
+                    elif "hang" in message:
+                        self.on_hang(message["hang"])
                     elif "ended" in message:
                         peer.ended = True
                         self._ended(peer.index, Outcome(*message["ended"]))
         except TimeoutError:
-            how = f"no sign of life for {SILENCE:g} s"
+            how = f"no heartbeat for {HEARTBEAT_TIMEOUT:g} s"
         finally:
             writer.close()
             if peer:
@@ -131,11 +158,11 @@ class _Chief(Parent):
         self._try_to_conclude()
 
     async def _next(self, reader: asyncio.StreamReader) -> dict | None:
-        async with asyncio.timeout(SILENCE):
+        async with asyncio.timeout(HEARTBEAT_TIMEOUT):
             return await receive(reader)
 
     def _greet(self, hello: dict, writer: asyncio.StreamWriter) -> _Peer | None:
-        """Lets a worker join; None: it has been told why not."""
+        """Lets a worker join; returns None when it has been told why it may not."""
         index, workers = hello["hello"], hello.get("workers")
         if self.verdict is None and (
             workers != list(self.cluster.workers) or index not in self.others
@@ -163,15 +190,15 @@ class _Chief(Parent):
         self._compare()
 
     def _compare(self) -> None:
-        """Begins the run when all are there and about to train the same."""
-        if self.facts is None or self.running or self.verdict is not None:
+        """Starts the run when all workers are there and their settings are equal."""
+        if self.settings is None or self.running or self.verdict is not None:
             return
-        ready = [peer for peer in self.peers.values() if peer.facts is not None]
+        ready = [peer for peer in self.peers.values() if peer.settings is not None]
         for peer in ready:
             differences = [
-                f"{name}={peer.facts.get(name)!r} where worker 0 has {name}={value!r}"
-                for name, value in self.facts.items()
-                if peer.facts.get(name) != value
+                f"{name}={peer.settings.get(name)!r} where worker 0 has {name}={value!r}"
+                for name, value in self.settings.items()
+                if peer.settings.get(name) != value
             ]
             if differences:
                 self._decide(
@@ -193,61 +220,81 @@ class _Chief(Parent):
         missing = [
             self.cluster.name(index)
             for index in self.others
-            if index not in self.peers or self.peers[index].facts is None
+            if index not in self.peers or self.peers[index].settings is None
         ]
-        if self.facts is None:
+        if self.settings is None:
             missing.insert(0, self.cluster.name(0))
         self._decide(*_missing(missing, self.startup_timeout))
 
     # -- the end
 
     def on_outcome(self, outcome: Outcome) -> None:
-        code, text, kind = outcome
-        if self.verdict is not None:  # It was ended because of that.
+        if self.verdict is not None:  # It was killed because of that.
             return
-        if code == 0 or (code == STOPPED and kind == "named" and self.running):
-            # All have come to the same end.
-            self.limit("last", LEAVE if code == 0 else BEAT, self._conclude)
+        if outcome.code == 0 or self._agreed_to_stop(outcome):
+            # All workers come to the same end; this one may be the first.
+            wait = LEAVE_TIMEOUT if outcome.code == 0 else HEARTBEAT_INTERVAL
+            self.limit("last", wait, self._conclude)
             self._try_to_conclude()
-        elif kind == "unclear" and self.running:
-            self.limit("news", NEWS, lambda: self._gone(0, text))
-        elif kind == "named" and code != INTERRUPTED:
-            self._decide(code, f"{self.cluster.name(0)}: {text}", 0)
         else:
-            self._gone(0, text)
+            self._fail(0, outcome)
 
     def _ended(self, index: int, outcome: Outcome) -> None:
-        """Takes how another worker's child ended."""
-        code, text, kind = outcome
+        """Handles the outcome of another worker's process."""
         self._try_to_conclude()
-        if code == 0 or self.trained or self.verdict is not None:
+        if outcome.code == 0 or self.trained or self.verdict is not None:
             return
-        if kind == "unclear" and self.running:
-            self.limit("news", NEWS, lambda: self._lost(index, text))
-        elif kind != "named" or code == INTERRUPTED:
-            self._gone(index, text)
-        elif code == STOPPED and self.child.outcome is None and self.running:
-            # All have agreed to stop; this one saves.
-            self.limit("stopping", STOP, lambda: self._decide(code, text, index))
+        if self._agreed_to_stop(outcome) and self.worker.outcome is None:
+            # Worker 0 is still saving its checkpoint.
+            self.limit("stopping", STOP_TIMEOUT, lambda: self._decide(*outcome[:2], index))
         else:
-            self._decide(code, f"{self.cluster.name(index)}: {text}", index)
+            self._fail(index, outcome)
+
+    def _agreed_to_stop(self, outcome: Outcome) -> bool:
+        return self.running and outcome.kind == "named" and outcome.code == STOPPED
+
+    def _fail(self, index: int, outcome: Outcome) -> None:
+        """Ends the run because of the outcome of a worker's process: at once, unless it can be the
+        consequence of the loss of another worker, which then will have been seen in a while.
+        """
+        if self.running and outcome.kind in ("crashed", "unclear"):
+            self.failures.append((index, outcome))
+            self.limit("loss", LOSS_TIMEOUT, self._decide_by_failures)
+        else:
+            self._decide(*self._failure(index, outcome))
+
+    def _decide_by_failures(self) -> None:
+        """Ends the run because of the first process that died; else because of the first error."""
+        died = [failure for failure in self.failures if failure[1].kind == "crashed"]
+        index, outcome = (died or self.failures)[0]
+        if index == 0 or not self.trained:
+            self._decide(*self._failure(index, outcome))
+
+    def _failure(self, index: int, outcome: Outcome) -> Verdict:
+        code, text, kind = outcome
+        if kind in ("lost", "crashed") or code == INTERRUPTED:
+            return _loss(self.cluster, index, text)
+        if kind == "unclear":
+            text = f"{text}. {CHECKPOINT_STANDS}" if self.running else text
+        return Verdict(code, f"{self.cluster.name(index)}: {text}", index)
+
+    def on_hang(self, text: str) -> None:
+        if self.running and not self.trained:
+            self._decide(STOPPED, text)
 
     def _try_to_conclude(self) -> None:
-        """Ends the run as this worker's child has ended, when the others have as well."""
+        """Ends the run with the outcome of worker 0's process, when the others have ended too."""
         if "last" in self.deadlines and all(peer.ended for peer in self.peers.values()):
             self._conclude()
 
     def _conclude(self) -> None:
-        code, text, _ = self.child.outcome
+        code, text, _ = self.worker.outcome
         self._decide(code, text and f"{self.cluster.name(0)}: {text}", 0)
 
     def _lost(self, index: int, how: str) -> None:
-        """Ends the run because a worker is gone, if there is one that it takes part in."""
+        """Ends the run because a worker is lost, if it is still needed."""
         if self.running and not self.trained:
-            self._gone(index, how)
-
-    def _gone(self, index: int, how: str) -> None:
-        self._decide(*_gone(self.cluster, index, how))
+            self._decide(*_loss(self.cluster, index, how))
 
     def on_signal(self, number: signal.Signals) -> None:
         super().on_signal(number)
@@ -260,7 +307,7 @@ class _Chief(Parent):
             return
         self.verdict = Verdict(code, text, about)
         self.reached(*list(self.deadlines))
-        self.child.kill(Outcome(code, text, "unclear"))
+        self.worker.kill(Outcome(code, text, "unclear"))
         for peer in self.peers.values():
             send(peer.writer, verdict=self.verdict)
         self.told |= set(self.peers)
@@ -268,21 +315,21 @@ class _Chief(Parent):
 
     async def _leave(self) -> None:
         """Ends when the others have left, or the time for that is over."""
-        seconds = LEAVE
+        seconds = LEAVE_TIMEOUT
         if self.signals:
-            seconds = BEAT
+            seconds = HEARTBEAT_INTERVAL
         elif self.told != set(self.others):
-            # Workers that were lost at the very end may come back, those of a run that cannot
-            # begin may be on their way: they are told, instead of waiting for one that has left.
+            # Workers that were lost at the very end may come back, and those of a run that cannot
+            # start may be on their way: they are told, lest they wait for one that has left.
             done = self.verdict.code == 0
-            seconds = self.startup_timeout if done else 0 if self.running else TELL
+            seconds = self.startup_timeout if done else 0 if self.running else TELL_TIMEOUT
             if done:
                 self._say_whom_it_waits_for(seconds)
-                if self.running:  # Else it is open still.
+                if self.running:  # Else it still is.
                     await self._open()
         until = self.loop.time() + seconds
         while (self.peers or self.told != set(self.others)) and self.loop.time() < until:
-            await asyncio.sleep(BEAT / 10)
+            await asyncio.sleep(HEARTBEAT_INTERVAL / 10)
         self.finish(*self.own_end(self.verdict))
 
     def _say_whom_it_waits_for(self, seconds: float) -> None:
@@ -296,7 +343,7 @@ class _Chief(Parent):
 
 
 class _Other(Parent):
-    """The parent of a worker that is not the chief."""
+    """The parent of any other worker."""
 
     chief: asyncio.StreamWriter | None = None
     going = False
@@ -304,21 +351,21 @@ class _Other(Parent):
 
     async def meet(self) -> None:
         self.limit("meeting", self.startup_timeout, self._absent)
-        (await listener(self.cluster.workers[self.cluster.index])).close()  # It is free.
+        (await listen_when_free(self.cluster.workers[self.cluster.index])).close()
         while True:
             reader, self.chief = await self._join()
             how = await self._listen(reader)
             self.chief.close()
             self.chief = None
-            if self.going or self.child.outcome:
-                self._end(_gone(self.cluster, 0, how))
+            if self.going or self.worker.outcome:
+                self._end(_loss(self.cluster, 0, how))
 
     async def _join(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Calls worker 0 until its parent lets this one join."""
+        """Connects to worker 0's parent until that lets this worker join."""
         hello = {"hello": self.cluster.index, "workers": self.cluster.workers}
         while True:
             with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(SILENCE / 2):
+                async with asyncio.timeout(HEARTBEAT_TIMEOUT / 2):
                     reader, writer = await connect(self.cluster.workers[0])
                     send(writer, **hello)
                     answer = await receive(reader) or {}
@@ -329,22 +376,22 @@ class _Other(Parent):
                     self._end(Verdict(*answer["verdict"]))
                 self.busy = answer.get("busy", self.busy)
                 writer.close()
-            await asyncio.sleep(BEAT / 2)
+            await asyncio.sleep(HEARTBEAT_INTERVAL / 2)
 
     def _introduce(self, writer: asyncio.StreamWriter) -> None:
-        if self.child.outcome:
-            send(writer, ended=self.child.outcome)
-            if self.child.outcome.code:
-                self._end(Verdict(*self.child.outcome[:2], self.cluster.index))
-        elif self.facts is not None:
-            send(writer, ready=self.facts)
+        if self.worker.outcome:
+            send(writer, ended=self.worker.outcome)
+            if self.worker.outcome.code:
+                self._end(Verdict(*self.worker.outcome[:2], self.cluster.index))
+        elif self.settings is not None:
+            send(writer, ready=self.settings)
         self.spawn(self.beat(writer))
 
     async def _listen(self, reader: asyncio.StreamReader) -> str:
-        """Does what worker 0's parent says; returns how the connection ended."""
+        """Follows worker 0's parent; returns how the connection ended."""
         try:
             while True:
-                async with asyncio.timeout(SILENCE):
+                async with asyncio.timeout(HEARTBEAT_TIMEOUT):
                     message = await receive(reader)
                 if message is None:
                     return "its connection closed"
@@ -354,10 +401,10 @@ class _Other(Parent):
                 elif "verdict" in message:
                     self._end(Verdict(*message["verdict"]))
         except TimeoutError:
-            return f"no sign of life for {SILENCE:g} s"
+            return f"no heartbeat for {HEARTBEAT_TIMEOUT:g} s"
 
     def on_ready(self) -> None:
-        self._say(ready=self.facts)
+        self._say(ready=self.settings)
 
     def on_outcome(self, outcome: Outcome) -> None:
         code, text, kind = outcome
@@ -366,13 +413,18 @@ class _Other(Parent):
         if kind == "lost":
             self._end(own)
         elif self.chief is None:
-            self.limit("telling", TELL, lambda: self._end(own))
+            self.limit("telling", TELL_TIMEOUT, lambda: self._end(own))
         elif code:  # Until worker 0 has decided; where all stop, that is when it has saved.
-            wait = NEWS + BEAT if kind == "unclear" else STOP
+            unclear = kind in ("crashed", "unclear")
+            wait = LOSS_TIMEOUT + HEARTBEAT_INTERVAL if unclear else STOP_TIMEOUT
             self.limit("telling", wait, lambda: self._end(own))
 
+    def on_hang(self, text: str) -> None:
+        self._say(hang=text)
+        self.limit("telling", TELL_TIMEOUT, lambda: self._end(Verdict(STOPPED, text)))
+
     def _absent(self) -> None:
-        if self.chief is not None:  # Its parent waits for others, and says for whom.
+        if self.chief is not None:  # Worker 0 waits for others, too, and says for whom.
             return
         code, text = _missing([self.cluster.name(0)], self.startup_timeout)
         self._end(Verdict(code, f"{text} Worker 0 answered: {self.busy}." if self.busy else text))
@@ -385,8 +437,8 @@ class _Other(Parent):
         self.finish(*self.own_end(verdict))
 
 
-def _gone(cluster: Cluster, index: int, how: str) -> Verdict:
-    return Verdict(STOPPED, f"{cluster.name(index)} was lost: {how}. {STANDS}", index)
+def _loss(cluster: Cluster, index: int, how: str) -> Verdict:
+    return Verdict(STOPPED, f"{cluster.name(index)} was lost: {how}. {CHECKPOINT_STANDS}", index)
 
 
 def _missing(workers: Sequence[str], seconds: float) -> tuple[int, str]:

@@ -1,18 +1,20 @@
-"""The process that trains as the child of one that watches it, and what the two tell each other.
+"""The process that trains, as the child of one that watches it, and the messages between the two.
 
-    child = Child([sys.executable, "-m", "trainer.task", *flags])      # in the parent, by asyncio
-    await child.connect()
-    async for message in child.messages(): ...
+    process = WorkerProcess([sys.executable, "-m", "trainer.task", *flags])  # in the parent
+    await process.connect()
+    async for message in process.messages(): ...
 
-    Link.find(os.environ).run(lambda: train(...))                      # in the child, with threads
+    Link.find(os.environ).run(lambda: train(...))                            # in the child
 
-TensorFlow waits for another worker inside C++, at its start even with Python's lock held, so that
-no handler and no thread of that process runs. What must never wait is therefore the parent's, which
-loads no TensorFlow (``trainer.distributed.supervisor``).
+TensorFlow waits for the other workers inside C++, while it connects even with Python's global
+interpreter lock held, so that no signal handler and no other thread of that process runs. Whatever
+must never block is therefore done by the parent, which does not load TensorFlow
+(``trainer.distributed.supervisor``).
 
 Each message is a line of JSON, on a pair of sockets:
 
-    to the parent  {"ready": facts}, {"connected": 1}, {"trained": 1}, {"ended": [code, text, kind]}
+    to the parent  {"ready": settings}, {"connected": 1}, {"step": [epoch, step]}, {"trained": 1},
+                   {"traceback": text}, {"ended": [code, text, kind]}
     to the child   {"go": 1}
 """
 
@@ -26,43 +28,100 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, NoReturn
 
 from trainer.cli import INTERRUPTED
 from trainer.distributed.messages import encode, receive, send
-from trainer.errors import StoppedError, TrainerError
+from trainer.errors import ConfigurationError, StoppedError, TrainerError
 
-_VARIABLE = "TRAINER_PARENT_FD"  # The file descriptor by which a child finds its parent.
+_VARIABLE = "TRAINER_PARENT_FD"  # Names the file descriptor of the child's end of the connection.
 
 
 class Outcome(NamedTuple):
-    """How a child ended.
+    """How a worker process ended.
 
     Attributes:
         code: Its exit code, as a shell reports it.
         text: Why, in a sentence or the end of one.
-        kind: ``named``: as it should, or by an error that it names; ``lost``: killed or stopped,
-            which is a reason of its own; ``unclear``: in a way that the loss of another worker
-            can have caused.
+        kind: ``named``: successfully, or with an error whose cause is known; ``lost``: killed or
+            stopped from outside; ``crashed``: it died; ``unclear``: it raised an error. The last
+            two can be consequences of the loss of another worker.
     """
 
     code: int
     text: str
-    kind: Literal["named", "lost", "unclear"]
+    kind: Literal["named", "lost", "crashed", "unclear"]
 
 
-class PeerError(StoppedError):
-    """What TensorFlow raises where the loss of another worker is the likely cause."""
+class PeerError(Exception):
+    """An error of TensorFlow's that the loss of another worker may have caused."""
+
+
+@contextlib.contextmanager
+def peer_errors() -> Iterator[None]:
+    """Re-raises errors that the loss of a peer can cause as ``PeerError``.
+
+    The same errors have other causes, too. Whether a peer was lost, the parent processes know.
+    """
+    from trainer.runtime import tf  # Here: the parent processes do not load it.
+
+    try:
+        yield
+    except (
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.DeadlineExceededError,
+        tf.errors.InternalError,
+        tf.errors.UnavailableError,
+        tf.errors.UnknownError,  # What an exception of the ring becomes inside a tf.function.
+        ConnectionError,
+    ) as error:
+        raise PeerError(_describe(error)) from error
+
+
+@contextlib.contextmanager
+def out_of_memory_errors() -> Iterator[None]:
+    """Re-raises TensorFlow's error for a device whose memory is exhausted.
+
+    Raises:
+        ConfigurationError: In its place; the message names the remedies.
+    """
+    from trainer.runtime import tf
+
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise ConfigurationError(
+            "Expected the training to fit into the memory of the device. Received: "
+            f"{_describe(error)}. Use a smaller --batch-size, or --precision mixed_bfloat16."
+        ) from error
+
+
+def _describe(error: BaseException) -> str:
+    """Returns an error's type and reason in one line.
+
+    The message of an error inside a ``tf.function`` is a traceback of the graph; the reason is its
+    last line, but for references to nodes.
+
+    >>> _describe(ValueError("Graph execution error:" + chr(10) + "no such kernel."))
+    'ValueError: no such kernel'
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    reasons = [line for line in lines if line and not line.startswith(("[[", "The error could"))]
+    name = type(error).__name__
+    return f"{name}: {reasons[-1][:300].rstrip('.')}" if reasons else name
 
 
 class Link:
-    """A child's end of the connection to its parent, with which it ends, whatever it waits for."""
+    """A worker process' end of the connection to its parent. The process ends when the parent does,
+    even while it is blocked.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.may_go = threading.Event()
-        threading.Thread(target=self._follow, daemon=True).start()
+        threading.Thread(target=self._listen, daemon=True).start()
 
     @classmethod
     def find(cls, environ: Mapping[str, str]) -> "Link | None":
@@ -72,57 +131,70 @@ class Link:
         return cls(socket.socket(fileno=int(environ[_VARIABLE])))
 
     def run(self, function: Callable[[], object]) -> NoReturn:
-        """Calls the function, tells the parent how it ended, and waits to be ended by it.
+        """Calls the function, reports how it ended, and waits to be killed by the parent.
 
-        The others fetch from this process what all have reduced together: it must not be gone
-        before they have it.
+        TensorFlow's collectives let a peer fetch their result from this process, which must not
+        exit before all peers have it.
         """
         try:
             function()
-            outcome = Outcome(0, "", "named")
-        except PeerError as error:
-            outcome = Outcome(error.exit_code, str(error), "unclear")
-        except TrainerError as error:
-            outcome = Outcome(error.exit_code, str(error), "named")
         except KeyboardInterrupt as interrupt:
-            outcome = Outcome(INTERRUPTED, str(interrupt), "named")
-        except BaseException:
-            traceback.print_exc()
-            outcome = Outcome(1, "a defect of the program, shown above", "unclear")
+            self._end(Outcome(INTERRUPTED, str(interrupt), "named"))
+        except PeerError as error:
+            self._end(Outcome(1, str(error), "unclear"), traceback.format_exc())
+        except TrainerError as error:
+            self._end(Outcome(error.exit_code, str(error), "named"))
+        except BaseException as error:
+            self._end(Outcome(1, _describe(error), "unclear"), traceback.format_exc())
+        self._end(Outcome(0, "", "named"))
+
+    def meet(self, settings: dict) -> None:
+        """Waits until all workers have come and are seen to agree.
+
+        Args:
+            settings: By name, whatever must be equal on all workers, as JSON can hold it. A worker
+                that differs ends the run; the error names it and the difference.
+        """
+        self._send(ready=settings)
+        self.may_go.wait()
+
+    def tell(self, event: Literal["connected", "trained"]) -> None:
+        """Reports that TensorFlow is connected to the other workers, or that training is done."""
+        self._send(**{event: 1})
+
+    def report_step(self, epoch: int, step: int) -> None:
+        """Reports progress, from which the parent knows that training does not hang.
+
+        Args:
+            epoch: Counted from 1.
+            step: The last step of it that has ended, counted from 1.
+        """
+        self._send(step=[epoch, step])
+
+    def _end(self, outcome: Outcome, details: str = "") -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(OSError):
+            if details:
+                self._send(traceback=details[-20_000:])  # Less than asyncio's 64 KiB a line.
             self._send(ended=outcome)
         while True:
             signal.pause()
 
-    def meet(self, facts: dict) -> None:
-        """Says what this worker is about to train, and waits until all have come and agree.
-
-        Args:
-            facts: By name, whatever must be equal on all workers.
-        """
-        self._send(ready=facts)
-        self.may_go.wait()
-
-    def tell(self, event: Literal["connected", "trained"]) -> None:
-        """Says how far it is: connected to the other workers, or through with the training."""
-        self._send(**{event: 1})
-
     def _send(self, **message: object) -> None:
         self.connection.sendall(encode(message))
 
-    def _follow(self) -> None:
+    def _listen(self) -> None:
         for _ in self.connection.makefile("r", encoding="utf-8"):
-            self.may_go.set()  # There is one message only.
+            self.may_go.set()  # "go" is the only message.
         os._exit(StoppedError.exit_code)
 
 
-class Child:
-    """A parent's end: starts the process, and ends it with this one.
+class WorkerProcess:
+    """The parent's end: starts the worker process, which ends with the parent.
 
     Args:
-        command: What to start; it finds its end by ``Link.find``.
+        command: What to start; it finds its end of the connection by ``Link.find``.
 
     Attributes:
         outcome: How it ended; None while it runs.
@@ -138,7 +210,7 @@ class Child:
                 env={**os.environ, _VARIABLE: str(theirs.fileno())},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # The terminal's Ctrl-C is for the parent alone.
+                start_new_session=True,  # Ctrl-C in a terminal is for the parent alone.
                 preexec_fn=die_with_parent,
             )
 
@@ -147,7 +219,7 @@ class Child:
         self.reader, self.writer = await asyncio.open_connection(sock=self.connection)
 
     async def messages(self) -> AsyncIterator[dict]:
-        """Yields what the child says, until ``outcome`` is known: it has said so, or is gone."""
+        """Yields messages until the outcome is known: it was reported, or the process died."""
         while message := await receive(self.reader):
             if "ended" in message:
                 self.outcome = self.outcome or Outcome(*message["ended"])
@@ -161,11 +233,11 @@ class Child:
         send(self.writer, go=1)
 
     def signal(self, number: signal.Signals) -> None:
-        """Passes a signal on."""
-        self.process.send_signal(number)  # Not to one that has ended: Python looks first.
+        """Forwards a signal."""
+        self.process.send_signal(number)  # Python checks first that it has not ended.
 
     def is_stopped(self) -> bool:
-        """Tells whether it is stopped (SIGSTOP), where the system tells."""
+        """Tells whether it is stopped (SIGSTOP), on systems that tell."""
         if self.outcome or not hasattr(os, "waitid"):  # macOS has it from Python 3.13 on.
             return False
         with contextlib.suppress(ChildProcessError):
@@ -174,31 +246,32 @@ class Child:
         return False
 
     def kill(self, outcome: Outcome) -> None:
-        """Ends it, whatever it does; ``outcome`` says why, unless it has said so itself."""
+        """Kills it; ``outcome`` says why, unless it has reported one itself."""
         self.outcome = self.outcome or outcome
         self.process.kill()
 
     def close(self) -> None:
-        """Ends it, and waits for that."""
+        """Kills it, and waits for its end."""
         self.process.kill()
         self.process.wait()
         self.writer.close()
 
 
 def die_with_parent() -> None:
-    """Has Linux kill this process when its parent is gone, however that ended
-    (prctl PR_SET_PDEATHSIG); elsewhere it does nothing.
+    """Has Linux kill this process when its parent ends, for whatever reason
+    (prctl PR_SET_PDEATHSIG); on other systems it does nothing.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _explain(returncode: int) -> Outcome:
-    """Returns how a child ended that said nothing."""
+    """Returns the outcome of a process that ended without reporting one."""
     if returncode >= 0:
-        text = f"it ended without a word, with exit code {returncode}"
-        return Outcome(returncode or 1, text, "unclear")
+        text = f"it ended with exit code {returncode} and no report"
+        return Outcome(returncode or 1, text, "crashed")
     number = signal.Signals(-returncode)
-    # TensorFlow ends itself by other signals when a worker is gone (SIGABRT).
-    kind = "lost" if number == signal.SIGKILL else "unclear"
+    # TensorFlow aborts (SIGABRT) in some cases where a peer is lost; nobody else sends SIGKILL
+    # than the kernel that is out of memory, or an operator.
+    kind = "lost" if number == signal.SIGKILL else "crashed"
     return Outcome(128 + number, f"killed by {number.name}", kind)

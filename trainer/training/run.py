@@ -99,9 +99,7 @@ def train(
             source, digits = _load(config, data)
 
             from trainer import runtime
-            from trainer.distributed.collectives import lost_peers as peer_errors
-
-            out_of_memory_errors = contextlib.nullcontext
+            from trainer.distributed.worker import out_of_memory_errors, peer_errors
 
             _configure_tensorflow(config)
             watcher = held.enter_context(_progress(config, cluster))
@@ -494,7 +492,7 @@ class _Session:
 
     def _report(self, position: "Position") -> None:
         if self.link:
-            pass
+            self.link.report_step(position.epoch + 1, position.step)
 
 
 def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "Watcher") -> None:
