@@ -46,8 +46,7 @@ class Bar(Progress):
             total=position["steps"],
             completed=position["step"],
             epoch=f"{position['epoch']}/{position['epochs']}",
-            status=f"{means(metrics)}  {position['images_per_second']:,.0f} images/s  "
-            f"{span(position['seconds_left'])} left",
+            status=format_progress(position, metrics),
         )
 
     def set_status(self, text: str) -> None:
@@ -59,23 +58,29 @@ class Bar(Progress):
         self.console.print(text, soft_wrap=True, markup=False)
 
 
-def means(logs: dict[str, float]) -> str:
+def format_progress(position: dict, metrics: dict[str, float]) -> str:
+    """Formats metrics, speed and remaining time; the arguments are those of ``Bar.show``."""
+    rate, left = position["images_per_second"], format_duration(position["seconds_left"])
+    return f"{format_metrics(metrics)}  {rate:,.0f} images/s  {left} left"
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
     """Formats metrics: loss first, training before validation.
 
-    >>> means({"accuracy": 0.5, "loss": 1.25, "val_loss": 1})
+    >>> format_metrics({"accuracy": 0.5, "loss": 1.25, "val_loss": 1})
     'loss 1.2500  accuracy 0.5000  val_loss 1.0000'
     """
     # Keras sorts them by name.
     order = sorted(
-        logs, key=lambda name: (name.startswith("val_"), not name.endswith("loss"), name)
+        metrics, key=lambda name: (name.startswith("val_"), not name.endswith("loss"), name)
     )
-    return "  ".join(f"{name} {logs[name]:.4f}" for name in order)
+    return "  ".join(f"{name} {metrics[name]:.4f}" for name in order)
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Formats a duration.
 
-    >>> span(7.6), span(61), span(3725)
+    >>> format_duration(7.6), format_duration(61), format_duration(3725)
     ('8s', '1m 01s', '1h 02m')
     """
     seconds = round(seconds)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from trainer.config import LogFormat
 from trainer.log_lines import Severity, json_line
-from trainer.reporting.bar import Bar, means, span
+from trainer.reporting.bar import Bar, format_duration, format_metrics, format_progress
 from trainer.runtime import keras
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -130,8 +130,9 @@ class Watcher(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         seconds = self.clock() - self.epoch_start
+        duration = format_duration(seconds)
         self.say(
-            f"epoch {epoch + 1}/{self.params['epochs']}  {means(logs)}  {span(seconds)}",
+            f"epoch {epoch + 1}/{self.params['epochs']}  {format_metrics(logs)}  {duration}",
             "epoch",
             epoch=epoch + 1,
             epochs=self.params["epochs"],
@@ -288,6 +289,5 @@ class Notebook(Watcher):
 def _sentence(position: dict, metrics: dict[str, float]) -> str:
     return (
         f"epoch {position['epoch']}/{position['epochs']}  "
-        f"step {position['step']}/{position['steps']}  {means(metrics)}  "
-        f"{position['images_per_second']:,.0f} images/s  {span(position['seconds_left'])} left"
+        f"step {position['step']}/{position['steps']}  {format_progress(position, metrics)}"
     )

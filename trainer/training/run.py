@@ -412,7 +412,7 @@ def _announce(
     replicas = assembly.manifest.environment["replicas"]
     watcher.say(assembly.strategy.reason, "strategy", replicas=replicas)
     if assembly.step.reason:
-        watcher.say(assembly.step.reason, "step")
+        watcher.say(assembly.step.reason, "notice")
 
 
 class _Session:
@@ -527,12 +527,12 @@ def _save(
 
 
 def _say_result(config: TrainConfig, manifest: dict, watcher: "Watcher") -> None:
-    from trainer.reporting.bar import span
+    from trainer.reporting.bar import format_duration
 
     metrics = manifest["metrics"]
     text = (
         f"test accuracy {metrics['val_accuracy']:.2%}, loss {metrics['val_loss']:.4f}, "
-        f"after {span(manifest['seconds'])}\n"
+        f"after {format_duration(manifest['seconds'])}\n"
         f"{config.output_dir / files.MODEL_FILE}  "
         f"{manifest['model']['bytes'] / 1e6:.1f} MB  "
         f"SHA-256 {manifest['model']['sha256']}"
