@@ -22,7 +22,9 @@ from trainer.errors import OutputError, UsageError
 from trainer.machine import available_cpus
 
 if TYPE_CHECKING:  # --help loads none of these.
-    from trainer.inference.classifier import Answer, Picture
+    import numpy as np
+
+    from trainer.inference.classifier import Answer, Picture, Prediction
 
 PROG = "python -m trainer.predict"
 
@@ -115,9 +117,10 @@ def predict(config: PredictConfig) -> None:
                 failures.append(answer.error)
                 if len(names) > 1:
                     print(f"{PROG}: error: {answer.error}", file=sys.stderr, flush=True)
-            elif config.show:
+            elif config.show and answer.picture is not None:
                 # 48 letters are at most the 255 bytes that file systems allow.
-                _show(config.show / f"{number:04}-{Path(answer.name).stem[:48]}.png", answer)
+                path = config.show / f"{number:04}-{Path(answer.name).stem[:48]}.png"
+                _show(path, answer.picture, answer.predictions)
     if failures and len(names) == 1:
         raise failures[0]
     if failures:
@@ -185,22 +188,22 @@ def _make_folder(folder: Path) -> None:
         raise _unwritable(folder, error) from error
 
 
-def _show(path: Path, answer: "Answer") -> None:
+def _show(path: Path, picture: "np.ndarray", predictions: "Sequence[Prediction]") -> None:
     """Draws a picture with the digits that were found in it, and beside it each digit as the model
     saw it.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    height, width = answer.picture.shape
+    height, width = picture.shape
     zoom = SHOWN / max(height, width)
-    original = Image.fromarray(answer.picture).convert("RGB")
+    original = Image.fromarray(picture).convert("RGB")
     original = original.resize((max(1, round(width * zoom)), max(1, round(height * zoom))))
     tile, label = SHOWN // 2, 24
-    columns = -(-len(answer.predictions) // 2)
+    columns = -(-len(predictions) // 2)
     sheet = Image.new("RGB", (SHOWN + 8 + columns * (tile + 8), SHOWN + 2 * label), "white")
     sheet.paste(original)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for number, prediction in enumerate(answer.predictions):
+    for number, prediction in enumerate(predictions):
         digit = prediction.digit
         draw.rectangle([round(edge * zoom) for edge in digit.box], outline="#b03a00", width=2)
         row, column = divmod(number, columns)

@@ -58,7 +58,7 @@ def create(
     """
     seen = _gpus(gpus)
     kind = _resolve(kind, cluster, gpus, len(seen))
-    if kind == "multiworker":
+    if cluster:  # And only then is the kind multiworker.
         return _multiworker(cluster, seen)
     if kind == "tpu":
         return _tpu(os.environ, startup_timeout)

@@ -47,10 +47,10 @@ def start(processes: int) -> Iterator[Decode]:
     for decoder in decoders:
         idle.put(decoder)
 
-    def decode(*request) -> Decoded:
+    def decode(source: Path | bytes, name: str, digits: DigitCount) -> Decoded:
         decoder = idle.get()
         try:
-            return decoder.decode(*request)
+            return decoder.decode(source, name, digits)
         finally:
             idle.put(decoder)
 
@@ -67,7 +67,7 @@ class _Decoder:
     """One process; when it has ended, the next picture starts another."""
 
     def __init__(self) -> None:
-        self._child = sandbox.Child(MODULE)
+        self._child: sandbox.Child | None = sandbox.Child(MODULE)
 
     def decode(self, source: Path | bytes, name: str, digits: DigitCount) -> Decoded:
         if not self._child:
@@ -108,10 +108,10 @@ def _receive(child: sandbox.Child) -> Decoded:
 def _receive_digit(child: sandbox.Child, header: object, width: int, height: int) -> Digit:
     match header:
         case {"box": box, "several": bool(several)}:
-            left, top, right, bottom = box = sandbox.integers(box, count=4, most=LONGEST)
+            left, top, right, bottom = sandbox.integers(box, count=4, most=LONGEST)
             if left <= right <= width and top <= bottom <= height:
                 pixels = np.frombuffer(child.read(SIZE * SIZE), np.uint8)
-                return Digit(pixels.reshape(SIZE, SIZE), box, several)
+                return Digit(pixels.reshape(SIZE, SIZE), (left, top, right, bottom), several)
     raise sandbox.ProtocolError
 
 

@@ -13,10 +13,16 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from trainer.errors import DataError, InputError, TrainerError
 from trainer.inference import sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import h5py
+    import numpy as np
 
 MEMORY = 700_000_000  # Bytes of address space; a sound file takes a quarter of that.
 SECONDS = 10  # Of processor time; a sound file takes less than one.
@@ -38,7 +44,7 @@ def main() -> None:
     channel.send(header, config, *(array.data for array in arrays))
 
 
-def _read(path: str) -> tuple[bytes, list]:
+def _read(path: str) -> "tuple[bytes, list[np.ndarray]]":
     """Returns a file's configuration and its arrays."""
     import h5py
 
@@ -65,7 +71,7 @@ def _read(path: str) -> tuple[bytes, list]:
     return text, arrays
 
 
-def _weights(file) -> Iterator:
+def _weights(file: "h5py.File") -> "Iterator[np.ndarray]":
     """Yields the arrays in the order of the layers."""
     import h5py
 
@@ -89,7 +95,7 @@ def _weights(file) -> Iterator:
             yield array[()].astype("<f4")
 
 
-def _member(group, path: str):
+def _member(group: "h5py.Group", path: str) -> "h5py.Group | h5py.Dataset":
     """Returns what lies at a path in this file; links into other files are not followed."""
     import h5py
 

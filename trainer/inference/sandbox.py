@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from trainer.errors import DataError, InputError, TrainerError
 
@@ -122,7 +122,8 @@ class Child(Channel):
                 "MALLOC_MMAP_THRESHOLD_": "4000000",
             },
         )
-        super().__init__(self._process.stdout, self._process.stdin)
+        pipes = cast("BinaryIO", self._process.stdout), cast("BinaryIO", self._process.stdin)
+        super().__init__(*pipes)
 
     def __enter__(self) -> "Child":
         return self
@@ -157,7 +158,7 @@ class Child(Channel):
         """Ends the process, whatever it is doing."""
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
+        for stream in (self._source, self._sink):
             with contextlib.suppress(OSError):  # What is left in it has no reader.
                 stream.close()
 

@@ -259,6 +259,7 @@ def _widen(digit: np.ndarray) -> np.ndarray:
 
 def _resize(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Makes another size of float32 (h, w), smoothly, as a mean where it is smaller."""
-    shrinks = shape[0] * shape[1] < values.size
+    height, width = shape
+    shrinks = height * width < values.size
     filter = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(values).resize(shape[::-1], filter))
+    return np.asarray(Image.fromarray(values).resize((width, height), filter))

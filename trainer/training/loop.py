@@ -248,7 +248,7 @@ def _compile(
     # Written out as a tf.while_loop, because AutoGraph does not convert a "for" on Python 3.13
     # (TensorFlow 2.21).
     @tf.function(autograph=False)
-    def call(iterator: Iterator, steps: tf.Tensor) -> tf.Tensor:
+    def call(iterator: tf.distribute.DistributedIterator, steps: tf.Tensor) -> tf.Tensor:
         def one(number: tf.Tensor, rows: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
             sums = strategy.run(of_replica, args=iterator.get_next())
             here = strategy.experimental_local_results(sums)

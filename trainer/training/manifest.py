@@ -6,14 +6,17 @@ It is in mnist.json and in each checkpoint, and workers compare theirs before th
 import dataclasses
 import platform
 import uuid
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import trainer
 from trainer import machine
 from trainer.config import TrainConfig, fixed_fields
-from trainer.data.dataset import Digits
 from trainer.runtime import ONEDNN, keras, tf
+
+if TYPE_CHECKING:
+    from trainer.data.dataset import Digits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,8 @@ class RunManifest:
         cls,
         config: TrainConfig,
         *,
-        source: Digits,
-        used: Digits,
+        source: "Digits",
+        used: "Digits",
         step: str,
         workers: int,
         replicas: int,
