@@ -6,23 +6,28 @@ What a worker's parent does without TensorFlow has more cases in ``test_supervis
 
 import contextlib
 import functools
-import json
 import os
-import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from support import Command, assert_alike, assert_gradients_alike, outcome
+from support import (
+    Command,
+    Constant,
+    Pause,
+    assert_alike,
+    assert_gradients_alike,
+    outcome,
+    wait_for,
+)
 
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.local import free_ports
-from trainer.distributed.supervisor import CHECKPOINT_STANDS as STANDS
+from trainer.distributed.parent import CHECKPOINT_STANDS
 from trainer.training.checkpoint import FOLDER
 
 RUN = ("--epochs", 2, "--train-limit", 768, "--test-limit", 100, "--threads", 1, "--no-report")
-EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1, "--log-format", "json")
+EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1)
 
 
 class Group:
@@ -33,42 +38,35 @@ class Group:
         self.workers = tuple(f"127.0.0.1:{port}" for port in free_ports(count))
         self.processes = {}
 
-    def start(self, *flags, only=None):
+    def start(self, *flags, only=None, hooks=()):
         for index in range(len(self.workers)) if only is None else only:
             # The others need no folder, and must make none.
             folder = "out" if index == 0 else "nowhere"
             # A list of one is a worker alone.
             self.command.env["TF_CONFIG"] = Cluster(self.workers, index).tf_config
-            self.processes[index] = self.command.start(*flags, "--output-dir", folder)
+            self.processes[index] = self.command.start(*flags, "--output-dir", folder, hooks=hooks)
         del self.command.env["TF_CONFIG"]
         return self
 
     def child(self, index):
         """Returns the process of a worker that trains."""
         pid = self.processes[index].pid
-        with contextlib.suppress(OSError, ValueError):  # It has ended.
-            return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
-        return None
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
 
     def send(self, number, index, *, child=False):
         pids = [self.child(index)] if child else []
         self.processes[index].send_signal(number)
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError, TypeError):
+            with contextlib.suppress(ProcessLookupError):  # It may have ended with its parent.
                 os.kill(pid, number)
 
-    def end(self, index, *, within=60):
-        stdout, stderr = self.processes[index].communicate(timeout=within)
-        return self.processes[index].returncode, stdout, stderr
+    def reach(self, pause):
+        """Waits until a worker pauses."""
+        pause.wait(*self.processes.values())
 
-    def until(self, condition):
-        end = time.monotonic() + 120
-        while not condition():
-            if any(one.poll() is not None for one in self.processes.values()):
-                assert condition(), [self.end(index) for index in self.processes]
-                return
-            assert time.monotonic() < end, "it never came"
-            time.sleep(0.002)
+    def end(self, index):
+        stdout, stderr = self.processes[index].communicate(timeout=300)
+        return self.processes[index].returncode, stdout, stderr
 
     def name(self, index):
         return f"worker {index} ({self.workers[index]})"
@@ -165,7 +163,7 @@ def undisturbed(tmp_path_factory):
         folder = tmp_path_factory.mktemp("undisturbed")
         workers = Group(Command(folder, folder), count).start(*RUN)
         for index in range(count):
-            code, stdout, stderr = workers.end(index, within=200)
+            code, stdout, stderr = workers.end(index)
             assert (code, stderr) == (0, "")
             # Worker 0 shows progress; another one says how it ended, and nothing else.
             last = f"worker {index} of 2 has the same weights as the others, bit for bit: SHA-256 "
@@ -177,108 +175,161 @@ def undisturbed(tmp_path_factory):
     return of
 
 
-def steps_saved(folder):
-    return max((int(p.stem.split("-")[1]) for p in (folder / FOLDER).glob("*.index")), default=0)
+# Between the files of a checkpoint and the list that names it.
+SAVE = "tensorflow.python.checkpoint.checkpoint_management:update_checkpoint_state_internal"
+# A signal must reach a worker, and be obeyed, on a machine that is busy otherwise, too.
+PATIENT = Constant("trainer.distributed.parent:STOP_TIMEOUT", 300)
+
+KILLS = [(signal.SIGKILL, point) for point in ("save", (1, 1), (1, 4), (2, 0), (2, 5))]
+STOPS = [(signal.SIGTERM, point) for point in ((1, 1), (1, 3), (1, 5), (2, 1), (2, 4))]
 
 
-def stop(workers, folder, number, *, in_save=False):
-    """Stops a run by a signal to one worker: at a random step, or while it saves. Returns whether
-    it was stopped before its end.
-    """
-    count = len(workers.workers)
-    workers.start(*EAGER)
-    # Early enough that there are steps left for more stops.
-    step = random.randint(1, 3) + steps_saved(folder)
-
-    def is_time():
-        if in_save:
-            return any("temp" in path.name for path in folder.glob(f"{FOLDER}/*"))
-        return steps_saved(folder) >= step
-
-    workers.until(lambda: is_time() or (folder / "mnist.h5").exists())
-    time.sleep(0 if in_save else random.uniform(0, 0.3))
-    stopped = 0 if in_save else random.randrange(count)
-    workers.send(number, stopped, child=number == signal.SIGKILL)
-    ends = [workers.end(index, within=20) for index in range(count)]
-    if (folder / "mnist.h5").exists():
-        return False
-    for index, (code, _, stderr) in enumerate(ends):
+def stop(workers, tmp_path, number, point, stopped):
+    """Stops a run by a signal to one worker: when a step has ended, or while it saves."""
+    pauses = [
+        Pause(folder=tmp_path / str(index), worker=index, after_step=point)
+        for index in range(len(workers.workers))
+    ]
+    if point == "save":
+        pauses = [Pause(folder=tmp_path / "save", worker=0, calling=SAVE)]
+    workers.start(*EAGER, hooks=[*pauses, PATIENT])
+    for pause in pauses:
+        workers.reach(pause)
+    workers.send(number, stopped, child=number == signal.SIGKILL and len(workers.workers) > 1)
+    if number != signal.SIGKILL:
+        pauses[stopped].wait(*workers.processes.values(), seen=number.name)
+        for pause in pauses:
+            pause.go()
+    for index in range(len(workers.workers)):
+        code, _, stderr = workers.end(index)
         if number == signal.SIGKILL and index == stopped:
-            assert code in (-9, 137)
+            assert code == -9
         elif number == signal.SIGKILL:
             assert code == 75, stderr
-            assert f"{workers.name(stopped)} was lost: " in stderr
-            assert stderr.endswith(f"{STANDS}\n")
+            assert f"{workers.name(stopped)} was lost: its connection closed." in stderr
+            assert stderr.endswith(f"{CHECKPOINT_STANDS}\n")
         else:
             assert code == 75, stderr
             assert f"stopped by {number.name}" in stderr
-            assert "the same command goes on from there" in stderr
+            assert "the same command resumes the run" in stderr
         assert stderr.count("\n") <= 1
-    return True
 
 
 @pytest.mark.parametrize(
-    ("count", "signals"),
+    ("count", "stops", "stopped"),
     [
-        (1, [signal.SIGKILL, signal.SIGTERM]),
-        (2, [signal.SIGKILL]),
+        (1, [KILLS[0], STOPS[1]], 0),
+        (2, [KILLS[2]], 1),
         *(
-            pytest.param(count, [number] * 10, marks=pytest.mark.full)
-            for count in (1, 2)
-            for number in (signal.SIGKILL, signal.SIGTERM)
+            pytest.param(count, stops, stopped, marks=pytest.mark.full)
+            for count, stopped in ((1, 0), (2, 0), (2, 1))
+            for stops in (KILLS[stopped:], STOPS)
         ),
     ],
 )
 def test_a_run_stopped_at_any_step_ends_with_the_same_bits(
-    group, command, undisturbed, signals, count
+    group, command, undisturbed, tmp_path, count, stops, stopped
 ):
     out = command.folder / "out"
-    stopped = 0
-    while stopped < len(signals):  # runs, each stopped several times, the first while it saves
-        for number in signals[stopped : stopped + 4]:
-            if not stop(group(count), out, number, in_save=stopped == 0):
-                break
-            stopped += 1
-        if not (out / "mnist.h5").exists():
-            last = group(count).start(*EAGER)
-            assert [last.end(index, within=200)[0] for index in range(count)] == [0] * count
-        assert outcome(out) == undisturbed(count)
-        assert not (out / FOLDER).exists()
-        (out / "mnist.h5").unlink()
+    for number, (signal_number, point) in enumerate(stops):
+        folder = tmp_path / f"stop-{number}"
+        folder.mkdir()
+        stop(group(count), folder, signal_number, point, stopped)
+        assert not (out / "mnist.h5").exists()
+    last = group(count).start(*EAGER)
+    assert [last.end(index)[0] for index in range(count)] == [0] * count
+    assert outcome(out) == undisturbed(count)
+    assert not (out / FOLDER).exists()
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.full
-def test_a_frozen_worker_is_named_within_twenty_seconds(group, command, lost):
-    two = group(2).start(*EAGER)
-    two.until(lambda: steps_saved(command.folder / "out") >= 2)
+def test_a_worker_whose_process_is_frozen_is_named(group, tmp_path, lost):
+    pause = Pause(folder=tmp_path / "pause", after_step=(1, 2), worker=lost)
+    two = group(2).start(*EAGER, hooks=[pause])
+    two.reach(pause)
     os.kill(two.child(lost), signal.SIGSTOP)
     how = "its process was stopped (SIGSTOP)"
-    code, _, stderr = two.end(1 - lost, within=20)
+    code, _, stderr = two.end(1 - lost)
     assert (code, stderr) == (
         75,
-        f"python -m trainer.task: {two.name(lost)} was lost: {how}. {STANDS}\n",
+        f"python -m trainer.task: {two.name(lost)} was lost: {how}. {CHECKPOINT_STANDS}\n",
     )
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_worker_frozen_whole_is_named_within_twenty_seconds(group, command, lost):
-    two = group(2).start(*EAGER)
-    two.until(lambda: steps_saved(command.folder / "out") >= 2)
+def test_a_worker_frozen_whole_is_named(group, tmp_path, lost):
+    pause = Pause(folder=tmp_path / "pause", after_step=(1, 2), worker=lost)
+    two = group(2).start(*EAGER, hooks=[pause])
+    two.reach(pause)
     two.send(signal.SIGSTOP, lost, child=True)
-    code, _, stderr = two.end(1 - lost, within=20)
+    code, _, stderr = two.end(1 - lost)
     assert code == 75
-    assert f"{two.name(lost)} was lost: no sign of life for 10 s. {STANDS}" in stderr
+    assert f"{two.name(lost)} was lost: no heartbeat for 10 s. {CHECKPOINT_STANDS}" in stderr
     assert stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("hung", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_a_worker_that_hangs_ends_the_run_and_says_after_which_step(group, tmp_path, hung):
+    pause = Pause(folder=tmp_path / "pause", after_step=(1, 3), worker=hung)
+    two = group(2).start(*EAGER, "--step-timeout", 15, hooks=[pause])
+    for index in (0, 1):
+        code, _, stderr = two.end(index)
+        assert (code, stderr) == (
+            75,
+            "python -m trainer.task: no step ended for 15 s after epoch 1, step 3 "
+            f"(--step-timeout). {CHECKPOINT_STANDS}\n",
+        )
+
+
+@pytest.mark.parametrize("failing", [1, pytest.param(0, marks=pytest.mark.full)])
+def test_an_error_of_tensorflow_while_all_are_alive_is_no_loss(group, tmp_path, failing):
+    pause = Pause(
+        folder=tmp_path / "pause",
+        after_step=(1, 2),
+        worker=failing,
+        error="tf.errors.InternalError(None, None, 'cuDNN launch failure')",
+    )
+    pause.go()
+    two = group(2).start(*EAGER, hooks=[pause])
+    text = f"InternalError: cuDNN launch failure. {CHECKPOINT_STANDS}\n"
+    code, _, stderr = two.end(failing)
+    assert code == 1
+    assert stderr.startswith("Traceback (most recent call last):\n")
+    assert stderr.endswith(f"\npython -m trainer.task: error: {text}")
+    code, _, stderr = two.end(1 - failing)
+    assert (code, stderr) == (1, f"python -m trainer.task: error: {two.name(failing)}: {text}")
+
+
 @pytest.mark.full
-def test_a_worker_that_is_late_is_waited_for(group, command):
-    two = group(2).start(*RUN, only=[0])
-    time.sleep(15)  # as long as worker 0 takes to be ready
+def test_a_device_without_memory_is_named(group, tmp_path):
+    pause = Pause(
+        folder=tmp_path / "pause",
+        after_step=(1, 2),
+        worker=1,
+        error="tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating tensor')",
+    )
+    pause.go()
+    two = group(2).start(*EAGER, hooks=[pause])
+    for index, name in enumerate((f"{two.name(1)}: ", "")):
+        code, _, stderr = two.end(index)
+        assert code == 78
+        assert stderr == (
+            f"python -m trainer.task: error: {name}Expected the training to fit into the memory of "
+            "the device. Received: ResourceExhaustedError: OOM when allocating tensor. Use a "
+            "smaller --batch-size, or --precision mixed_bfloat16.\n"
+        )
+
+
+@pytest.mark.full
+def test_a_worker_that_is_late_is_waited_for(group, tmp_path):
+    pause = Pause(folder=tmp_path / "pause", calling="trainer.distributed.worker:Link.meet")
+    two = group(2).start(*RUN, only=[0], hooks=[pause])
+    two.reach(pause)
+    pause.go()
     two.start(*RUN, only=[1])
-    assert [two.end(index, within=200)[0] for index in (0, 1)] == [0, 0]
+    assert [two.end(index)[0] for index in (0, 1)] == [0, 0]
 
 
 @pytest.mark.full
@@ -286,20 +337,21 @@ def test_a_worker_that_never_comes_is_named(group):
     two = group(2).start(*RUN, "--startup-timeout", 12, only=[0])
     code, _, stderr = two.end(0)
     assert code == 75
-    assert stderr == (
-        f"python -m trainer.task: {two.name(1)} did not come within 12 s. Start the same command "
-        "there too; --startup-timeout waits longer.\n"
+    assert stderr.endswith(
+        f"{two.name(1)} did not come within 12 s. Start the same command there too; "
+        "--startup-timeout waits longer.\n"
     )
 
 
 @pytest.mark.full
-def test_a_worker_lost_at_the_very_end_costs_nothing(group, command):
-    two = group(2).start(*EAGER)
-    for line in two.processes[0].stdout:
-        if json.loads(line)["event"] == "weights":  # all is computed; worker 0 saves it
-            break
+def test_a_worker_lost_at_the_very_end_costs_nothing(group, command, tmp_path):
+    pause = Pause(folder=tmp_path / "pause", calling="trainer.training.artifacts:save")
+    two = group(2).start(*EAGER, hooks=[pause])
+    two.reach(pause)
+    wait_for(lambda: is_idle(two.processes[0].pid))  # The parent knows that all is computed.
     two.send(signal.SIGKILL, 1, child=True)
     two.end(1)
+    pause.go()
     two.start(*EAGER, only=[1])
     code, stdout, _ = two.end(1)
     assert (code, stdout) == (0, "")
@@ -307,6 +359,11 @@ def test_a_worker_lost_at_the_very_end_costs_nothing(group, command):
     assert code == 0
     assert stderr.startswith("The model is saved. Waiting up to 300 s to tell worker 1 ")
     assert (command.folder / "out" / "mnist.h5").exists()
+
+
+def is_idle(pid):
+    """Tells whether a process waits for something, and so has handled all that it was sent."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "S"
 
 
 @pytest.mark.full
