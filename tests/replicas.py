@@ -27,6 +27,8 @@ from trainer.runtime import keras, tf
 from trainer.training import artifacts, loop, run
 from trainer.training.checkpoint import Position
 
+CHOICE = None  # strategy.create's, of this process
+
 
 class Record(keras.optimizers.SGD):
     """An optimizer that keeps each step's gradients and leaves the weights as they are."""
@@ -185,8 +187,7 @@ def saved(chosen, *, examples, batch_size, folder):
 def exchanged(chosen):
     """What ``Workers`` passes on, and what replicas reduce: dense, sparse, of several types."""
     workers = Workers(chosen)
-    sums_of, calls = ring.Ring.sum, []
-    ring.Ring.sum = lambda self, arrays: calls.append(1) or sums_of(self, arrays)
+    checked = CHOICE.ring.summed if CHOICE.ring else 0  # by ring.install
 
     @tf.function
     def reduced():
@@ -197,29 +198,52 @@ def exchanged(chosen):
             rows = tf.IndexedSlices(
                 tf.fill((1, 2), number), tf.constant([workers.index]), tf.constant([2, 2])
             )
-            some = [tf.fill((2,), number), tf.constant(1), tf.constant(number)]
             return (
-                replica.all_reduce(kinds.SUM, some),
+                replica.all_reduce(kinds.SUM, [tf.fill((2,), number), tf.constant(number)]),
+                replica.all_reduce(kinds.SUM, tf.constant(1)),
                 replica.all_reduce(kinds.MEAN, number),
                 tf.convert_to_tensor(replica.all_reduce(kinds.SUM, rows)),
             )
 
         return chosen.run(of_replica)
 
-    sums, mean, sparse = reduced()
+    sums, ones, mean, sparse = reduced()
     own = np.arange(7, dtype=np.uint8) + workers.index
     return {
         "count": workers.count,
         "gathered": workers.gather(10 + workers.index),
         "first": workers.first(10 + workers.index),
         "shared": list(workers.broadcast(own.tobytes())),
-        "equal": [workers.all_equal(b"same"), workers.all_equal(own[:4].tobytes())],
-        "summed": [total.numpy().tolist() for total in sums],
+        "equal": [
+            workers.all_equal(b"the same"),
+            workers.all_equal(b"the same" if workers.index else b"the sane"),
+            workers.all_equal(b"the sane" if workers.index else b"the same"),
+        ],
+        "summed": [total.numpy().tolist() for total in (*sums, ones)],
         "mean": float(mean),
         "sparse": sparse.numpy().tolist(),
         "eager": float(chosen.reduce("sum", tf.constant(1.0 + workers.index), axis=None)),
-        "by_ring": len(calls) > 0,
+        # The ring sums dense values only; 4 + 1 of them are reduced above.
+        "by_ring": CHOICE.ring is not None and CHOICE.ring.summed - checked >= 5,
+        "notice": CHOICE.notice,
     }
+
+
+def spoil_ring(way, index):
+    """Changes what ``ring.install`` must find."""
+    total, hook = ring.Ring.sum, ring._hook
+
+    def renamed(*_):
+        raise AttributeError("no attribute '_all_reduce'")
+
+    if way == "sum":
+        ring.Ring.sum = lambda self, arrays: [2 * array for array in total(self, arrays)]
+    if way == "renamed" or (way == "on one worker" and index == 1):
+        ring._hook = renamed
+    if way == "not called":
+        ring._hook = lambda ring, stock: stock
+    if way == "called otherwise":
+        ring._hook = lambda *arguments: lambda value: hook(*arguments)("sum", value, 0, None)
 
 
 def main(name, devices, arguments, path):
@@ -228,9 +252,17 @@ def main(name, devices, arguments, path):
     cpu = tf.config.list_physical_devices("CPU")[0]
     logical = [tf.config.LogicalDeviceConfiguration() for _ in range(int(devices))]
     tf.config.set_logical_device_configuration(cpu, logical)
-    kind = "mirrored" if len(logical) > 1 else "auto"
-    chosen = strategy.create(kind, cluster=members, gpus=None, startup_timeout=60).strategy
-    result = globals()[name](chosen, **json.loads(arguments))
+    global CHOICE
+    arguments = json.loads(arguments)
+    spoil_ring(arguments.pop("spoil_ring", ""), members.index if members else 0)
+    CHOICE = strategy.create(
+        "mirrored" if len(logical) > 1 else "auto",
+        cluster=members,
+        gpus=0,
+        collectives=arguments.pop("collectives", "tensorflow"),
+        startup_timeout=60,
+    )
+    result = globals()[name](CHOICE.strategy, **arguments)
     Path(f"{path}.part").write_text(json.dumps(result))
     Path(f"{path}.part").rename(path)
     sys.stdin.read()  # The others fetch from this process what all have reduced together.

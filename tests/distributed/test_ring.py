@@ -1,14 +1,18 @@
-"""What workers that have CPUs only add up: over real connections, each worker a thread."""
+"""The ring all-reduce over real connections, each worker a thread; and in place of TensorFlow's
+all-reduce, each worker a process.
+"""
 
 import contextlib
 import math
 import socket
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from support import wait_for
 
+from trainer.distributed import ring as ring_module
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.local import free_ports
 from trainer.distributed.ring import connect
@@ -21,16 +25,20 @@ SHAPES = [(3, 3, 1, 32), (32,), (0,), (), (1,), (500, 401)]
 @contextlib.contextmanager
 def joined(workers, index):
     ring = connect(Cluster(workers, index))
-    with ring.before, ring.behind:
+    try:
         yield ring
+    finally:
+        ring.close()
 
 
-def together(count, work, *, late=lambda index: 0.0):
-    """Joins so many workers; returns what ``work(ring)`` gives on each, or raises."""
+def together(count, work, *, before=lambda index: None):
+    """Joins so many workers; returns what ``work(ring)`` gives on each, or raises. Each calls
+    ``before(index)`` before it joins.
+    """
     workers = tuple(f"127.0.0.1:{port}" for port in free_ports(count))
 
     def one(index):
-        time.sleep(late(index))
+        before(index)
         with joined(workers, index) as ring:
             return work(ring)
 
@@ -40,16 +48,17 @@ def together(count, work, *, late=lambda index: 0.0):
 
 @contextlib.contextmanager
 def reached(address):
+    """Connects to an address once somebody listens there."""
     host, port = address.split(":")
-    end = time.monotonic() + 30
-    while True:
-        try:
-            stranger = socket.create_connection((host, int(port)), 5)
-            break
-        except ConnectionRefusedError:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-    with stranger:
+    connections = []
+
+    def connected():
+        with contextlib.suppress(ConnectionRefusedError):
+            connections.append(socket.create_connection((host, int(port)), 5))
+        return bool(connections)
+
+    wait_for(connected)
+    with connections[0] as stranger:
         yield stranger
 
 
@@ -78,21 +87,39 @@ def test_every_worker_has_the_sum_of_all(count, dtype):
             assert total.tobytes() == results[0][position].tobytes()
 
 
+def announce(ring, call):
+    """Has the ring's next sum call a function when it begins to send and receive."""
+    exchange = ring._exchange
+
+    def announced(outgoing, arriving):
+        del ring._exchange
+        call()
+        exchange(outgoing, arriving)
+
+    ring._exchange = announced
+
+
 def test_repeated_sums_have_the_same_bits_whoever_is_late():
-    def late(slow):
+    def sums(late=None):
+        waiting = threading.Semaphore(0)
+
         def work(ring):
             totals = []
             for _ in range(5):
-                time.sleep(0.02 * (ring.index == slow))
+                if ring.index == late:  # All others wait for this one.
+                    for _ in range(ring.count - 1):
+                        assert waiting.acquire(timeout=60)
+                else:
+                    announce(ring, waiting.release)
                 totals.append([total.tobytes() for total in ring.sum(values(ring.index))])
             return totals
 
         return together(3, work)
 
-    expected = late(slow=None)
+    expected = sums()
     assert all(totals == expected[0][0] for worker in expected for totals in worker)
-    for slow in range(3):
-        assert late(slow) == expected
+    for late in range(3):
+        assert sums(late) == expected
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -103,6 +130,15 @@ def test_whole_numbers_are_added_whatever_there_are_of_them(count):
     for result in together(count, work):
         expected = [[math.comb(count + 1, 2)] * size for size in range(5)]
         assert [total.tolist() for total in result] == expected
+
+
+def test_what_was_summed_is_counted():
+    def work(ring):
+        ring.sum([np.ones((2, 3)), np.ones(())])
+        ring.sum([np.ones(10)])
+        return ring.summed
+
+    assert together(2, work) == [17, 17]
 
 
 def test_what_is_added_stays_as_it_was():
@@ -130,9 +166,21 @@ def test_sums_are_taken_by_tensorflow_without_a_copy():
     assert together(2, work) == [[0] * (len(SHAPES) - 1)] * 2
 
 
-@pytest.mark.parametrize("slow", range(3))
-def test_workers_join_in_any_order(slow):
-    results = together(3, lambda ring: ring.sum([np.ones(7)])[0].tolist(), late=lambda i: i == slow)
+@pytest.mark.parametrize("late", range(3))
+def test_workers_join_in_any_order(late, monkeypatch):
+    calling, call = threading.Semaphore(0), ring_module._call
+
+    def announced(address, index):
+        calling.release()
+        return call(address, index)
+
+    def before(index):
+        if index == late:  # All others listen, and call the next worker.
+            for _ in range(2):
+                assert calling.acquire(timeout=60)
+
+    monkeypatch.setattr(ring_module, "_call", announced)
+    results = together(3, lambda ring: ring.sum([np.ones(7)])[0].tolist(), before=before)
     assert results == [[3.0] * 7] * 3
 
 
@@ -177,6 +225,31 @@ def test_a_worker_that_is_gone_is_an_error_for_all(lost):
     assert together(3, work) == ["gone" if index == lost else "told" for index in range(3)]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("way", "reasons"),
+    [
+        ("sum", 2 * ["its sum is not TensorFlow's"]),
+        ("renamed", 2 * ["this TensorFlow has another all-reduce (no attribute '_all_reduce')"]),
+        ("not called", 2 * ["TensorFlow does not call it"]),
+        ("called otherwise", 2 * ["this TensorFlow calls it in another way"]),
+        ("on one worker", ["another worker's TensorFlow has another all-reduce", "no attribute"]),
+    ],
+)
+def test_a_ring_that_does_not_do_what_tensorflows_collectives_do_is_not_used(
+    replicas, way, reasons
+):
+    arguments = {"collectives": "ring", "spoil_ring": way}
+    for seen, reason in zip(
+        replicas.compute_together("exchanged", [arguments] * 2), reasons, strict=True
+    ):
+        assert not seen["by_ring"]
+        assert seen["notice"].startswith("The ring of --collectives ring is not used: ")
+        assert reason in seen["notice"]
+        assert seen["summed"] == [[1.0, 1.0], 1.0, 2]
+        assert seen["gathered"] == [10, 11]
+
+
 def test_a_port_in_use_is_refused():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
@@ -187,7 +260,7 @@ def test_a_port_in_use_is_refused():
 
 def test_its_ports_are_free_when_all_have_joined():
     def work(ring):
-        mine = ring.before.getsockname()[1]
+        mine = ring.previous.getsockname()[1]
         with socket.create_server(("127.0.0.1", mine)):
             return mine
 

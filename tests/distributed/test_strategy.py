@@ -21,7 +21,8 @@ from trainer.training import loop
 
 
 def chosen(kind="auto", **options):
-    return create(kind, **{"cluster": None, "gpus": None, "startup_timeout": 2, **options})
+    defaults = {"cluster": None, "gpus": None, "collectives": "tensorflow", "startup_timeout": 2}
+    return create(kind, **{**defaults, **options})
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,7 @@ TWO = Cluster(("a:1", "b:2"), 0)
         ({"kind": "multiworker"}, "several workers .* Received: none described"),
         ({"kind": "one", "cluster": TWO}, "one worker for --strategy one. Received: 2"),
         ({"kind": "tpu", "cluster": TWO}, "one worker for --strategy tpu. Received: 2"),
+        ({"collectives": "ring"}, "several workers that have CPUs only .* Received: one process"),
         ({"kind": "tpu"}, r"by the name local\. Received: .* no TPU kernels: pip install"),
     ],
 )

@@ -96,33 +96,36 @@ def compute(replicas, name, count, **arguments):
 
 
 @pytest.mark.full
-def test_what_workers_exchange_arrives(replicas):
-    for index, seen in enumerate(compute(replicas, "exchanged", 2)):
+@pytest.mark.parametrize("collectives", ["tensorflow", "ring"])
+def test_what_workers_exchange_arrives(replicas, collectives):
+    for index, seen in enumerate(compute(replicas, "exchanged", 2, collectives=collectives)):
         assert seen == {
             "count": 2,
             "gathered": [10, 11],
             "first": 10,
             "shared": list(range(7)),
-            "equal": [True, False],
-            "summed": [[1.0, 1.0], 2, 1.0],
+            "equal": [True, False, False],
+            "summed": [[1.0, 1.0], 1.0, 2],
             "mean": 0.5,
             "sparse": [[0.0, 0.0], [1.0, 1.0]],
             "eager": 3.0,
-            "by_ring": True,
+            "by_ring": collectives == "ring",
+            "notice": "",
         }, index
 
 
 @pytest.mark.parametrize(
-    ("count", "batch_size", "examples"),
+    ("collectives", "count", "batch_size", "examples"),
     [
-        (2, 128, 640),
-        pytest.param(2, 128, 5120, marks=pytest.mark.full),
-        pytest.param(3, 126, 5120, marks=pytest.mark.full),
+        ("tensorflow", 2, 128, 640),
+        ("ring", 2, 128, 640),
+        pytest.param("tensorflow", 2, 128, 5120, marks=pytest.mark.full),
+        pytest.param("ring", 3, 126, 5120, marks=pytest.mark.full),
     ],
 )
-def test_several_workers_train_as_one(replicas, count, batch_size, examples):
+def test_several_workers_train_as_one(replicas, collectives, count, batch_size, examples):
     data = {"examples": examples, "batch_size": batch_size}
-    several = compute(replicas, "losses", count, **data)
+    several = compute(replicas, "losses", count, collectives=collectives, **data)
     assert len({one["weights"] for one in several}) == 1
     one = replicas.compute("losses", **data)
     assert len(one["losses"]) == -(-examples // batch_size)

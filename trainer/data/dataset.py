@@ -12,10 +12,10 @@ import hashlib
 import numpy as np
 
 from trainer.errors import DataError, UsageError
+from trainer.machine import ALIGNMENT, aligned_empty
 
 IMAGE_SHAPE = (28, 28)
 NUM_CLASSES = 10
-ALIGNMENT = 64  # bytes; EIGEN_MAX_ALIGN_BYTES of TensorFlow's builds
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -86,14 +86,10 @@ class Digits:
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
-    """Returns the array, or a copy of it, that begins where TensorFlow wants its tensors to: it can
-    then use the same memory.
-    """
+    """Returns the array, or an aligned copy, whose memory TensorFlow can use without copying."""
     if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
         return array
-    memory = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned = aligned_empty(array.shape, array.dtype)
     aligned[...] = array
     return aligned
 

@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trainer.data.dataset import ALIGNMENT, Digits
+from trainer.data.dataset import Digits
 from trainer.data.order import epoch_order
+from trainer.machine import ALIGNMENT
 from trainer.runtime import tf
 
 Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]

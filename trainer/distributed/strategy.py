@@ -1,6 +1,7 @@
 """Which ``tf.distribute`` strategy fits this machine and cluster.
 
-    choice = create("auto", cluster=cluster.resolve(os.environ), gpus=None, startup_timeout=300)
+    choice = create("auto", cluster=None, gpus=None, collectives="tensorflow",
+                    startup_timeout=300)
     choice.strategy, choice.reason      # "MirroredStrategy over 4 GPUs: all that are seen"
 
 The training loop runs the same graph under every strategy, so everything but the connection to a
@@ -14,9 +15,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainer.config import Strategy
+from trainer.config import Collectives, Strategy
 from trainer.distributed import ring
 from trainer.distributed.cluster import Cluster
+from trainer.distributed.ring import Ring
 from trainer.errors import ConfigurationError, UsageError
 from trainer.runtime import tf
 
@@ -33,14 +35,23 @@ class StrategyChoice:
     Attributes:
         strategy: What the model is built and trained under.
         reason: A sentence for the user: which strategy it is, and why.
+        notice: A sentence for the user about what was asked for and is not used; or empty.
+        ring: What its workers all-reduce through; None: TensorFlow's own collectives.
     """
 
     strategy: tf.distribute.Strategy
     reason: str
+    notice: str = ""
+    ring: Ring | None = None
 
 
 def create(
-    kind: Strategy, *, cluster: Cluster | None, gpus: int | None, startup_timeout: float
+    kind: Strategy,
+    *,
+    cluster: Cluster | None,
+    gpus: int | None,
+    collectives: Collectives,
+    startup_timeout: float,
 ) -> StrategyChoice:
     """Chooses and constructs a strategy, before TensorFlow's first operation where there are GPUs.
 
@@ -51,6 +62,7 @@ def create(
             one is missing, TensorFlow waits for it holding Python's global interpreter lock.
         gpus: Number of GPUs that this process must have, and uses; None: all that are seen; 0:
             none.
+        collectives: What several workers reduce by: TensorFlow's own collectives, or ``ring``.
         startup_timeout: Seconds in which a TPU must answer.
 
     Raises:
@@ -58,8 +70,10 @@ def create(
     """
     seen = _gpus(gpus)
     kind = _resolve(kind, cluster, gpus, len(seen))
+    if collectives == "ring":
+        _check_ring(kind, len(seen))
     if cluster:  # And only then is the kind multiworker.
-        return _multiworker(cluster, seen)
+        return _multiworker(cluster, seen, collectives)
     if kind == "tpu":
         return _tpu(os.environ, startup_timeout)
     if kind == "mirrored":
@@ -70,14 +84,6 @@ def create(
     if gpus is None and _has_nvidia_gpu():
         why = f"no GPU is seen, though this machine has one. {_gpu_remedy()}"
     return StrategyChoice(tf.distribute.get_strategy(), f"one device: the CPU ({why})")
-
-
-def expects_accelerator(kind: Strategy, *, cluster: Cluster | None, gpus: int | None) -> bool:
-    """Tells whether the strategy that ``create`` gives for these arguments computes on GPUs or a
-    TPU. Starts no TensorFlow device, so it can be called before workers meet.
-    """
-    seen = 0 if gpus == 0 else len(tf.config.list_physical_devices("GPU"))
-    return seen > 0 or _resolve(kind, cluster, gpus, seen) == "tpu"
 
 
 def count_gpus(gpus: int | None) -> int:
@@ -127,6 +133,19 @@ def _resolve(kind: Strategy, cluster: Cluster | None, gpus: int | None, seen: in
     if gpus is None and _has_tpu(os.environ):
         return "tpu"
     return "mirrored" if seen > 1 else "one"
+
+
+def _check_ring(kind: Strategy, gpus: int) -> None:
+    expected = "Expected several workers that have CPUs only for --collectives ring. Received: "
+    if kind != "multiworker":
+        raise ConfigurationError(
+            f"{expected}one process. Use --collectives tensorflow, the default."
+        )
+    if gpus:
+        raise ConfigurationError(
+            f"{expected}a worker with {gpus} GPUs. Use --collectives tensorflow, the default, "
+            "which is NCCL there; or --gpus 0."
+        )
 
 
 def _gpus(count: int | None) -> list:
@@ -184,7 +203,7 @@ def _has_tpu(environ: Mapping[str, str], devices: Path = Path("/sys/bus/pci/devi
     return False
 
 
-def _multiworker(cluster: Cluster, gpus: Sequence) -> StrategyChoice:
+def _multiworker(cluster: Cluster, gpus: Sequence, collectives: Collectives) -> StrategyChoice:
     tfd = tf.distribute
     resolver = tfd.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(cluster.workers)}),
@@ -193,43 +212,31 @@ def _multiworker(cluster: Cluster, gpus: Sequence) -> StrategyChoice:
         num_accelerators={"GPU": len(gpus)},
         rpc_layer="grpc",
     )
-    members = None if gpus else ring.connect(cluster)  # Before TensorFlow has the port.
+    # Before TensorFlow's server listens at the port.
+    connected = ring.connect(cluster) if collectives == "ring" else None
     kinds = tfd.experimental.CommunicationImplementation
     strategy = tfd.MultiWorkerMirroredStrategy(
         resolver,
         tfd.experimental.CommunicationOptions(implementation=kinds.NCCL if gpus else kinds.RING),
     )
-    if members:
-        _reduce_by(members, strategy)
-    each = f"{len(gpus)} GPUs by NCCL" if gpus else "one CPU"
+    by, notice = ", by NCCL" if gpus else "", ""
+    if connected and (problem := ring.install(connected, strategy)):
+        connected.close()
+        connected = None
+        notice = (
+            f"The ring of --collectives ring is not used: {problem}. The workers use TensorFlow's "
+            "collectives, with the same results in more time."
+        )
+    elif connected:
+        by = ", by the ring"
+    each = f"{len(gpus)} GPUs" if gpus else "one CPU"
     return StrategyChoice(
         strategy,
-        f"MultiWorkerMirroredStrategy over {len(cluster.workers)} workers of {each} each: "
+        f"MultiWorkerMirroredStrategy over {len(cluster.workers)} workers of {each} each{by}: "
         f"{', '.join(cluster.workers)}",
+        notice,
+        connected,
     )
-
-
-def _reduce_by(members: ring.Ring, strategy: tf.distribute.Strategy) -> None:
-    """Has the ring reduce what a strategy's replicas, one on each worker, reduce together."""
-    collectives = strategy.extended._cross_device_ops
-    theirs = collectives._all_reduce
-
-    def all_reduce(
-        reduce_op: tf.distribute.ReduceOp, value: object, replica_id: int, options: object
-    ) -> object:
-        tensors = tf.nest.flatten(value)
-        if any(isinstance(tensor, tf.IndexedSlices) for tensor in tensors):  # of an embedding
-            return theirs(reduce_op, value, replica_id, options)
-        types = [tensor.dtype for tensor in tensors]
-        sums = tf.numpy_function(lambda *own: members.sum(own), tensors, types)
-        sums = tf.nest.flatten(sums)  # One is no list outside a tf.function.
-        for tensor, total in zip(tensors, sums, strict=True):
-            total.set_shape(tensor.shape)
-        if reduce_op == tf.distribute.ReduceOp.MEAN:
-            sums = [total / members.count for total in sums]
-        return tf.nest.pack_sequence_as(value, sums)
-
-    collectives._all_reduce = all_reduce
 
 
 def _mirrored(gpus: Sequence) -> StrategyChoice:

@@ -341,6 +341,7 @@ def _strategy(config: TrainConfig, cluster: "Cluster | None") -> "StrategyChoice
         config.strategy,
         cluster=cluster,
         gpus=config.gpus,
+        collectives=config.collectives,
         startup_timeout=config.startup_timeout,
     )
 
@@ -411,8 +412,9 @@ def _announce(
     )
     replicas = assembly.manifest.environment["replicas"]
     watcher.say(assembly.strategy.reason, "strategy", replicas=replicas)
-    if assembly.step.reason:
-        watcher.say(assembly.step.reason, "notice")
+    for notice in (assembly.strategy.notice, assembly.step.reason):
+        if notice:
+            watcher.say(notice, "notice")
 
 
 class _Session:
