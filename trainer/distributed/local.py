@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.worker import die_with_parent
@@ -73,8 +73,9 @@ class LocalWorkers:
             self._processes.append(process)
         for index, process in enumerate(self._processes):  # No thread may run during a fork.
             prefix = f"[{index}] "
-            self._copy(process.stdout, sys.stdout, prefix if self.prefix else "")
-            self._copy(process.stderr, sys.stderr, prefix)
+            stdout, stderr = cast("TextIO", process.stdout), cast("TextIO", process.stderr)
+            self._copy(stdout, sys.stdout, prefix if self.prefix else "")
+            self._copy(stderr, sys.stderr, prefix)
             threading.Thread(target=self._await_end, args=[index], daemon=True).start()
         return self
 

@@ -50,9 +50,10 @@ def listen(address: str) -> socket.socket:
     try:
         return _listen_on(port)
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
         raise ConfigurationError(
             f"Expected to listen on port {port}, for the address {address}. Received: "
-            f"{os.strerror(error.errno)}. Use a free port, or end the process that has this one."
+            f"{reason}. Use a free port, or end the process that has this one."
         ) from error
 
 
@@ -68,7 +69,8 @@ async def listen_when_free(address: str) -> socket.socket:
         try:
             return listen(address)
         except ConfigurationError as error:
-            if loop.time() > end or error.__cause__.errno != errno.EADDRINUSE:
+            in_use = getattr(error.__cause__, "errno", None) == errno.EADDRINUSE
+            if loop.time() > end or not in_use:
                 raise
         await asyncio.sleep(PORT_TIMEOUT / 40)
 
@@ -105,6 +107,7 @@ async def connect(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWri
             connected.set_result(result)
 
     def connect_socket() -> None:
+        result: socket.socket | OSError
         try:
             result = socket.create_connection(split_address(address), CONNECT_TIMEOUT)
             result.setblocking(False)

@@ -8,7 +8,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from trainer.cli import INTERRUPTED
 from trainer.distributed.cluster import Cluster
@@ -169,8 +169,10 @@ class Parent:
 
         def done(task: asyncio.Task) -> None:
             self.tasks.discard(task)
-            if not task.cancelled() and task.exception() and not self.end.done():
-                self.end.set_exception(task.exception())
+            if task.cancelled():
+                return
+            if (error := task.exception()) and not self.end.done():
+                self.end.set_exception(error)
 
         task = self.loop.create_task(part)
         self.tasks.add(task)
@@ -225,7 +227,7 @@ class Parent:
                 self.trained = True
                 self.reached("step")
         self.reached("connecting", "step", "stopping")
-        self.on_outcome(self.worker.outcome)
+        self.on_outcome(cast("Outcome", self.worker.outcome))  # Known, when the messages end.
 
     def _limit_step(self, seconds: float, last: str) -> None:
         text = f"no step ended for {seconds:g} s after {last} (--step-timeout). {CHECKPOINT_STANDS}"

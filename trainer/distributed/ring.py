@@ -220,7 +220,7 @@ class Ring:
     def _exchange(self, outgoing: list[np.ndarray], arriving: list[np.ndarray]) -> None:
         """Sends to the next worker while it receives from the previous one."""
         out, into = (
-            [memoryview(array.view(np.uint8)) for array in arrays if array.size]
+            [array.view(np.uint8).data for array in arrays if array.size]
             for arrays in (outgoing, arriving)
         )
         while out or into:

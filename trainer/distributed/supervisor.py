@@ -29,6 +29,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any, cast
 
 from trainer import errors
 from trainer.cli import INTERRUPTED
@@ -100,7 +101,7 @@ class _Peer:
 class _Chief(Parent):
     """Worker 0's parent: the others connect to it, and it decides how the run ends."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.others = range(1, len(self.cluster.workers))
         self.peers: dict[int, _Peer] = {}
@@ -193,12 +194,13 @@ class _Chief(Parent):
         """Starts the run when all workers are there and their settings are equal."""
         if self.settings is None or self.running or self.verdict is not None:
             return
-        ready = [peer for peer in self.peers.values() if peer.settings is not None]
-        for peer in ready:
+        peers = self.peers.values()
+        ready = [(peer, peer.settings) for peer in peers if peer.settings is not None]
+        for peer, settings in ready:
             differences = [
-                f"{name}={peer.settings.get(name)!r} where worker 0 has {name}={value!r}"
+                f"{name}={settings.get(name)!r} where worker 0 has {name}={value!r}"
                 for name, value in self.settings.items()
-                if peer.settings.get(name) != value
+                if settings.get(name) != value
             ]
             if differences:
                 self._decide(
@@ -211,8 +213,9 @@ class _Chief(Parent):
                 return
         if len(ready) == len(self.others):
             self.running = True
-            self.server.close()  # TensorFlow's server takes over the port.
-            for peer in ready:
+            if self.server:
+                self.server.close()  # TensorFlow's server takes over the port.
+            for peer, _ in ready:
                 send(peer.writer, go=1)
             self.go()
 
@@ -288,7 +291,7 @@ class _Chief(Parent):
             self._conclude()
 
     def _conclude(self) -> None:
-        code, text, _ = self.worker.outcome
+        code, text, _ = cast("Outcome", self.worker.outcome)  # on_outcome has been called.
         self._decide(code, text and f"{self.cluster.name(0)}: {text}", 0)
 
     def _lost(self, index: int, how: str) -> None:
@@ -311,9 +314,9 @@ class _Chief(Parent):
         for peer in self.peers.values():
             send(peer.writer, verdict=self.verdict)
         self.told |= set(self.peers)
-        self.spawn(self._leave())
+        self.spawn(self._leave(self.verdict))
 
-    async def _leave(self) -> None:
+    async def _leave(self, verdict: Verdict) -> None:
         """Ends when the others have left, or the time for that is over."""
         seconds = LEAVE_TIMEOUT
         if self.signals:
@@ -321,7 +324,7 @@ class _Chief(Parent):
         elif self.told != set(self.others):
             # Workers that were lost at the very end may come back, and those of a run that cannot
             # start may be on their way: they are told, lest they wait for one that has left.
-            done = self.verdict.code == 0
+            done = verdict.code == 0
             seconds = self.startup_timeout if done else 0 if self.running else TELL_TIMEOUT
             if done:
                 self._say_whom_it_waits_for(seconds)
@@ -330,7 +333,7 @@ class _Chief(Parent):
         until = self.loop.time() + seconds
         while (self.peers or self.told != set(self.others)) and self.loop.time() < until:
             await asyncio.sleep(HEARTBEAT_INTERVAL / 10)
-        self.finish(*self.own_end(self.verdict))
+        self.finish(*self.own_end(verdict))
 
     def _say_whom_it_waits_for(self, seconds: float) -> None:
         lost = [self.cluster.name(index) for index in self.others if index not in self.told]

@@ -273,5 +273,8 @@ def _explain(returncode: int) -> Outcome:
     number = signal.Signals(-returncode)
     # TensorFlow aborts (SIGABRT) in some cases where a peer is lost; nobody else sends SIGKILL
     # than the kernel that is out of memory, or an operator.
-    kind = "lost" if number == signal.SIGKILL else "crashed"
-    return Outcome(128 + number, f"killed by {number.name}", kind)
+    return Outcome(
+        128 + number,
+        f"killed by {number.name}",
+        "lost" if number == signal.SIGKILL else "crashed",
+    )

@@ -482,14 +482,15 @@ class _Session:
             EpochEvents(
                 self.config.output_dir,
                 learning_rate=optimizers.learning_rate_by_epoch(self.config, len(digits.x_train)),
-                before=lambda: self.checkpointer.saved.history,
+                before=lambda: self.checkpointer.saved.history if self.checkpointer else {},
             )
         ]
 
     def after_call(self, position: "Position") -> None:
         """Reports the step to the parent process, and saves a checkpoint if one is due."""
         self._report(position)
-        self.checkpointer.after_call(position)
+        if self.checkpointer:  # Since begin.
+            self.checkpointer.after_call(position)
         self._report(position)  # A checkpoint on a slow disk is no step that hangs.
 
     def _report(self, position: "Position") -> None:
