@@ -1,4 +1,4 @@
-"""A namespace of the cluster, and what a person does there with kubectl."""
+"""A namespace of the cluster, and what a user does in it with kubectl."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ class Namespace:
         return json.loads(self.kubectl("get", *arguments, "--output=json"))
 
     def apply(self, manifest, *flags, image=None, gpus=None):
-        """Applies a kustomization, or a file, of ``k8s/``, with more flags of the command."""
+        """Applies a kustomization or a file of ``k8s/``, with further flags of the command."""
         path = ROOT / "k8s" / manifest
         text = path.read_text() if path.is_file() else self.kubectl("kustomize", path)
         objects = [one for one in yaml.safe_load_all(text) if one]
@@ -62,7 +62,10 @@ class Namespace:
         self.kubectl("apply", "--filename=-", input=yaml.safe_dump_all(objects))
 
     def wait(self, condition, *, seconds=300):
-        """Waits until a function of the namespace gives something, and returns that."""
+        """Waits until a function returns something true, and returns that.
+
+        ``seconds`` only turns a hang into a failure.
+        """
         end = time.monotonic() + seconds
         while not (value := condition()):
             assert time.monotonic() < end, self.kubectl("describe", "jobs,pods")
@@ -70,7 +73,7 @@ class Namespace:
         return value
 
     def ended(self, job):
-        """Waits until a Job is complete or failed; returns which."""
+        """Waits until a Job is Complete or Failed; returns which."""
 
         def condition():
             for one in self.get("job", job)["status"].get("conditions", []):
@@ -84,7 +87,7 @@ class Namespace:
         return self.get("pods", f"--selector=job-name={job}")["items"]
 
     def messages(self, job):
-        """Returns the exit code and the termination message of every pod that has ended."""
+        """Returns exit code and termination message of every terminated pod."""
         states = [
             status["state"].get("terminated")
             for pod in self.pods(job)
@@ -93,13 +96,13 @@ class Namespace:
         return [(state["exitCode"], state.get("message", "")) for state in states if state]
 
     def events(self, job):
-        """Returns what the pod has logged that has brought a Job to its end."""
+        """Returns the log of the pod that completed a Job, as JSON objects."""
         (pod,) = (one for one in self.pods(job) if one["status"]["phase"] == "Succeeded")
         lines = self.kubectl("logs", pod["metadata"]["name"]).splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def suspend(self, *jobs, to=True):
-        """Suspends Jobs, or lets them go on."""
+        """Suspends Jobs, or resumes them."""
         patch = json.dumps({"spec": {"suspend": to}})
         for job in jobs:
             self.kubectl("patch", "job", job, "--patch", patch)
@@ -107,13 +110,13 @@ class Namespace:
             self.wait(lambda: not any(self.pods(job) for job in jobs))
 
     def fetch(self, folder):
-        """Copies the files from the claim, as the README does."""
+        """Copies the files from the claim, as the documentation does."""
         with self.pod() as pod:
             self.kubectl("cp", f"{pod}:/output", folder)
 
     @contextlib.contextmanager
     def pod(self, *, writable=False):
-        """Runs the pod that reads the claim; ``writable``: one that may also write there."""
+        """Runs the fetching pod, which mounts the claim, read-only or ``writable``."""
         pod = fetch_pod(writable=writable)
         self.kubectl("apply", "--filename=-", input=yaml.safe_dump(pod))
         name = pod["metadata"]["name"]
@@ -122,7 +125,7 @@ class Namespace:
         self.kubectl("delete", "pod", name)
 
     def close(self):
-        """Deletes all, and makes those volumes free again that outlive their claims."""
+        """Deletes everything, and empties and releases volumes that are retained."""
         self.kubectl("delete", "jobs,pods,persistentvolumeclaims", "--all")
         for volume in self.get("persistentvolumes")["items"]:
             owner = volume["spec"].get("claimRef", {}).get("namespace")
@@ -137,7 +140,7 @@ class Namespace:
         self.kubectl("patch", "persistentvolume", volume, "--patch", patch)
 
     def empty(self, volume):
-        """Deletes the files in a volume, through the pod that reads them otherwise."""
+        """Deletes the files in a volume, through the fetching pod."""
         claim = yaml.safe_load((ROOT / "k8s" / "base" / "claim.yaml").read_text())
         claim["spec"]["volumeName"] = volume["metadata"]["name"]
         claim["spec"]["storageClassName"] = volume["spec"].get("storageClassName", "")

@@ -1,4 +1,4 @@
-"""What kubectl apply ends with, on a real API server, scheduler and kubelet."""
+"""Runs started with kubectl apply, on a real API server, scheduler and kubelet."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ JOBS = ("digits", "digits-workers")
 KILLED = ("--grace-period=0", "--force")
 GPU = "nvidia.com/gpu"
 SOUND, DAMAGED = "/output/sound.npz", "/output/damaged.npz"
-IMAGE = fetch_pod()["spec"]["containers"][0]["image"]  # the only one that need be there
+IMAGE = fetch_pod()["spec"]["containers"][0]["image"]  # the only one that is needed
 EAGER = (*SMALL, "--steps-per-execution=1", "--checkpoint-every=1")
 
 
@@ -36,7 +36,7 @@ def test_the_job_ends_with_a_model_that_stock_keras_loads(namespace, tmp_path):
 
 
 def assert_failed_at_once(namespace, code, says, *, job="digits"):
-    """Asserts that a Job has failed by the exit code of its one pod, which says why."""
+    """Asserts that a Job failed by the exit code of its one pod, whose message says why."""
     assert namespace.ended(job) == "Failed"
     ((ended, message),) = namespace.messages(job)
     assert ended == code
@@ -57,7 +57,7 @@ def assert_failed_at_once(namespace, code, says, *, job="digits"):
         (["--gpus=1"], 78, "Expected 1 GPUs"),
     ],
 )
-def test_an_error_of_the_users_fails_the_job_at_once_and_says_why(volume, flags, code, says):
+def test_a_user_error_fails_the_job_at_once_with_a_message(volume, flags, code, says):
     volume.kubectl("delete", "jobs", "--all")
     volume.apply("job.yaml", *flags)
     assert_failed_at_once(volume, code, says)
@@ -65,7 +65,7 @@ def test_an_error_of_the_users_fails_the_job_at_once_and_says_why(volume, flags,
 
 @pytest.fixture(scope="module")
 def volume(tmp_path_factory):
-    """A namespace whose claim has data, and data with a changed byte."""
+    """A namespace whose claim has a data set, intact and with a changed byte."""
     path = tmp_path_factory.mktemp("data") / "mnist.npz"
     content = bytearray((ROOT / "trainer" / "data" / "assets" / "mnist.npz").read_bytes())
     content[len(content) // 2] ^= 1
@@ -80,8 +80,8 @@ def volume(tmp_path_factory):
         yield namespace
 
 
-def test_what_is_wrong_on_one_worker_fails_both_jobs(volume):
-    # The chief alone has the claim: the other finds no data.
+def test_a_user_error_on_one_worker_fails_both_jobs(volume):
+    # Only the chief mounts the claim: the other worker has no data.
     volume.kubectl("delete", "jobs", "--all")
     volume.apply("multiworker", f"--data={SOUND}")
     for job in JOBS:
@@ -90,7 +90,7 @@ def test_what_is_wrong_on_one_worker_fails_both_jobs(volume):
     assert "worker 1 (digits-workers-0.digits:2222): " in message
 
 
-def test_a_pod_for_gpus_waits_for_as_many_and_fails_without_them(namespace, pretended_gpus):
+def test_a_pod_is_pending_without_gpus_and_fails_if_it_sees_none(namespace, pretended_gpus):
     namespace.apply("gpu", *SMALL, gpus=pretended_gpus + 1, image=IMAGE)
     reason = f"Insufficient {GPU}"
     namespace.wait(lambda: reason in namespace.kubectl("describe", "pods"))
@@ -101,7 +101,7 @@ def test_a_pod_for_gpus_waits_for_as_many_and_fails_without_them(namespace, pret
 
 @pytest.fixture
 def pretended_gpus(namespace):
-    """Advertises GPUs on a node that has none; returns how many."""
+    """Advertises GPUs on a node that has none; yields their number."""
     nodes = namespace.get("nodes")["items"]
     if any(GPU in node["status"]["capacity"] for node in nodes):
         pytest.skip("this cluster has GPUs")
@@ -118,7 +118,7 @@ def pretended_gpus(namespace):
 
 
 def steps(namespace):
-    """Returns how many steps of the whole run are saved, by what the chief's pod holds."""
+    """Returns the step of the newest checkpoint, as the chief's pod lists it."""
     running = [
         pod["metadata"]["name"]
         for pod in namespace.pods("digits")
@@ -135,7 +135,7 @@ def steps(namespace):
 
 
 def digests(namespace, *, resumed):
-    """Waits for the end of both Jobs; returns the weights' digest that each of them logged."""
+    """Waits until both Jobs are complete; returns the digest of the weights that each logged."""
     found = []
     for job in JOBS:
         assert namespace.ended(job) == "Complete"
@@ -182,7 +182,7 @@ def delete(namespace, job, how):
 def drain(namespace):
     (pod,) = namespace.pods("digits")
     node = pod["spec"]["nodeName"]
-    run = "--pod-selector=job-name in (digits,digits-workers)"  # None but the run's own pods.
+    run = "--pod-selector=job-name in (digits,digits-workers)"  # only pods of the run
     try:
         namespace.kubectl("drain", node, run, "--force", "--delete-emptydir-data")
     finally:
@@ -205,7 +205,7 @@ def suspend(namespace, *jobs):
         pytest.param(lambda run: suspend(run, JOBS[1]), id="the others alone are suspended"),
     ],
 )
-def test_what_disturbs_a_run_changes_no_bit_of_it(namespace, local, disturb):
+def test_a_disturbed_run_ends_with_the_same_weights(namespace, local, disturb):
     namespace.apply("multiworker", *EAGER)
     namespace.wait(lambda: steps(namespace) >= 2)
     disturb(namespace)

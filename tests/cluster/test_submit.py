@@ -23,7 +23,7 @@ OBJECTS = "jobs,pods,services,networkpolicies,persistentvolumeclaims"
 
 
 class Submit:
-    """The command, in a folder of its own; ``lines`` grows as it writes."""
+    """The command in a folder; ``lines`` are those it has written so far."""
 
     def __init__(self, namespace, folder, *flags, kubeconfig=None):
         self.lines = []
@@ -50,7 +50,7 @@ class Submit:
                 self.lines.append(line.rstrip("\n"))
 
     def until(self, *parts, seconds=120):
-        """Waits until one line has all the parts; returns it."""
+        """Waits until one line contains all the parts; returns it."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for line in list(self.lines):
@@ -85,7 +85,7 @@ def submit(namespace, tmp_path):
 
 
 def left(namespace):
-    """Waits until what is being deleted is gone; returns the names of what stays."""
+    """Waits until all deletions are finished; returns the names of what is left."""
     found = []
 
     def settled():
@@ -116,7 +116,7 @@ def test_two_workers_from_start_to_finish(namespace, submit, tmp_path):
     assert left(namespace) == []
 
 
-def test_it_detaches_and_comes_back_whatever_the_connection_does(
+def test_it_detaches_and_attaches_again_and_survives_lost_connections(
     namespace, submit, tmp_path, proxy
 ):
     run = submit("--", *SLOW)
@@ -127,7 +127,7 @@ def test_it_detaches_and_comes_back_whatever_the_connection_does(
     assert f"detached; {name} continues. python -m trainer.submit --attach {name}" in run.lines[-1]
 
     again = submit("--attach", name, kubeconfig=proxy.kubeconfig)
-    again.until("training and")  # the log from its beginning
+    again.until("training and")  # the log is shown from its beginning
     proxy.cut()
     again.until("The connection was lost, trying again")
     again.until("epoch 1/2")
@@ -146,7 +146,7 @@ def test_it_detaches_and_comes_back_whatever_the_connection_does(
     assert "no Job and no PersistentVolumeClaim of this name" in gone.lines[-1]
 
 
-def test_a_pod_that_is_lost_is_said_and_replaced(namespace, submit, tmp_path):
+def test_a_lost_pod_is_reported_and_replaced(namespace, submit, tmp_path):
     run = submit("--keep", "--", *SLOW)
     name = run.until("Starting").split()[1]
     namespace.wait(lambda: run.process.poll() is not None or "training and" in run.text)
@@ -165,7 +165,7 @@ def test_a_pod_that_is_lost_is_said_and_replaced(namespace, submit, tmp_path):
     assert "All objects are kept. kubectl delete" in run.lines[-1]
 
 
-def test_what_it_did_not_make_it_does_not_delete(namespace, submit, tmp_path):
+def test_objects_of_others_are_not_deleted(namespace, submit, tmp_path):
     claim = (ROOT / "k8s" / "base" / "claim.yaml").read_text().replace("1Gi", "2Gi")
     namespace.kubectl("apply", "--filename=-", input=claim)
     run = submit("--name", "digits", "--", *SMALL, "--epochs=1")
@@ -178,7 +178,7 @@ def test_what_it_did_not_make_it_does_not_delete(namespace, submit, tmp_path):
     assert refused.end() == 78
     assert "Expected no Service mine" in refused.lines[-1]
 
-    # The Job is gone, and its files are fetched from the claim.
+    # The Job was deleted: the files are fetched from the claim.
     (tmp_path / "mnist.h5").unlink()
     assert submit("--attach", "digits").end() == 0
     assert_fetched(tmp_path)
@@ -201,7 +201,9 @@ def pods_of(namespace, name):
         ([*SMALL, "--optimizer=sgd", "--learning-rate=1e30"], 70, "Expected a finite loss", True),
     ],
 )
-def test_a_run_that_fails_says_why_and_loses_nothing(namespace, submit, flags, code, says, stays):
+def test_a_failed_run_reports_its_error_and_keeps_its_checkpoints(
+    namespace, submit, flags, code, says, stays
+):
     run = submit("--name", "mine", "--", *flags)
     assert run.end() == code, run.text
     assert run.lines[-1].startswith("python -m trainer.submit: error: ")
@@ -216,14 +218,14 @@ def test_a_run_that_fails_says_why_and_loses_nothing(namespace, submit, flags, c
         (["--gpus", 100], ["is pending: ", "Insufficient nvidia.com/gpu"]),
     ],
 )
-def test_a_pod_that_does_not_start_says_why(namespace, submit, flags, reason):
+def test_the_reason_why_a_pod_is_pending_is_shown(namespace, submit, flags, reason):
     run = submit(*flags)
     run.until(*reason)
     run.process.send_signal(signal.SIGINT)
     assert run.end(seconds=20) == 75, run.text
 
 
-def test_a_claim_that_is_not_bound_is_said(namespace, submit):
+def test_an_unbound_claim_is_reported(namespace, submit):
     claim = yaml.safe_load((ROOT / "k8s" / "base" / "claim.yaml").read_text())
     claim["metadata"]["name"] = "mine"
     claim["spec"]["storageClassName"] = "no-such-class"
@@ -233,7 +235,7 @@ def test_a_claim_that_is_not_bound_is_said(namespace, submit):
     assert "unbound" in line
 
 
-def test_a_quota_is_said(namespace, submit):
+def test_an_exceeded_quota_is_reported(namespace, submit):
     namespace.kubectl("create", "quota", "few", "--hard=pods=0")
     run = submit("--name", "mine")
     run.until("Job mine: FailedCreate: ", "exceeded quota: few")
@@ -244,17 +246,17 @@ def test_a_quota_is_said(namespace, submit):
     refused = submit("--name", "other")
     assert refused.end() == 78
     assert "exceeded quota: none" in refused.lines[-1]
-    assert left(namespace) == ["PersistentVolumeClaim/mine"]  # of the other's nothing
+    assert left(namespace) == ["PersistentVolumeClaim/mine"]  # and nothing of the other run
 
 
-def test_a_cluster_that_cannot_be_reached_or_refuses_is_one_line(namespace, submit, tmp_path):
+def test_an_unreachable_or_refusing_cluster_is_a_one_line_error(namespace, submit, tmp_path):
     config = yaml.safe_load(namespace.kubectl("config", "view", "--raw", "--minify", "--flatten"))
 
     absent = submit("--namespace", "no-such-namespace")
     assert absent.end() == 78
     assert 'namespaces "no-such-namespace" not found' in absent.lines[-1]
 
-    # A service account that nobody gave a right to.
+    # A service account without any role.
     token = namespace.kubectl("create", "token", "default").strip()
     config["users"][0]["user"] = {"token": token}
     forbidden = submit(kubeconfig=save(tmp_path / "forbidden", config))
@@ -269,7 +271,7 @@ def test_a_cluster_that_cannot_be_reached_or_refuses_is_one_line(namespace, subm
     assert "Expected a Kubernetes API server at https://127.0.0.1" in unreachable.lines[-1]
 
     for one in (absent, forbidden, unreachable):
-        assert len(one.lines) == 2  # the first says what is being started
+        assert len(one.lines) == 2  # the first names the run
     assert left(namespace) == []
 
 
@@ -279,7 +281,7 @@ def save(path, config):
 
 
 class Proxy:
-    """Stands between a client and the API server, and cuts its connections when it is told to."""
+    """A TCP proxy for the API server that can cut its connections."""
 
     def __init__(self, upstream):
         self.upstream = upstream

@@ -1,4 +1,4 @@
-"""What the manifests say must be what the program means; ``tests/cluster`` runs them."""
+"""The manifests agree with the program and with Kubernetes; ``tests/cluster`` runs them."""
 
 import functools
 import re
@@ -24,8 +24,8 @@ OLDEST, NEWEST = "1.29", "1.37"
 ONE_JOB = ("base", "gpu", "tpu", "kueue")
 TWO_JOBS = ("multiworker", "multiworker-gpu")
 OVERLAYS = (*ONE_JOB, *TWO_JOBS, "jobset", "kubeflow")
-CUSTOM = ("JobSet", "ClusterTrainingRuntime", "TrainJob")  # validated by what is in them
-WRITTEN_OUT = ("gpu", "multiworker", "multiworker-gpu")  # as they are, for the wheel
+CUSTOM = ("JobSet", "ClusterTrainingRuntime", "TrainJob")  # validated by the Jobs they contain
+WRITTEN_OUT = ("gpu", "multiworker", "multiworker-gpu")  # copied into the wheel
 
 STOPPED = StoppedError.exit_code
 WRONG = {error.exit_code for error in TrainerError.__subclasses__()} - {STOPPED}
@@ -57,7 +57,7 @@ def jobs_of(objects):
 
 
 def pods_of(objects):
-    """Returns every pod, or template of one, by name."""
+    """Returns all pods and pod templates by name."""
     pods = {name: one for (kind, name), one in objects.items() if kind == "Pod"}
     return pods | {name: job["template"] for name, job in jobs_of(objects).items()}
 
@@ -68,13 +68,13 @@ def container_of(pod):
 
 
 def environ_of(pod, index=0):
-    """Returns what a pod's program finds in its environment, but for the pod's own fields."""
+    """Returns the environment of a pod's container, without what the downward API adds."""
     environ = {one["name"]: one.get("value", "") for one in container_of(pod)["env"]}
     return environ | {"JOB_COMPLETION_INDEX": str(index)}
 
 
 def opening(path):
-    """Returns the comment that a file opens with."""
+    """Returns the comment at the top of a file."""
     return re.match(r"(#.*\n)*", path.read_text())[0]
 
 
@@ -92,7 +92,7 @@ def edit(tmp_path):
     return replace
 
 
-# Every one of them.
+# All of them.
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
@@ -124,7 +124,7 @@ def violations(spec):
     for volume in spec.get("volumes", []):
         found += [f"volume {kind}" for kind in volume.keys() - {"name"} - allowed]
     for container in spec["containers"] + spec.get("initContainers", []):
-        # A container's own word goes before the pod's.
+        # A container's securityContext overrides the pod's.
         security = spec.get("securityContext", {}) | container.get("securityContext", {})
         capabilities = security.get("capabilities", {})
         needed = {
@@ -146,7 +146,7 @@ def violations(spec):
 
 
 @pytest.mark.parametrize("name", [*OVERLAYS, "fetch"])
-def test_every_pod_has_what_a_good_guest_has(name):
+def test_every_pod_has_the_usual_hardening_and_resources(name):
     for pod in pods_of(render(name)).values():
         spec, container = pod["spec"], container_of(pod)
         assert spec["automountServiceAccountToken"] is False
@@ -162,14 +162,14 @@ def test_every_pod_has_what_a_good_guest_has(name):
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_every_pod_has_time_for_a_checkpoint(name):
+def test_every_pod_has_a_grace_period_for_a_checkpoint(name):
     for pod in pods_of(render(name)).values():
         assert pod["spec"]["terminationGracePeriodSeconds"] >= 30
         assert pod["spec"]["restartPolicy"] == "Never"
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_everything_says_which_run_it_belongs_to(name):
+def test_every_object_is_labelled_with_its_run(name):
     objects = render(name)
     run = {"app.kubernetes.io/name": "digits-trainer", "app.kubernetes.io/instance": "digits"}
     for one in [*objects.values(), *pods_of(objects).values()]:
@@ -177,7 +177,7 @@ def test_everything_says_which_run_it_belongs_to(name):
 
 
 @pytest.mark.parametrize("name", [*TWO_JOBS, "jobset", "kubeflow"])
-def test_what_selects_pods_selects_the_runs_own(name):
+def test_selectors_match_the_pods_of_the_run(name):
     objects = render(name)
     selectors = [
         one["spec"].get("selector") or one["spec"]["podSelector"]["matchLabels"]
@@ -196,11 +196,11 @@ def test_what_selects_pods_selects_the_runs_own(name):
         assert all(pod["metadata"]["labels"].items() >= selector.items() for pod in pods)
 
 
-# How a run ends.
+# The end of a run.
 
 
 @pytest.mark.parametrize("name", [*ONE_JOB, *TWO_JOBS])
-def test_a_job_ends_at_once_for_users_errors_and_goes_on_when_it_was_stopped(name):
+def test_a_job_fails_at_once_for_user_errors_and_retries_when_it_was_stopped(name):
     for job in jobs_of(render(name)).values():
         disruption, stopped, wrong = job["podFailurePolicy"]["rules"]
         assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
@@ -223,10 +223,10 @@ def test_a_job_ends_at_once_for_users_errors_and_goes_on_when_it_was_stopped(nam
         ("DeadlineExceeded", None, "FailJobSet"),
     ],
 )
-def test_a_jobset_ends_at_once_for_users_errors_and_restarts_all_for_the_rest(
+def test_a_jobset_fails_at_once_for_user_errors_and_restarts_for_the_rest(
     name, reason, ending, action
 ):
-    # The words of pkg/controller/job/pod_failure_policy.go.
+    # Messages as in Kubernetes' pkg/controller/job/pod_failure_policy.go.
     message = {
         None: "Job has reached the specified limit",
         "condition": "Pod a/digits-chief-0-0-2 has condition DisruptionTarget matching FailJob "
@@ -248,7 +248,7 @@ def test_a_jobset_ends_at_once_for_users_errors_and_restarts_all_for_the_rest(
     assert actions[0] == action
     assert jobset["ttlSecondsAfterFinished"] >= 86400
     for job in jobs_of(objects).values():
-        # Whatever happens to a pod is the JobSet's to judge, and never is retried below it.
+        # The JobSet decides about every failure: its Jobs never retry a pod.
         assert job["backoffLimit"] == 0
         assert "ttlSecondsAfterFinished" not in job
         rules = job["podFailurePolicy"]["rules"]
@@ -261,11 +261,11 @@ def test_a_jobset_ends_at_once_for_users_errors_and_restarts_all_for_the_rest(
     ("name", "label"),
     [
         *((name, "batch.kubernetes.io/controller-uid") for name in (*ONE_JOB, *TWO_JOBS)),
-        # A JobSet's Jobs are others after a restart.
+        # A restart replaces the Jobs of a JobSet.
         *((name, "jobset.sigs.k8s.io/jobset-uid") for name in ("jobset", "kubeflow")),
     ],
 )
-def test_every_pod_knows_its_job(name, label):
+def test_every_pod_has_the_uid_of_its_job(name, label):
     for pod in pods_of(render(name)).values():
         (uid,) = (one for one in container_of(pod)["env"] if one["name"] == "TRAINER_JOB_UID")
         assert uid["valueFrom"]["fieldRef"]["fieldPath"] == f"metadata.labels['{label}']"
@@ -291,7 +291,7 @@ def test_the_two_jobs_are_one_cluster(name):
 @pytest.mark.parametrize(
     ("name", "chief"), [(name, "digits") for name in TWO_JOBS] + [("jobset", "chief")]
 )
-def test_the_chief_alone_has_the_claim(name, chief):
+def test_only_the_chief_mounts_the_claim(name, chief):
     for job, pod in pods_of(render(name)).items():
         mounts = {mount["mountPath"] for mount in container_of(pod)["volumeMounts"]}
         claims = [one for one in pod["spec"]["volumes"] if "persistentVolumeClaim" in one]
@@ -310,7 +310,7 @@ def test_the_jobs_of_a_jobset_are_one_cluster():
             "digits-workers-0-0.digits:2222",
         )
         assert cluster.index == index
-    # Names for its pods are the JobSet's own; the Jobs are in it.
+    # The JobSet makes its own Service and contains the Jobs.
     assert {kind for kind, _ in objects} == {"JobSet", "NetworkPolicy", "PersistentVolumeClaim"}
 
 
@@ -319,13 +319,15 @@ def test_the_runtime_is_one_cluster_for_a_trainjob_of_any_name():
     trainjob = objects["TrainJob", "digits"]["spec"]
     runtime = objects["ClusterTrainingRuntime", trainjob["runtimeRef"]["name"]]["spec"]
     (pod,) = pods_of(objects).values()
-    # What Kubeflow Trainer looks for.
+    # By these Kubeflow Trainer finds its Job and container.
     labels = runtime["template"]["spec"]["replicatedJobs"][0]["template"]["metadata"]["labels"]
     assert labels == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     assert container_of(pod)["name"] == "node"
 
     names = [one["name"] for one in container_of(pod)["env"]]
-    assert names.index("JOBSET_NAME") < names.index("TRAINER_HOSTS")  # $() looks back only
+    assert names.index("JOBSET_NAME") < names.index(
+        "TRAINER_HOSTS"
+    )  # $() refers to earlier variables only
     (uses,) = (one for one in container_of(pod)["env"] if one["name"] == "JOBSET_NAME")
     assert uses["valueFrom"]["fieldRef"]["fieldPath"].endswith("['jobset.sigs.k8s.io/jobset-name']")
     environ = environ_of(pod, index=1)
@@ -338,7 +340,7 @@ def test_the_runtime_is_one_cluster_for_a_trainjob_of_any_name():
 
 
 @pytest.mark.parametrize("name", [*TWO_JOBS, "jobset"])
-def test_the_number_of_workers_stands_in_one_place(edit, name):
+def test_the_number_of_workers_is_set_in_one_place(edit, name):
     k8s = edit("multiworker/kustomization.yaml", "      value: 1\n", "      value: 3\n")
     chief, workers = jobs_of(render(name, k8s)).values()
     assert (chief["completions"], chief["parallelism"]) == (1, 1)
@@ -347,14 +349,14 @@ def test_the_number_of_workers_stands_in_one_place(edit, name):
         assert len(resolve(environ_of(job["template"], index)).workers) == 4
 
 
-def test_the_number_of_nodes_stands_in_one_place(edit):
+def test_the_number_of_nodes_is_set_in_one_place(edit):
     k8s = edit("kubeflow/trainjob.yaml", "numNodes: 2", "numNodes: 5")
     trainer = render("kubeflow", k8s)["TrainJob", "digits"]["spec"]["trainer"]
     assert trainer == {"numNodes": 5, "env": [{"name": "TRAINER_WORKERS", "value": "5"}]}
 
 
 @pytest.mark.parametrize("name", ["gpu", "multiworker-gpu"])
-def test_the_number_of_gpus_stands_in_one_place(edit, name):
+def test_the_number_of_gpus_is_set_in_one_place(edit, name):
     k8s = edit("components/gpu/kustomization.yaml", "      value: 1\n", "      value: 4\n")
     for pod in pods_of(render(name, k8s)).values():
         container = container_of(pod)
@@ -380,11 +382,11 @@ def test_kueue_admits_the_job():
     assert "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]
 
 
-# One place for the images; what is written out; what the comments say.
+# Images; generated files; comments.
 
 
 @pytest.mark.parametrize("name", [*OVERLAYS, "fetch"])
-def test_the_images_stand_in_one_place(edit, name):
+def test_the_images_are_set_in_one_place(edit, name):
     file = K8S / "components" / "image" / "kustomization.yaml"
     component = yaml.safe_load(file.read_text())
     images = {one["name"]: f"{one['newName']}:{one['newTag']}" for one in component["images"]}
@@ -404,18 +406,18 @@ def test_the_images_stand_in_one_place(edit, name):
 
 
 @pytest.mark.parametrize(("file", "folder"), [("job", "base"), ("fetch", "fetch")])
-def test_a_file_that_is_used_alone_is_what_kustomize_makes(file, folder):
+def test_a_standalone_file_is_the_output_of_kustomize(file, folder):
     path = K8S / f"{file}.yaml"
     assert path.read_text() == opening(path) + rendered(K8S / folder), "make manifests"
     assert path.read_text().count("image: ") == 1
 
 
 @pytest.mark.parametrize("name", WRITTEN_OUT)
-def test_the_wheel_has_what_kustomize_makes(name):
+def test_the_wheel_has_the_output_of_kustomize(name):
     assert (ASSETS / f"{name}.yaml").read_text() == rendered(K8S / name), "make manifests"
 
 
-def test_the_wheel_has_the_files_that_are_used_alone():
+def test_the_wheel_has_the_standalone_files():
     names = {"job.yaml", "fetch.yaml", *(f"{name}.yaml" for name in WRITTEN_OUT)}
     assert {path.name for path in ASSETS.iterdir()} == names
     for name in ("job.yaml", "fetch.yaml"):
@@ -453,18 +455,18 @@ def test_an_opening_comment_has_the_commands(name):
         r"delete pvc digits .*# the model with it",
     ):
         assert re.search(rf"kubectl {command}", comment), command
-    # It would take the claim, and so the model, with it.
+    # That would delete the claim, and so the model.
     assert not re.search(r"#   kubectl delete -[kf]", comment)
 
 
-def test_a_comment_names_only_what_there_is():
+def test_comments_name_existing_files():
     for path in K8S.rglob("*.yaml"):
         for name in re.findall(r"\bk8s/[\w./-]*\w", path.read_text()):
             assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"
 
 
 @pytest.mark.parametrize("name", OPENINGS)
-def test_a_comment_names_only_objects_there_are(name):
+def test_opening_comments_name_existing_objects(name):
     objects = render(name)
     known = {one for _, one in objects} | {"digits-fetch"}
     for one in objects.values():

@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress, scores, charts, the report page."""
+"""What is shown of a run: progress, TensorBoard events, scores, charts and the report page."""
