@@ -61,9 +61,9 @@ class SubmitConfig:
 
     name: str | None = None
     """Name of the run, a prefix of the name of each
-    object. None: a new one. With the name of a run whose
-    PersistentVolumeClaim was kept, training resumes from
-    its checkpoint."""
+    object. None: a new one. With the name of a run
+    whose PersistentVolumeClaim was kept, training
+    resumes from its checkpoint."""
 
     attach: str | None = None
     """Start nothing: follow the run of this name and
