@@ -254,7 +254,7 @@ def test_a_port_in_use_is_refused():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         cluster = Cluster((f"127.0.0.1:{port}", "127.0.0.1:1"), 0)
-        with pytest.raises(ConfigurationError, match=f"listen at port {port}.*already in use"):
+        with pytest.raises(ConfigurationError, match=f"listen on port {port}.*already in use"):
             connect(cluster)
 
 

@@ -46,7 +46,7 @@ class Prediction:
     @property
     def label(self) -> int:
         """The most probable class."""
-        return int(self.probabilities.argmax())
+        return int(np.argmax(self.probabilities))
 
     @property
     def probability(self) -> float:

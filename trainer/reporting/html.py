@@ -155,7 +155,7 @@ def _figures(manifest: dict, history: Mapping, found: Scores) -> str:
         ),
         ("Test loss", f"{metrics['val_loss']:.4f}", "cross-entropy"),
         ("Calibration error", f"{found.ece:.4f}", f"expected, {scores.BINS} bins"),
-        ("Time", format_duration(seconds.sum()), f"{epochs} of {seconds.mean():.1f} s"),
+        ("Time", format_duration(float(seconds.sum())), f"{epochs} of {seconds.mean():.1f} s"),
         ("Speed", f"{_speed(manifest, seconds):,.0f}", "training images a second"),
         ("Model", f"{model['bytes'] / 1e6:.1f} MB", f"{model['parameters']:,} parameters"),
     )
@@ -209,7 +209,7 @@ def _tables(manifest: dict, history: Mapping, found: Scores) -> dict[str, str]:
                 ("an epoch, its evaluation included", f"{seconds.mean():.1f} s"),
                 ("the fastest one", f"{seconds.min():.1f} s"),
                 ("the slowest one", f"{seconds.max():.1f} s"),
-                ("all epochs", format_duration(seconds.sum())),
+                ("all epochs", format_duration(float(seconds.sum()))),
                 ("the command that finished the run", format_duration(manifest["seconds"])),
                 ("training images a second", f"{_speed(manifest, seconds):,.0f}"),
             ],
