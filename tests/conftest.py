@@ -10,7 +10,7 @@ from support import Command, Replicas
 
 def pytest_collection_modifyitems(items):
     """Begins with the modules of the longest tests, lest one of those be alone at the end."""
-    first = ("test_workers.py", "test_launch.py", "test_strategy.py")
+    first = ("test_workers.py", "test_local.py", "test_strategy.py")
     items.sort(key=lambda item: item.path.name not in first)
 
 

@@ -1,15 +1,18 @@
-"""python -m trainer.launch as a user runs it."""
+"""Workers on this machine, and python -m trainer.launch as a user runs it."""
 
-import contextlib
+import itertools
 import os
 import signal
-import time
+import socket
+import sys
 from pathlib import Path
 
 import pytest
-from support import Command, outcome
+from support import Command, Constant, Pause, outcome, wait_for
 
-from trainer.distributed.local import free_ports
+from trainer.distributed import local
+from trainer.distributed.local import LocalWorkers, free_ports, share_gpus
+from trainer.errors import ConfigurationError
 
 RUN = (
     "--epochs",
@@ -23,6 +26,8 @@ RUN = (
     "out",
 )
 EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1)
+# A signal must reach the workers, and be obeyed, on a machine that is busy otherwise, too.
+PATIENT = Constant("trainer.distributed.parent:STOP_TIMEOUT", 300)
 
 
 def launched(command, *own):
@@ -35,21 +40,44 @@ def launch(command):
     return lambda *own: launched(command, *own)
 
 
+class Launched:
+    """A run of two workers, both of which pause after the second step."""
+
+    def __init__(self, command, tmp_path):
+        self.pauses = [
+            Pause(folder=tmp_path / f"pause-{index}", worker=index, after_step=(1, 2))
+            for index in (0, 1)
+        ]
+        self.process = command.start(*EAGER, hooks=[*self.pauses, PATIENT])
+        for pause in self.pauses:
+            pause.wait(self.process)
+        self.workers = children(self.process.pid)
+        self.pids = [*self.workers, *(pid for worker in self.workers for pid in children(worker))]
+        assert len(self.pids) == 4
+
+    def kill(self, index):
+        """Kills a worker, both processes of it."""
+        for pid in (*children(self.workers[index]), self.workers[index]):
+            os.kill(pid, signal.SIGKILL)
+
+    def go(self):
+        for pause in self.pauses:
+            pause.go()
+
+    def end(self):
+        stdout, stderr = self.process.communicate(timeout=300)
+        return self.process.returncode, stdout, stderr
+
+
 def children(pid):
-    with contextlib.suppress(FileNotFoundError):
-        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for(condition, *, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
-
-
-def has_checkpoint(folder):
-    return any((folder / "out" / "checkpoints").glob("*.index"))
+def has_ended(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -72,57 +100,46 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.full
-def test_workers_are_started_again_from_the_last_checkpoint(launch, command, undisturbed):
-    run = launch("--workers", 2, "--max-restarts", 1).start(*EAGER)
-    wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
-    workers = children(run.pid)
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    stdout, stderr = run.communicate(timeout=120)
-    assert run.returncode == 0, stderr
+def test_workers_are_started_again_from_the_last_checkpoint(launch, command, tmp_path, undisturbed):
+    run = Launched(launch("--workers", 2, "--max-restarts", 1), tmp_path)
+    run.kill(1)
+    run.go()  # Those that are started again.
+    code, stdout, stderr = run.end()
+    assert code == 0, stderr
     assert "[0] python -m trainer.task: worker 1 (127.0.0.1:" in stderr
     assert "ended with 137; starting all 2 workers again (1 of 1)" in stderr
-    assert "[0] Resuming the unfinished run in out/checkpoints at epoch 1, step" in stdout
+    assert "[0] Resuming the unfinished run in out/checkpoints at epoch 1, step 2" in stdout
     assert outcome(command.folder / "out") == undisturbed
 
 
-@pytest.mark.full
-def test_without_a_restart_it_ends_as_the_worker_did(launch, command):
-    run = launch().start(*EAGER)
-    wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
-    chief, _ = children(run.pid)
-    os.kill(chief, signal.SIGKILL)
-    _, stderr = run.communicate(timeout=60)
-    assert run.returncode == 137
+def test_without_a_restart_it_ends_as_the_worker_did(launch, tmp_path):
+    run = Launched(launch(), tmp_path)
+    run.kill(0)
+    code, _, stderr = run.end()
+    assert code == 137
     assert "[1] python -m trainer.task: worker 0 (127.0.0.1:" in stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.full
-def test_a_signal_stops_all_at_a_checkpoint(launch, command, number):
-    run = launch().start(*EAGER)
-    wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
-    workers = children(run.pid)
-    pids = [*workers, *(child for one in workers for child in children(one))]
-    assert len(pids) == 4
-    start = time.monotonic()
-    run.send_signal(number)
-    _, stderr = run.communicate(timeout=60)
-    assert run.returncode == 75
-    assert time.monotonic() - start < 10
-    assert f"[0] python -m trainer.task: stopped by {number.name} at epoch 1, step" in stderr
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+def test_a_signal_stops_all_at_a_checkpoint(launch, tmp_path, number):
+    run = Launched(launch(), tmp_path)
+    run.process.send_signal(number)
+    for pause in run.pauses:
+        pause.wait(run.process, seen=number.name)
+    run.go()
+    code, _, stderr = run.end()
+    assert code == 75
+    assert f"[0] python -m trainer.task: stopped by {number.name} at epoch 1, step 3." in stderr
+    assert all(map(has_ended, run.pids))
 
 
 @pytest.mark.full
-def test_nothing_is_left_of_one_that_is_killed(launch, command):
-    run = launch().start(*EAGER)
-    wait_for(lambda: has_checkpoint(command.folder) or run.poll() is not None)
-    workers = children(run.pid)
-    pids = [*workers, *(child for one in workers for child in children(one))]
-    run.kill()
-    run.communicate()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=10)
+def test_nothing_is_left_of_one_that_is_killed(launch, tmp_path):
+    run = Launched(launch(), tmp_path)
+    run.process.kill()
+    run.process.communicate()
+    wait_for(lambda: all(map(has_ended, run.pids)))
 
 
 @pytest.mark.full
@@ -155,9 +172,76 @@ def test_a_wrong_flag_is_2_and_starts_nothing(launch, command, own, flags, part)
     assert list(command.folder.iterdir()) == []
 
 
-def test_free_ports_are_free_and_different():
-    ports = free_ports(50)
-    assert len(set(ports)) == 50
+def local_workers(*programs):
+    """Returns workers that each run a program of Python."""
+    choose = (
+        "import json, os, sys\n"
+        "exec(sys.argv[1 + json.loads(os.environ['TF_CONFIG'])['task']['index']])"
+    )
+    return LocalWorkers([sys.executable, "-c", choose, *programs], [{}] * len(programs))
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [((0, 0), 0), ((0, 1), 0), ((75, 75), 75), ((75, 1), 1), ((78, 75), 78), ((-9, 75), 137)],
+)
+def test_the_exit_code_is_that_of_what_went_wrong(codes, code):
+    programs = [
+        f"os._exit({code})" if code >= 0 else f"os.kill(os.getpid(), {-code})" for code in codes
+    ]
+    with local_workers(*programs) as workers:
+        assert workers.wait() == code
+
+
+def test_a_worker_that_blocks_is_killed_when_another_has_failed(monkeypatch, tmp_path):
+    monkeypatch.setattr(local, "FAILURE_TIMEOUT", 0.1)
+    monkeypatch.setattr(local, "STOP_TIMEOUT", 0.1)
+    ready = str(tmp_path / "ready")
+    os.mkfifo(ready)
+    deaf = (
+        "import signal\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"open({ready!r}, 'w').close()\n"
+        "while True: signal.pause()"
+    )
+    with local_workers(deaf, f"open({ready!r}).close()\nos._exit(1)") as workers:
+        assert workers.wait() == 1
+
+
+def test_lines_are_shown_with_the_number_of_their_worker(capsys):
+    programs = ("print('a'); print('b', file=sys.stderr)", "print('c')")
+    with local_workers(*programs) as workers:
+        assert workers.wait() == 0
+    out, err = capsys.readouterr()
+    assert sorted(out.splitlines()) == ["[0] a", "[1] c"]
+    assert err == "[0] b\n"
+
+
+def test_gpus_are_shared_evenly(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl"):
+        (tmp_path / name).touch()
+    visible = [share["CUDA_VISIBLE_DEVICES"] for share in share_gpus(2, devices=tmp_path)]
+    assert visible == ["0,1", "2,3"]
+    assert share_gpus(2, 0, devices=tmp_path) == [{}, {}]
+    with pytest.raises(ConfigurationError, match=r"each of the 5 workers. Received: 4 GPUs"):
+        share_gpus(5, devices=tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert share_gpus(2, devices=tmp_path) == [{}, {}]
+
+
+def test_free_ports_are_free_and_different(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        used = server.getsockname()[1]
+        free = itertools.count(used + 1)
+        # The random numbers are first a port in use, then each port twice.
+        numbers = itertools.chain([used], (port for port in free for _ in range(2)))
+        monkeypatch.setattr(local.random, "randrange", lambda *_: next(numbers))
+        ports = free_ports(3)
+    assert used not in ports
+    assert len(set(ports)) == 3
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_a_folder_that_cannot_be_written_ends_all_workers(launch, command):

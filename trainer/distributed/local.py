@@ -134,22 +134,26 @@ class LocalWorkers:
 
     def _copy(self, source: TextIO, target: TextIO, prefix: str) -> None:
         def copy() -> None:
-            for line in source:
-                with contextlib.suppress(BrokenPipeError):
-                    target.write(prefix + line)
-                    target.flush()
+            with source:
+                for line in source:
+                    with contextlib.suppress(BrokenPipeError):
+                        target.write(prefix + line)
+                        target.flush()
 
         thread = threading.Thread(target=copy, daemon=True)
         thread.start()
         self._copies.append(thread)
 
 
-def share_gpus(workers: int, gpus: int | None = None) -> list[dict[str, str]]:
+def share_gpus(
+    workers: int, gpus: int | None = None, *, devices: Path = Path("/dev")
+) -> list[dict[str, str]]:
     """Divides the GPUs of this machine among workers.
 
     Args:
         workers: Number of workers.
         gpus: GPUs that each must have; None: whatever its share is; 0: none.
+        devices: Folder of the devices.
 
     Returns:
         For each worker its CUDA_VISIBLE_DEVICES; nothing where there is nothing to divide, or where
@@ -158,14 +162,14 @@ def share_gpus(workers: int, gpus: int | None = None) -> list[dict[str, str]]:
     Raises:
         ConfigurationError: There are fewer GPUs than workers.
     """
-    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
-    if not devices or gpus == 0 or "CUDA_VISIBLE_DEVICES" in os.environ:
+    count = len(list(devices.glob("nvidia[0-9]*")))
+    if not count or gpus == 0 or "CUDA_VISIBLE_DEVICES" in os.environ:
         return [{}] * workers
-    each = len(devices) // workers
+    each = count // workers
     if not each:
         raise ConfigurationError(
-            f"Expected a GPU for each of the {workers} workers. Received: {len(devices)} GPUs. Use "
-            f"--workers {len(devices)}, or --gpus 0 after -- to train on the CPU."
+            f"Expected a GPU for each of the {workers} workers. Received: {count} GPUs. Use "
+            f"--workers {count}, or --gpus 0 after -- to train on the CPU."
         )
     shares = [range(worker * each, worker * each + each) for worker in range(workers)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, share))} for share in shares]
