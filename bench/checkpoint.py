@@ -12,6 +12,7 @@ def main() -> None:
     from trainer.models import cnn
     from trainer.training import checkpoint
     from trainer.training.manifest import RunManifest
+    from trainer.training.position import Position
 
     model = cnn.build(optimizer="adadelta", learning_rate=1.0, seed=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -20,7 +21,7 @@ def main() -> None:
         )
         checkpoints = checkpoint.Checkpoints(Path(folder), keep=3)
         checkpoints.track(model)
-        position = checkpoint.Position()
+        position = Position()
         seconds = []
         for step in range(1, SAVES + 1):
             position.step = position.steps = step

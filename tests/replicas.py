@@ -25,7 +25,7 @@ from trainer.errors import StoppedError
 from trainer.models import cnn, fast_step
 from trainer.runtime import keras, tf
 from trainer.training import artifacts, loop, run
-from trainer.training.checkpoint import Position
+from trainer.training.position import Position
 
 CHOICE = None  # strategy.create's, of this process
 

@@ -12,7 +12,8 @@ from trainer.data import pipeline
 from trainer.errors import ConfigurationError, DataError, InputError, StoppedError
 from trainer.runtime import keras, tf
 from trainer.training import loop
-from trainer.training.checkpoint import FOLDER, Position
+from trainer.training.checkpoint import FOLDER
+from trainer.training.position import Position
 
 EPOCHS, STEPS = 2, 4  # and three steps in each evaluation; a call has one step
 

@@ -24,35 +24,11 @@ from trainer.distributed.collectives import Workers
 from trainer.errors import OutputError, StoppedError
 from trainer.runtime import keras, tf
 from trainer.training.manifest import RunManifest
+from trainer.training.position import Position
 
 FOLDER = "checkpoints"
 
 _STATE_KEY = "state/.ATTRIBUTES/VARIABLE_VALUE"  # TensorFlow's name for the argument state=
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a run is, between two steps.
-
-    Attributes:
-        epoch: The current epoch, counted from 0.
-        step: Number of steps of that epoch that are done.
-        steps: Number of steps of the whole run that are done.
-        totals: Sums over the steps of the epoch: of the sample weights, then of each function of
-            ``loop.fit``.
-        seconds: Duration of the epoch so far.
-        history: The epochs before, as ``loop.fit`` returns them.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    steps: int = 0
-    totals: list[float] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"epoch {self.epoch + 1}, step {self.step}"
 
 
 def variables_of(model: keras.Model) -> dict[str, list[tf.Variable]]:

@@ -19,7 +19,7 @@ from trainer.distributed.collectives import Workers
 from trainer.distributed.replica_seeds import separate_seeds
 from trainer.errors import NotFiniteError
 from trainer.runtime import keras, tf
-from trainer.training.checkpoint import Position
+from trainer.training.position import Position
 
 SECONDS_PER_CALL = 1.0  # Long enough to hide the overhead of a call, short enough for progress.
 

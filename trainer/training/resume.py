@@ -13,8 +13,9 @@ from trainer.config import Resume, fixed_fields
 from trainer.distributed.collectives import Workers
 from trainer.errors import ConfigurationError, DataError, InputError, TrainerError
 from trainer.runtime import keras
-from trainer.training.checkpoint import Checkpoints, Position, variables_of
+from trainer.training.checkpoint import Checkpoints, variables_of
 from trainer.training.manifest import RunManifest
+from trainer.training.position import Position
 
 
 def resume(

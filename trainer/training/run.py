@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from trainer.distributed.worker import Link
     from trainer.models.fast_step import StepChoice
     from trainer.reporting.progress import Watcher
-    from trainer.training.checkpoint import Checkpointer, Position
+    from trainer.training.checkpoint import Checkpointer
     from trainer.training.manifest import RunManifest
+    from trainer.training.position import Position
 
 LINGER = 60.0  # Seconds that a pod takes at most to end which is being deleted, of a Job before.
 

@@ -1,0 +1,28 @@
+"""Where a run is, between two steps: what the loop counts, and a checkpoint holds."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Position:
+    """A position of a run, between two steps.
+
+    Attributes:
+        epoch: The current epoch, counted from 0.
+        step: Number of steps of that epoch that are done.
+        steps: Number of steps of the whole run that are done.
+        totals: Sums over the steps of the epoch: of the sample weights, then of each function of
+            ``loop.fit``.
+        seconds: Duration of the epoch so far.
+        history: The epochs before, as ``loop.fit`` returns them.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    steps: int = 0
+    totals: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch + 1}, step {self.step}"
