@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 from support import Command, Replicas
 
+# Bits and messages are those of CPUs, in the processes that tests start, too. It also hides the GPUs
+# that the environment names.
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
 
 def pytest_collection_modifyitems(items):
     """Begins with the modules of the longest tests, lest one of those be alone at the end."""

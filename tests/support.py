@@ -3,6 +3,7 @@ small data.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -13,11 +14,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.local import free_ports
 
 ROOT = Path(__file__).parents[1]
+
+HAS_FAST_STEP = importlib.util.find_spec("trainer.models._winograd") is not None
+needs_fast_step = pytest.mark.skipif(
+    not HAS_FAST_STEP,
+    reason="needs the compiled fast step: no C compiler when the package was installed",
+)
 
 
 class Command:

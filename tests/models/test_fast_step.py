@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import ROOT, needs_fast_step
 
 from trainer.data import pipeline
 from trainer.errors import NotFiniteError
@@ -14,6 +14,8 @@ from trainer.models import cnn, fast_step
 from trainer.runtime import keras, tf
 from trainer.training import loop
 from trainer.training.artifacts import weights_sha256
+
+pytestmark = needs_fast_step
 
 STRATEGY = tf.distribute.get_strategy()
 
@@ -78,10 +80,6 @@ def losses(network, digits, **options):
 @pytest.fixture(scope="module")
 def digits(mnist):
     return mnist.first(640, 100)
-
-
-def test_this_machine_has_it():
-    assert CHOSEN.name.startswith("winograd "), CHOSEN.reason
 
 
 def gradients(network, forward, x, y):
@@ -169,13 +167,6 @@ def test_a_rate_that_a_byte_cannot_draw_is_the_layers_own(digits, float64, rate)
     np.testing.assert_allclose(received, expected, rtol=1e-12)
 
 
-def test_the_optimizer_is_fused_and_given_back(digits, float64):
-    network = build()
-    with CHOSEN.step(network):
-        assert "update_step" in vars(network.optimizer)
-    assert "update_step" not in vars(network.optimizer)
-
-
 def changed(index, fields):
     """The model's front with one layer's configuration changed."""
     layers = [
@@ -212,32 +203,6 @@ def test_a_functional_model_and_another_kind_of_layer_take_the_plain_path():
     for network in (functional, other):
         with CHOSEN.step(network) as forward:
             assert forward is network
-
-
-def test_off_is_off_and_silent():
-    chosen = choose("off")
-    assert (chosen.name, chosen.reason) == ("keras", "")
-    network = build()
-    with chosen.step(network) as forward:
-        assert forward is network
-
-
-@pytest.mark.parametrize(
-    ("cached", "owner", "name", "value", "reason"),
-    [
-        ("_library", fast_step.importlib.util, "find_spec", lambda name: None, "gcc or clang"),
-        ("_library", fast_step, "_instructions", lambda path: None.x, "does not work with this"),
-        ("_difference", fast_step, "TOLERANCE", 0.0, "something else on this processor"),
-    ],
-)
-def test_where_it_cannot_be_used_keras_step_is_and_the_user_is_told(
-    monkeypatch, cached, owner, name, value, reason
-):
-    monkeypatch.setattr(fast_step, cached, getattr(fast_step, cached).__wrapped__)
-    monkeypatch.setattr(owner, name, value)
-    chosen = choose()
-    assert chosen.name == "keras"
-    assert reason in chosen.reason
 
 
 def test_what_is_not_finite_in_front_of_the_pooling_is_found(digits):

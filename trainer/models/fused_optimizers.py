@@ -20,6 +20,9 @@ UpdateStep = Callable[[tf.Tensor, tf.Variable, tf.Tensor], None]
 
 _KINDS = {"adadelta": keras.optimizers.Adadelta, "adam": keras.optimizers.Adam}
 _CHECKED_STEPS = 4
+# Relative difference that rounding to float32 may cause: most of it is in Adam's 1 - beta_2, 0.001,
+# which is one operation on float32 in the fused kernel.
+TOLERANCE = 1e-4
 
 
 @contextlib.contextmanager
@@ -45,7 +48,7 @@ def find_problem(name: str) -> str:
     """Returns why the fused update of an optimizer cannot be used; empty where it can.
 
     A few steps on a small variable are made both ways, and the variable and all of the optimizer's
-    own variables compared: they must agree but for the rounding of float32.
+    own variables compared: they may differ by the rounding of float32 only.
 
     Args:
         name: Keras' name of the optimizer.
@@ -58,16 +61,18 @@ def find_problem(name: str) -> str:
     except Exception as error:  # Whatever follows from an attribute that Keras renamed or removed.
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     for a, b in zip(received, expected, strict=True):
-        if not np.allclose(a, b, rtol=1e-5, atol=1e-6):
+        if not np.allclose(a, b, rtol=TOLERANCE, atol=0):
             return "its result differs from that of Keras' update"
     return ""
 
 
 def _update(kind: type[keras.optimizers.Optimizer], *, fused: bool) -> list[np.ndarray]:
     """Returns the values of a variable and of its optimizer's variables after a few steps."""
+    # From zero, by gradients of constant signs: the sum of the updates then has the relative
+    # precision of each of them, however small they are.
     noise = np.random.default_rng(0)
-    values = noise.normal(0, 1, (1 + _CHECKED_STEPS, 7)).astype(np.float32)
-    variable = keras.Variable(values[0], dtype="float32", name="checked")
+    gradients = np.abs(noise.normal(0, 1, (_CHECKED_STEPS, 8))) * ([1, -1] * 4)
+    variable = keras.Variable(np.zeros(8), dtype="float32", name="checked")
     # Named, because Keras numbers those without a name, and saves that name with a model.
     optimizer = kind(learning_rate=0.5, name="checked")
     optimizer.build([variable])
@@ -81,8 +86,8 @@ def _update(kind: type[keras.optimizers.Optimizer], *, fused: bool) -> list[np.n
             update_step(*values)
 
         optimizer.update_step = counted
-    for gradient in values[1:]:
-        optimizer.apply([tf.constant(gradient)], [variable])
+    for gradient in gradients:
+        optimizer.apply([tf.constant(gradient, tf.float32)], [variable])
     if update_step and calls != _CHECKED_STEPS:
         raise RuntimeError("Keras does not call update_step")
     return [variable.numpy(), *(slot.numpy() for slot in optimizer.variables)]
