@@ -25,6 +25,8 @@ from trainer.inference.digit import SIZE, Digit, DigitCount
 # Pictures in one group, whose digits are classified together: few at first, for an early answer.
 FIRST_GROUP, GROUP = 16, 64
 
+BATCH = 256  # Digits in one forward pass, which takes 60 MB of memory.
+
 Picture = tuple[str, Path | bytes]  # What errors call it; its file, or that file's content.
 
 # From uint8 (n, 28, 28), n at least 1, 0 for background and 255 for ink, to float32 (n, 10).
@@ -54,6 +56,10 @@ class Prediction:
         return float(self.probabilities.max())
 
 
+def _no_picture() -> np.ndarray:
+    return np.empty((0, 0), np.uint8)
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """What is known of a picture: an error, or its digits.
@@ -61,13 +67,13 @@ class Answer:
     Attributes:
         name: What errors call it, in printable letters.
         error: Why it has no predictions.
-        picture: uint8 (h, w), the picture as it was searched for digits.
+        picture: uint8 (h, w), the picture as it was searched for digits; (0, 0) with an error.
         predictions: One for each digit, at least one where there is no error.
     """
 
     name: str
     error: TrainerError | None = None
-    picture: np.ndarray | None = None
+    picture: np.ndarray = dataclasses.field(default_factory=_no_picture)
     predictions: tuple[Prediction, ...] = ()
 
 
@@ -144,20 +150,20 @@ def _load(path: Path, threads: int | None) -> Predict:
     model = model_file.load(path, threads=threads)
 
     from trainer.models import cnn
-    from trainer.runtime import tf
 
-    @tf.function(input_signature=[tf.TensorSpec((None, SIZE, SIZE), tf.uint8)], autograph=False)
-    def predict(images: tf.Tensor) -> tf.Tensor:
-        inputs, _ = cnn.preprocess(images, tf.zeros(tf.shape(images)[:1], tf.int32))
-        return model(inputs, training=False)
+    predict = cnn.predictor(model)
 
-    return lambda images: predict(images).numpy()
+    def predict_in_batches(images: np.ndarray) -> np.ndarray:
+        starts = range(0, len(images), BATCH)
+        return np.concatenate([predict(images[start : start + BATCH]) for start in starts])
+
+    return predict_in_batches
 
 
 def _result(
     future: Future[decoders.Decoded],
-) -> tuple[TrainerError | None, np.ndarray | None, list[Digit]]:
+) -> tuple[TrainerError | None, np.ndarray, list[Digit]]:
     try:
         return None, *future.result()
     except TrainerError as error:
-        return error, None, []
+        return error, _no_picture(), []

@@ -70,9 +70,7 @@ class _Decoder:
         self._child: sandbox.Child | None = sandbox.Child(MODULE)
 
     def decode(self, source: Path | bytes, name: str, digits: DigitCount) -> Decoded:
-        if not self._child:
-            self._child = sandbox.Child(MODULE)
-        child = self._child
+        child = self._child = self._child or sandbox.Child(MODULE)
         name = sandbox.printable(name)
         content = source if isinstance(source, bytes) else b""
         path = None if isinstance(source, bytes) else str(source)

@@ -157,23 +157,47 @@ def probabilities(
         float32 (n, 10).
 
     Raises:
-        NotFiniteError: The network returned NaN or infinity, as with weights that overflow. Some
-            overflows before the pooling layer stay unseen: with AVX-512, oneDNN's pooling ignores
-            NaN (TensorFlow 2.21).
+        NotFiniteError: As the function that ``predictor`` returns.
     """
-    # Not model.predict, which compiles with XLA: these are the kernels, and so the bits, of the
-    # evaluation during training.
-    predict = tf.function(lambda inputs: model(inputs, training=False), autograph=False)
+    predict = predictor(model)
     parts = []
     for start in range(0, len(images), batch_size):
-        parts.append(predict(scale(images[start : start + batch_size])).numpy())
+        parts.append(predict(images[start : start + batch_size]))
         after_batch()
-    predicted = np.concatenate(parts)
-    finite = np.isfinite(predicted).all(axis=1)
-    if not finite.all():
-        raise NotFiniteError(
-            "Expected finite probabilities. Received: NaN from the network, for "
-            f"{np.count_nonzero(~finite):,} of {len(finite):,} images. Train the model again, with "
-            "a smaller learning_rate."
-        )
-    return predicted
+    return np.concatenate(parts)
+
+
+def predictor(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function that predicts the class probabilities of one batch of images, whatever its
+    size. It is compiled once, when it is first called.
+
+    Args:
+        model: A model with the input and output of ``build``'s, on one device.
+
+    Returns:
+        A function from uint8 (n, 28, 28), 0 for background and 255 for ink, to float32 (n, 10). It
+        raises NotFiniteError where the network returns NaN or infinity, as with weights that
+        overflow. Some overflows before the pooling layer stay unseen: with AVX-512, oneDNN's
+        pooling ignores NaN (TensorFlow 2.21).
+    """
+
+    # Not model.predict, which compiles with XLA: these are the kernels, and so the bits, of the
+    # evaluation during training.
+    @tf.function(
+        input_signature=[tf.TensorSpec((None, *INPUT_SHAPE[:2]), tf.uint8)], autograph=False
+    )
+    def forward(images: tf.Tensor) -> tf.Tensor:
+        return model(scale(images), training=False)
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        predicted = forward(images).numpy()
+        finite = np.isfinite(predicted).all(axis=1)
+        if not finite.all():
+            raise NotFiniteError(
+                "Expected finite probabilities. Received: NaN from the network, for "
+                f"{np.count_nonzero(~finite):,} of {len(finite):,} images. Train the model again, "
+                "with a smaller learning_rate."
+            )
+        return predicted
+
+    return predict
