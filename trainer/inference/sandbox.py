@@ -38,7 +38,7 @@ class ProtocolError(Exception):
 class Channel:
     """Messages to and from another process, over a pair of binary streams."""
 
-    def __init__(self, source: IO[bytes], sink: IO[bytes]) -> None:
+    def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
         self._source = source
         self._sink = sink
 
