@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +127,37 @@ def test_a_containers_quota_limits_the_threads(tmp_path, monkeypatch, files, exp
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert available_cpus(tmp_path) == (expected or 8)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig(recipe="fast", optimizer="sgd"),
+        TrainConfig(recipe="best", epochs=3, output_dir=Path("out"), step_timeout=60),
+    ],
+)
+def test_a_configuration_comes_back_from_what_is_recorded_of_it(config):
+    assert TrainConfig(**json.loads(json.dumps(config.as_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field", "remedy"),
+    [
+        ("fast", "batch_size", "Use 64, the value of the recipe fast."),
+        ("best", "epochs", "Use 10, the value of the recipe best."),
+        ("default", "batch_size", "Use 128, the value of the recipe default."),
+    ],
+)
+def test_the_remedy_is_the_recipes_own_value(recipe, field, remedy):
+    with pytest.raises(UsageError) as raised:
+        TrainConfig(recipe=recipe, **{field: 0})
+    assert str(raised.value).endswith(remedy)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_rate_that_a_remedy_names_is_the_one_that_is_used(recipe):
+    with pytest.raises(UsageError) as raised:
+        TrainConfig(recipe=recipe, learning_rate=-1.0)
+    config = TrainConfig(recipe=recipe)
+    assert f"Leave it out for {config.learning_rate}, that of" in str(raised.value)

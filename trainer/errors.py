@@ -62,7 +62,7 @@ class ConfigurationError(TrainerError, ImportError):
     exit_code = 78
 
 
-def of(exit_code: int, text: str) -> TrainerError:
+def from_exit_code(exit_code: int, text: str) -> TrainerError:
     """Makes the error with which another process has ended, from its exit code."""
     kinds = {kind.exit_code: kind for kind in TrainerError.__subclasses__()}
     error = kinds.get(exit_code, TrainerError)(text)

@@ -85,7 +85,7 @@ def run(
     if code == INTERRUPTED:
         raise KeyboardInterrupt(text)
     if code:
-        raise errors.of(code, text)
+        raise errors.from_exit_code(code, text)
 
 
 class _Peer:

@@ -158,7 +158,7 @@ class ClusterRun:
         if outcome.code:
             # Once training has started there may be a checkpoint to resume from.
             self._clean_up(keep_claim=outcome.started or keep_claim)
-            raise errors.of(outcome.code, outcome.text)
+            raise errors.from_exit_code(outcome.code, outcome.text)
         self._fetch(image)
 
     def _fetch(self, image: str) -> None:

@@ -1,0 +1,52 @@
+import dataclasses
+import json
+
+import pytest
+
+from trainer.config import TrainConfig
+from trainer.training.manifest import RunManifest
+
+
+def describe(mnist, **changes):
+    values = {"step": "keras", "workers": 2, "replicas": 2, **changes}
+    config = values.pop("config", TrainConfig(threads=1))
+    used = mnist.first(100, 10)
+    return RunManifest.create(config, source=mnist, used=used, **values)
+
+
+def test_it_is_what_a_file_can_hold(mnist):
+    manifest = describe(mnist, job="a Job")
+    assert json.loads(json.dumps(manifest.as_dict())) == manifest.as_dict()
+    assert manifest.job == "a Job"
+    assert manifest.data["train_examples"] == 100
+    assert manifest.data["sha256"] == mnist.sha256
+    assert TrainConfig(**manifest.config) == TrainConfig(threads=1)
+
+
+def test_it_cannot_be_changed(mnist):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        describe(mnist).run = "another"
+
+
+def test_each_run_has_an_identity_of_its_own(mnist):
+    assert describe(mnist).run != describe(mnist).run
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"step": "winograd avx2"}, "step"),
+        ({"config": TrainConfig(threads=1, collectives="ring")}, "collectives"),
+        ({"config": TrainConfig(threads=1, seed=1)}, "seed"),
+        ({"config": TrainConfig(threads=1, recipe="best", epochs=10)}, "recipe"),
+    ],
+)
+def test_workers_that_would_compute_something_else_differ_by_name(mnist, changes, name):
+    ours, theirs = describe(mnist).shared_by_workers(), describe(mnist, **changes)
+    assert ours[name] != theirs.shared_by_workers()[name]
+
+
+def test_workers_may_differ_in_what_decides_nothing(mnist):
+    other = TrainConfig(threads=3, output_dir="elsewhere", log_format="json", data="a/copy")
+    theirs = describe(mnist, config=other)
+    assert theirs.shared_by_workers() == describe(mnist).shared_by_workers()
