@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from support import Command, Replicas
 
-# Bits and messages are those of CPUs, in the processes that tests start, too. It also hides the GPUs
-# that the environment names.
+# The tests are about CPUs, also in the processes that they start, whatever GPUs the environment
+# names.
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 

@@ -50,7 +50,7 @@ def test_what_is_chosen_is_said(options, reason, monkeypatch):
 def test_why_no_gpu_is_seen_is_said(cuda, nvidia, remedy, monkeypatch):
     monkeypatch.setattr(tf.test, "is_built_with_cuda", lambda: cuda)
     monkeypatch.setattr(strategy, "_has_nvidia_gpu", lambda: nvidia)
-    with pytest.raises(ConfigurationError, match="Expected 1 GPUs.* Received: 0") as refused:
+    with pytest.raises(ConfigurationError, match=r"Expected 1 GPUs.* Received: 0") as refused:
         chosen(gpus=1)
     assert remedy in str(refused.value)
     if nvidia:

@@ -1,20 +1,20 @@
-"""Who the workers of a run are, and which of them this process is.
+"""The workers of a run, and which of them this process is, from environment variables.
 
-    cluster = resolve(os.environ)        # None: this process is alone
+    cluster = resolve(os.environ)        # None: this process trains alone
     cluster.workers, cluster.index       # ("host0:2222", "host1:2222"), 1
 
-Worker 0 is the chief: it alone writes files. Two descriptions are understood. ``TF_CONFIG`` is
-TensorFlow's (https://www.tensorflow.org/guide/distributed_training#tf_config). Without it, these
-variables, which a Kubernetes Indexed Job can set in a pod template, the same for every pod:
+Worker 0 is the chief, the only one that writes files. ``TF_CONFIG`` describes the workers as
+TensorFlow does (https://www.tensorflow.org/guide/distributed_training#tf_config). Without it, these
+variables do, which a Kubernetes Indexed Job can set to the same values in all its pods:
 
-    TRAINER_WORKERS        how many there are: 3; or the pods of two Jobs: 1+2
-    TRAINER_HOSTS          names of their hosts, {index} being a pod's completion index in its Job.
-                           One pattern: all are pods of one Job. Two, with a comma: the first is
-                           that of the chief, the second that of the others, pods of another Job
-    TRAINER_INDEX_OFFSET   what to add to this pod's completion index for its number as a worker:
-                           1 in the Job of the others; 0 where it is not set
-    TRAINER_PORT           the port of every worker; 2222 where it is not set
-    JOB_COMPLETION_INDEX   set by Kubernetes itself
+    TRAINER_WORKERS        number of workers: 3; or of the pods of two Jobs: 1+2
+    TRAINER_HOSTS          pattern of the host names, {index} being a pod's completion index. Two
+                           patterns, separated by a comma, where the workers are pods of two Jobs:
+                           that of the chief, and that of the others
+    TRAINER_INDEX_OFFSET   added to this pod's completion index to get its worker number: 1 in the
+                           Job of the others; default 0
+    TRAINER_PORT           port of every worker; default 2222
+    JOB_COMPLETION_INDEX   set by Kubernetes
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from collections.abc import Mapping
 
 from trainer.errors import ConfigurationError
 
-DEFAULT_PORT = 2222  # TensorFlow's own examples have it.
+DEFAULT_PORT = 2222  # as in TensorFlow's examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Cluster:
 
     Attributes:
         workers: Their addresses, "host:port", the chief's first.
-        index: Which of them this process is.
+        index: Number of this worker, counted from 0.
     """
 
     workers: tuple[str, ...]
@@ -40,22 +40,22 @@ class Cluster:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this is worker 0, which alone writes files."""
+        """Whether this is worker 0, the only one that writes files."""
         return self.index == 0
 
     @property
     def tf_config(self) -> str:
-        """The same as TensorFlow reads it."""
+        """The value of the environment variable TF_CONFIG for this worker."""
         task = {"type": "worker", "index": self.index}
         return json.dumps({"cluster": {"worker": list(self.workers)}, "task": task})
 
     def name(self, index: int) -> str:
-        """Names a worker to people."""
+        """Returns how messages name a worker."""
         return f"worker {index} ({self.workers[index]})"
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Splits an address as Python's sockets take it.
+    """Splits an address into host and port, as Python's sockets take them.
 
     >>> split_address("digits-0.digits:2222"), split_address("[::1]:80")
     (('digits-0.digits', 2222), ('::1', 80))
@@ -65,10 +65,10 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def resolve(environ: Mapping[str, str]) -> Cluster | None:
-    """Finds the workers in the environment; None where it names none but this one.
+    """Returns the workers that the environment describes; None for fewer than two.
 
     Raises:
-        ConfigurationError: The description is malformed; the message says where.
+        ConfigurationError: The description is malformed; the message names the variable.
     """
     if "TF_CONFIG" in environ:
         cluster = _from_tf_config(environ["TF_CONFIG"])
@@ -111,7 +111,7 @@ def _from_tf_config(text: str) -> Cluster:
             f"{task!r}",
         )
     job, index = task["type"], task.get("index")
-    if isinstance(index, str) and index.isdecimal():  # TensorFlow takes it, too.
+    if isinstance(index, str) and index.isdecimal():  # TensorFlow accepts it, too.
         index = int(index)
     last = len(jobs[job]) - 1
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= last:
@@ -175,7 +175,7 @@ def _whole(
             + (
                 "Kubernetes sets it in a Job with completionMode: Indexed."
                 if name == "JOB_COMPLETION_INDEX"
-                else "Mend it, or unset TRAINER_WORKERS to train alone."
+                else "Correct it, or unset TRAINER_WORKERS to train alone."
             )
         )
     return int(value)
@@ -184,5 +184,5 @@ def _whole(
 def _malformed(expected: str, received: str, remedy: str | None = None) -> ConfigurationError:
     return ConfigurationError(
         f"TF_CONFIG: expected {expected}. Received: {received}. "
-        f"{remedy or 'Mend it, or unset it to train alone.'}"
+        f"{remedy or 'Correct it, or unset it to train alone.'}"
     )

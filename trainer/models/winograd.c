@@ -1,19 +1,19 @@
-/* Two TensorFlow operations, for CPUs: what the network does to an image up to the dropout behind
-   its pooling, and the gradient of that. trainer/fast.py calls them.
+/* Two TensorFlow operations for CPUs: the layers of the CNN from the image to the dropout after the
+   pooling, fused, and their gradient. trainer/models/fast_step.py calls them.
 
-   The second convolution is three quarters of the network's arithmetic. It is done here as Winograd's
-   F(2x2, 3x3) (Lavin and Gray, 2015, https://arxiv.org/abs/1509.09308): a tile of 4 by 4 inputs gives
-   2 by 2 outputs with 16 products a pair of channels in place of 36. Such a tile of outputs is just
-   what one place of the pooling looks at, so bias, pooling, relu and dropout are done while it is in
-   registers, and of each pooled value a byte remembers where its gradient goes. The backward pass is
-   the derivative of the same algorithm: the transformed tiles serve both gradients. A core works on
-   one image at a time, in its own cache.
+   The second convolution is three quarters of the network's arithmetic. It is computed by Winograd's
+   minimal filtering F(2x2, 3x3) (Lavin and Gray, 2015, https://arxiv.org/abs/1509.09308): a tile of
+   4 by 4 inputs gives 2 by 2 outputs with 16 multiplications a pair of channels instead of 36. Such
+   a tile of outputs is one window of the pooling, so bias, pooling, ReLU and dropout are applied
+   while it is in registers, and one byte for each pooled value stores which of the four outputs its
+   gradient goes to. The backward pass is the derivative of the same algorithm, so the transformed
+   tiles serve both gradients. A thread works on one image at a time, in its core's own cache.
 
-   The sums over images are made in groups of GROUP, whose results are added in order: bits do not
-   depend on the number of threads.
+   Gradients are summed over groups of GROUP images, and the groups' sums are added in their order, so
+   that the bits do not depend on the number of threads.
 
-   TensorFlow's C API is looked up in the process, so neither TensorFlow nor Python is needed to
-   compile this, and one file serves all their versions. */
+   TensorFlow's C API is looked up at run time, so neither TensorFlow nor Python is needed to compile
+   this, and one binary serves all their versions. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -31,9 +31,9 @@ enum {
     TILES = 12,  /* of 2 by 2 of the second's, a side; and so the side of the pooling's output */
     C1 = 32,     /* channels of the first convolution */
     C2 = 64,     /* and of the second */
-    STRIP = 24,  /* tiles at a time: what is known of them fits into a cache of half a megabyte */
-    GROUP = 8,   /* images whose gradients are added up together */
-    NOWHERE = 4, /* the code of a pooled value whose gradient goes to none of the four places */
+    STRIP = 24,  /* tiles at a time: their intermediate values fit into a cache of 512 KB */
+    GROUP = 8,   /* images whose gradients are summed by one thread */
+    NOWHERE = 4, /* the code of a pooled value without a gradient: not positive, or dropped */
     MOST_THREADS = 256,
 };
 
@@ -43,13 +43,13 @@ typedef struct {
     const void *kernel1, *bias1;  /* [3][3][1][C1], [C1] */
     const void *kernel2, *bias2;  /* [3][3][C1][C2], [C2] */
     const unsigned char *random;  /* [images][TILES][TILES][C2], or NULL without dropout */
-    int drop;                     /* random numbers below this drop */
-    double scale;                 /* of what is not dropped */
+    int drop;                     /* 256 times the dropout rate: random bytes below it drop */
+    double scale;                 /* 1 / (1 - dropout rate) */
     unsigned char *code;          /* [images][TILES][TILES][C2] */
     void *out;                    /* the same, pooled */
     const void *gradient;         /* of out */
     void *u, *u_transposed;       /* kernel2, transformed: [16][C1][C2], [16][C2][C1] */
-    void *sums;                   /* [groups] of the gradients of u, bias2, kernel1, bias1 */
+    void *sums;                   /* [groups], each the gradients of u, bias2, kernel1, bias1 */
 } Work;
 
 enum {
@@ -118,7 +118,7 @@ typedef struct {
 #define NAME(x) x##_double
 #include "winograd.h"
 
-#ifndef LEVEL /* 0 and 1 leave out the better instructions, for the tests */
+#ifndef LEVEL /* The tests compile with 0, the baseline, and 1, up to AVX2. */
 #define LEVEL 2
 #endif
 
@@ -147,59 +147,60 @@ static const Kernels *kernels(int is_double) {
     return is_double ? &kernels_double : &kernels_float;
 }
 
-/* Names the instruction set that is used, which decides last bits. */
+/* Names the instruction set in use, which determines the last bits of a result. */
 const char *winograd_instructions(void) {
     return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "baseline";
 }
 
-/* Threads that live as long as one operation, and take group after group. */
+/* A thread pool for the duration of one operation; each thread takes the next group when it is done
+   with one. */
 
 typedef struct {
     const Work *work;
     const Kernels *kernels;
     atomic_llong next;
     atomic_int failed;
-} Crew;
+} Pool;
 
 static void *work_on(void *argument) {
-    Crew *crew = argument;
-    const Work *work = crew->work;
+    Pool *pool = argument;
+    const Work *work = pool->work;
     void *scratch;
-    if (posix_memalign(&scratch, 64, crew->kernels->scratch)) {
-        atomic_store(&crew->failed, 1);
+    if (posix_memalign(&scratch, 64, pool->kernels->scratch)) {
+        atomic_store(&pool->failed, 1);
         return NULL;
     }
     for (;;) {
-        const int64_t group = atomic_fetch_add(&crew->next, 1);
+        const int64_t group = atomic_fetch_add(&pool->next, 1);
         if (group * GROUP >= work->images) break;
         for (int64_t i = group * GROUP; i < (group + 1) * GROUP && i < work->images; i++)
             if (work->gradient)
-                crew->kernels->backward(work, scratch, i,
-                                        (char *)work->sums + group * SUMS * crew->kernels->scalar);
+                pool->kernels->backward(work, scratch, i,
+                                        (char *)work->sums + group * SUMS * pool->kernels->scalar);
             else
-                crew->kernels->forward(work, scratch, i);
+                pool->kernels->forward(work, scratch, i);
     }
     free(scratch);
     return NULL;
 }
 
-/* Returns 0, or 1 where memory is short. */
+/* Returns 0, or 1 without enough memory. */
 static int work_together(const Work *work, const Kernels *kernels, int threads) {
-    Crew crew = {work, kernels, 0, 0};
+    Pool pool = {work, kernels, 0, 0};
     pthread_t others[MOST_THREADS];
     int started = 0;
     kernels->prepare(work);
     while (started < threads - 1 && started < MOST_THREADS &&
            (started + 1) * (int64_t)GROUP < work->images &&
-           !pthread_create(&others[started], NULL, work_on, &crew))
+           !pthread_create(&others[started], NULL, work_on, &pool))
         started++;
-    work_on(&crew);
+    work_on(&pool);
     while (started) pthread_join(others[--started], NULL);
-    return atomic_load(&crew.failed);
+    return atomic_load(&pool.failed);
 }
 
-/* TensorFlow's C API (tensorflow/c/ops.h, kernels.h, tf_tensor.h, tf_status.h): what of it is used,
-   with opaque pointers. */
+/* The part of TensorFlow's C API that is used (tensorflow/c/ops.h, kernels.h, tf_tensor.h,
+   tf_status.h), with opaque pointers. */
 
 enum { TF_FLOAT = 1, TF_DOUBLE = 2, TF_UINT8 = 4 };
 enum { TF_OK = 0, TF_INVALID_ARGUMENT = 3, TF_RESOURCE_EXHAUSTED = 8 };
@@ -234,7 +235,7 @@ enum { TF_OK = 0, TF_INVALID_ARGUMENT = 3, TF_RESOURCE_EXHAUSTED = 8 };
 #define DECLARE(type, name, arguments) static type(*TF_##name) arguments;
 API(DECLARE)
 
-/* One operation's attributes. */
+/* The attributes of an operation. */
 typedef struct {
     int type;
     int32_t threads, drop;
@@ -255,8 +256,8 @@ static void *create(void *construction) {
     return attributes;
 }
 
-/* The shapes of inputs and outputs; -1 stands for the number of images, and 0 images of random
-   numbers for none. */
+/* The shapes of inputs and outputs; -1 stands for the number of images. Without dropout the random
+   numbers are of 0 images. */
 typedef struct {
     int dims;
     int64_t dim[4];
@@ -268,7 +269,7 @@ static const Shape KERNEL1 = {4, {3, 3, 1, C1}}, BIAS1 = {1, {C1}};
 static const Shape KERNEL2 = {4, {3, 3, C1, C2}}, BIAS2 = {1, {C2}};
 static const Shape OUT = POOLED;
 
-/* Returns the data of an input of this shape; NULL once the status is not TF_OK. */
+/* Returns the data of an input after checking its shape; NULL once the status is not TF_OK. */
 static const void *input(void *context, int number, const Shape *shape, int64_t *images, void **kept,
                          void *status) {
     kept[number] = NULL;
@@ -303,7 +304,7 @@ static void *output(void *context, int number, int type, size_t size, const Shap
     return TF_GetCode(status) == TF_OK ? TF_TensorData(kept[number]) : NULL;
 }
 
-/* The operation in either direction: six inputs and two outputs, or seven and four. */
+/* Both operations: forward with six inputs and two outputs, backward with seven and four. */
 static void compute(const Attributes *attributes, void *context, int backward) {
     const Kernels *with = kernels(attributes->type == TF_DOUBLE);
     const size_t size = with->scalar;
@@ -384,7 +385,7 @@ static void define(const char *name, const char *const *inputs, const char *cons
 /* Runs when the library is loaded, by tf.load_op_library. Without TensorFlow it does nothing. */
 __attribute__((constructor)) static void define_both(void) {
     static const char *const names[] = {
-        "libtensorflow_framework.so.2", /* by its soname: it is loaded already */
+        "libtensorflow_framework.so.2", /* its soname, since it is loaded already */
         "libtensorflow_framework.2.dylib",
         "@rpath/libtensorflow_framework.2.dylib",
     };

@@ -1,8 +1,9 @@
 /* The arithmetic of winograd.c for one scalar type and one instruction set.
 
-   Included once for each pair, with SCALAR (float or double), VECTOR (bytes of a register), TARGET
-   (the compiler's attribute for the instruction set), NAME(x) (makes a name of the pair's own) and
-   INDEX (the signed integer of the scalar's size) defined. */
+   It is included once for each pair, with these macros defined: SCALAR (float or double), INDEX (the
+   signed integer of the same size), VECTOR (bytes of a register), WIDE (registers in a row of a
+   block of the matrix product), TARGET (the compiler's attribute for the instruction set) and
+   NAME(x), a name for that pair. */
 
 #define vec NAME(vec)
 #define loose NAME(loose)
@@ -20,7 +21,7 @@ enum { NAME(LANES) = VECTOR / sizeof(SCALAR) };
 INLINE vec NAME(load)(const SCALAR *p) { return *(const loose *)p; }
 INLINE void NAME(store)(SCALAR *p, vec v) { *(loose *)p = v; }
 INLINE vec NAME(choose)(mask m, vec a, vec b) { return (vec)(((mask)a & m) | ((mask)b & ~m)); }
-/* A NaN stays one. */
+/* ReLU that propagates NaN. */
 INLINE vec NAME(relu)(vec v) { return NAME(choose)(v < 0, (vec){0}, v); }
 #define load NAME(load)
 #define store NAME(store)
@@ -70,7 +71,7 @@ INLINE void NAME(first)(const SCALAR *x, const SCALAR *kernel, const SCALAR *bia
     }
 }
 
-/* v = B' d B of each tile d of 4 by 4, which are 2 apart. */
+/* v = B' d B for each tile d of 4 by 4 inputs; neighbouring tiles start 2 apart. */
 INLINE void NAME(transform_input)(const SCALAR *hidden, int start, SCALAR v[16][STRIP][C1]) {
     for (int t = 0; t < STRIP; t++) {
         const SCALAR *tile = hidden + (2 * ((start + t) / TILES) * SIDE1 + 2 * ((start + t) % TILES)) * C1;
@@ -94,7 +95,7 @@ INLINE void NAME(transform_input)(const SCALAR *hidden, int start, SCALAR v[16][
     }
 }
 
-/* The convolution's output of each tile, A' m A, 2 by 2: its largest, relu, dropout. */
+/* A' m A, the 2 by 2 outputs of the convolution in each tile; then max pooling, bias, ReLU, dropout. */
 INLINE void NAME(transform_output)(SCALAR m[16][STRIP][C2], const SCALAR *bias, SCALAR scale, INDEX drop,
                                    const unsigned char *random, SCALAR *out, unsigned char *code) {
     for (int t = 0; t < STRIP; t++)
@@ -124,7 +125,7 @@ INLINE void NAME(transform_output)(SCALAR m[16][STRIP][C2], const SCALAR *bias, 
         }
 }
 
-/* The gradient of m, A dy A', where dy is not zero in one place of a tile at most. */
+/* The gradient of m, A dy A', where dy has at most one element of a tile that is not zero. */
 INLINE void NAME(transform_gradient)(const SCALAR *gradient, const unsigned char *code, SCALAR scale,
                                      SCALAR m[16][STRIP][C2], SCALAR *d_bias) {
     for (int c = 0; c < C2; c += LANES) {
@@ -237,7 +238,7 @@ static TARGET void NAME(backward)(const Work *work, void *memory, int64_t image,
     NAME(first_gradient)(x, s->hidden, s->d_hidden, d_kernel1, d_bias1);
 }
 
-/* u = G k G' of each pair of channels, both ways round. */
+/* u = G k G' for each pair of channels, and its transpose. */
 static TARGET void NAME(prepare)(const Work *work) {
     const SCALAR *kernel = work->kernel2;
     SCALAR *u = work->u, *transposed = work->u_transposed;
@@ -266,7 +267,7 @@ static TARGET void NAME(prepare)(const Work *work) {
         }
 }
 
-/* Adds the groups up; the kernel's gradient is G' du G. */
+/* Adds the sums of the groups; the gradient of the second kernel is G' du G. */
 static TARGET void NAME(finish)(const Work *work, int64_t groups, void *kernel1, void *bias1,
                                 void *kernel2, void *bias2) {
     SCALAR *sums = work->sums, *kernel = kernel2;
