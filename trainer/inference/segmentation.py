@@ -147,8 +147,8 @@ def _is_light_ink(light: np.ndarray) -> bool:
     part = light.mean()
     if 0.3 < part < 0.7:
         edge = np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]])
-        return edge.mean() < 0.5
-    return part < 0.5
+        return bool(edge.mean() < 0.5)
+    return bool(part < 0.5)
 
 
 def _parts(labels: np.ndarray) -> dict[int, Box]:
