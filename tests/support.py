@@ -188,12 +188,7 @@ class Replicas:
             flags = (name, devices, json.dumps(arguments), outputs[-1])
             runs.append(self.command.start(*flags, stdin=subprocess.PIPE, stdout=None))
         try:
-            end = time.monotonic() + 300
-            while not all(output.exists() for output in outputs):
-                for run in runs:
-                    assert run.poll() is None, run.stderr.read()
-                assert time.monotonic() < end
-                time.sleep(0.05)
+            wait_for(lambda: all(output.exists() for output in outputs), *runs, seconds=600)
             return [json.loads(output.read_text()) for output in outputs]
         finally:  # Together, when all have what they reduced together.
             for run in runs:
