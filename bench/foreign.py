@@ -1,4 +1,4 @@
-"""How well digits are read that are not MNIST's own, with the preprocessing and without.
+"""Accuracy on digits that are not MNIST's, with and without the segmentation.
 
     python bench/foreign.py mnist.h5            # needs scikit-learn, as in the extra test
 
@@ -58,7 +58,7 @@ STROKES = {
 
 
 def pens(random: np.random.Generator, each: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Strokes of a hand that is never the same, by ballpoint, pencil, felt-tip and brush."""
+    """Strokes with random variation, by ballpoint, pencil, felt-tip and brush."""
     for digit in range(10):
         for number in range(each):
             pen = ("ballpoint", "pencil", "felt-tip", "brush")[number % 4]
@@ -145,7 +145,7 @@ def scans(random: np.random.Generator, each: int) -> Iterator[tuple[np.ndarray, 
 
 
 def turned(grey: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """By up to 15 degrees."""
+    """Rotated by up to 15 degrees."""
     picture = Image.fromarray(grey)
     angle = random.uniform(-15, 15)
     return np.asarray(picture.rotate(angle, Image.Resampling.BICUBIC, fillcolor=255))
@@ -217,7 +217,7 @@ def plain(grey: np.ndarray) -> np.ndarray:
 
 
 def cut_out(grey: np.ndarray) -> np.ndarray:
-    """What the network sees of a picture; nothing, where no digit is found."""
+    """Segments a picture as the commands do; a blank image where no digit is found."""
     try:
         return segmentation.find(grey)[0].pixels
     except DataError:
@@ -225,7 +225,7 @@ def cut_out(grey: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Prints the tables of the README."""
+    """Prints the tables of docs/using.md."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

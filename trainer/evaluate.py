@@ -2,8 +2,8 @@
 
     python -m trainer.evaluate mnist.h5 --data bundled
 
-It says what the model gets right and wrong: accuracy, loss, calibration, each digit's precision and
-recall, and the confusion matrix; with ``--json`` as one JSON object.
+It prints accuracy, loss, expected calibration error, precision and recall of each digit, and the
+confusion matrix; with ``--json`` as one JSON object.
 """
 
 import dataclasses
@@ -40,9 +40,8 @@ class EvaluateConfig:
     """Use the first N test images only."""
 
     batch_size: int = 128
-    """Images that go through the network at once. It
-    changes memory and speed, and no result beyond its
-    last bits."""
+    """Images in one forward pass. It changes memory and
+    speed, and results by rounding alone."""
 
     threads: int = dataclasses.field(default_factory=available_cpus)
     """Threads inside one TensorFlow operation; as many as
@@ -71,14 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Prints how good a model is.
+    """Prints the scores of a model.
 
     Raises:
         TrainerError: One of its kinds, for whatever a user can cause or meet.
     """
-    from trainer.data import sources as data
+    from trainer.data import sources
 
-    digits = data.load(config.data).first(None, config.test_limit)
+    digits = sources.load(config.data).first(None, config.test_limit)
 
     from trainer.inference import model_file
     from trainer.models import cnn
@@ -86,13 +85,13 @@ def evaluate(config: EvaluateConfig) -> None:
 
     model = model_file.load(config.model, threads=config.threads)
     predicted = cnn.probabilities(model, digits.x_test, batch_size=config.batch_size)
-    found = scores.score(digits.y_test, predicted)
+    result = scores.score(digits.y_test, predicted)
     if config.json:
-        facts = {"model": str(config.model), "data": config.data, **scores.as_dict(found)}
-        print(json.dumps(facts))
+        fields = {"model": str(config.model), "data": config.data, **scores.as_dict(result)}
+        print(json.dumps(fields))
     else:
-        print(f"{config.model} on {found.examples:,} test images ({config.data})")
-        print(scores.as_text(found))
+        print(f"{config.model} on {result.examples:,} test images ({config.data})")
+        print(scores.as_text(result))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def predict(config: PredictConfig) -> None:
-    """Prints what a model says of pictures.
+    """Prints the predictions for pictures.
 
     Raises:
         TrainerError: One of its kinds, for whatever a user can cause or meet; of several pictures

@@ -1,11 +1,11 @@
-"""From pictures to answers: decode each, find its digits, classify them.
+"""From pictures to predictions: decode each picture, find its digits, classify them.
 
     with classifier.start(Path("mnist.h5"), processes=2) as classifier:
         for answer in classifier.classify([("seven.jpg", Path("seven.jpg"))]):
             print(answer.name, answer.error or answer.predictions[0].label)
 
-Every command that reads pictures goes this way. What needs no pictures, as ``trainer.evaluate``,
-has the model alone: ``model_file`` and ``trainer.models.cnn``.
+``trainer.predict`` and ``trainer.serve`` are built on it. ``trainer.evaluate``, whose images are
+28×28 already, needs the model alone: ``model_file`` and ``trainer.models.cnn``.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ Predict = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model says of a digit.
+    """What the model predicts for a digit.
 
     Attributes:
         digit: Its pixels, and where it was found.
@@ -52,7 +52,7 @@ class Prediction:
 
     @property
     def probability(self) -> float:
-        """That of the most probable class."""
+        """The probability of that class."""
         return float(self.probabilities.max())
 
 
@@ -62,13 +62,13 @@ def _no_picture() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What is known of a picture: an error, or its digits.
+    """The result for a picture: an error, or predictions.
 
     Attributes:
-        name: What errors call it, in printable letters.
-        error: Why it has no predictions.
+        name: What errors call it, control characters escaped.
+        error: Why there are no predictions.
         picture: uint8 (h, w), the picture as it was searched for digits; (0, 0) with an error.
-        predictions: One for each digit, at least one where there is no error.
+        predictions: One for each digit; at least one where there is no error.
     """
 
     name: str
@@ -84,7 +84,7 @@ def start(model: Path, *, processes: int, threads: int | None = None) -> Iterato
     Args:
         model: An ``mnist.h5``.
         processes: Pictures decoded at a time (``decoders.start``).
-        threads: Inside one TensorFlow operation (``runtime.set_threads``); None: as it is.
+        threads: Threads inside one TensorFlow operation (``runtime.set_threads``); None: unchanged.
     """
     with decoders.start(processes) as decode:
         yield Classifier(decode, functools.partial(_load, model, threads))
@@ -95,7 +95,7 @@ class Classifier:
 
     Args:
         decode: As ``decoders.start`` yields it.
-        load: Loads the model, once.
+        load: Loads the model; called once, before the first prediction.
     """
 
     def __init__(self, decode: decoders.Decode, load: Callable[[], Predict]) -> None:
@@ -103,11 +103,11 @@ class Classifier:
         self._load = load
 
     def load(self) -> None:
-        """Loads and compiles the model, which the first picture would do.
+        """Loads and compiles the model now, rather than with the first picture.
 
         Raises:
             InputError: The model's file is missing or cannot be read.
-            DataError: It is no model of the digits CNN, or damaged.
+            DataError: It is not a model of the digits CNN, or damaged.
             ConfigurationError: There is no TensorFlow, or it runs with another number of threads.
         """
         self._predict(np.zeros((1, SIZE, SIZE), np.uint8))
@@ -115,8 +115,8 @@ class Classifier:
     def classify(
         self, pictures: Iterable[Picture], *, digits: DigitCount = "one"
     ) -> Iterator[Answer]:
-        """Yields an answer for each picture, in their order. While the digits of some are
-        classified, the next ones are decoded, and the first while the model is loaded.
+        """Yields an answer for each picture, in their order. The first pictures are decoded while
+        the model is loaded, and the next ones while it classifies those before.
 
         Raises:
             TrainerError: The model cannot be loaded, as in ``load``.

@@ -1,4 +1,4 @@
-"""Processes that decode pictures, which may be anyone's, and find the digits in them.
+"""Processes that decode pictures of unknown origin, and find the digits in them.
 
     with decoders.start(2) as decode:
         future = decode(Path("seven.jpg"), "seven.jpg", "one")

@@ -1,9 +1,10 @@
-"""A model out of its file, which may be anyone's.
+"""Loads a model from a file of unknown origin.
 
     model = model_file.load(Path("mnist.h5"))
 
-The network is built by ``trainer.models.cnn``; of the file only the weights are taken, by a process
-of its own (``read_hdf5``). What else stands in it, a Lambda layer or pickled code, is never run.
+The network is built by ``trainer.models.cnn``; only the weights are read from the file, in a
+process of its own (``read_hdf5``). Anything else in it, such as a Lambda layer or pickled code, is
+never run.
 """
 
 import json
@@ -11,6 +12,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer import cli
 from trainer.errors import DataError, InputError
 from trainer.inference import sandbox
 from trainer.inference.read_hdf5 import MAX_CONFIG
@@ -21,9 +23,9 @@ if TYPE_CHECKING:
 
 MODULE = "trainer.inference.read_hdf5"  # What the process runs.
 DEADLINE = 60.0  # Seconds for reading the file, on the slowest disk.
-REMEDY = "Name an mnist.h5 that python -m trainer.task has written."
+REMEDY = f"Name an mnist.h5 that {cli.TASK} has written."
 
-# What of a layer's configuration decides what it computes.
+# The fields of a layer's configuration that decide what it computes.
 _DECISIVE = (
     "filters",
     "units",
@@ -39,11 +41,11 @@ _DECISIVE = (
 
 
 def load(path: Path, *, threads: int | None = None) -> "keras.Sequential":
-    """Returns the network with the weights of a file.
+    """Loads the weights of a file into the network.
 
     Args:
         path: A model or its weights in Keras' HDF5 format (``mnist.h5``).
-        threads: Inside one operation (``runtime.set_threads``); None: as it is.
+        threads: Threads inside one operation (``runtime.set_threads``); None: unchanged.
 
     Returns:
         A model as ``trainer.models.cnn.build`` makes it, compiled. Input: float32
@@ -51,8 +53,8 @@ def load(path: Path, *, threads: int | None = None) -> "keras.Sequential":
 
     Raises:
         InputError: The file is missing or cannot be read.
-        DataError: It is not HDF5, truncated, damaged, of another network, or has weights that are
-            not finite.
+        DataError: It is not HDF5, truncated, damaged, of another network, or its weights are not
+            all finite.
         ConfigurationError: There is no TensorFlow, or it runs with other threads.
     """
     with sandbox.Child(MODULE, path) as child:
@@ -76,7 +78,7 @@ def load(path: Path, *, threads: int | None = None) -> "keras.Sequential":
 
 
 def _receive(child: sandbox.Child, model: "keras.Sequential") -> list["np.ndarray"]:
-    """Receives the arrays of a file, once their shapes are those of the model's weights."""
+    """Receives the arrays of a file if their shapes and layers are those of the model."""
     import numpy as np
 
     header = child.receive()
@@ -101,7 +103,7 @@ def _receive(child: sandbox.Child, model: "keras.Sequential") -> list["np.ndarra
 
 
 def _layers(config: bytes) -> list | None:
-    """Returns of each layer what decides what it computes; None: the text is no configuration."""
+    """Returns class and decisive fields of each layer; None for a text of another kind."""
     try:
         layers = json.loads(config)["config"]["layers"]
         return [

@@ -1,6 +1,6 @@
-"""Opens pictures: photographs, scans and drawings, in files that may be anyone's.
+"""Reads pictures: photographs, scans and drawings, from files of unknown origin.
 
-    grey = pictures.open_image(Path("seven.jpg"))        # uint8 (h, w), upright
+    picture = pictures.open_image(Path("seven.jpg"))     # uint8 (h, w), grey, upright
 
 ``trainer.inference.segmentation`` finds the digits in them.
 """
@@ -17,32 +17,32 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from trainer.errors import DataError, InputError
 
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "HEIF")
-MAX_PIXELS = 40_000_000  # Reading as many takes up to 0.75 GB.
+MAX_PIXELS = 40_000_000  # Decoding as many takes up to 0.75 GB.
 MAX_BYTES = 64_000_000
 MAX_SCANS = 500  # Of a progressive JPEG: each can take as long as the picture; ten are usual.
-LONGEST = 640  # Pixels of the longest side that is kept: a page of digits fits.
+LONGEST = 640  # Pixels of the longest side; larger pictures are reduced to it.
 
 
 def open_image(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
     """Reads a picture.
 
     Args:
-        source: A file, or one that is open.
-        name: What errors call it; None: its path.
+        source: A path, or a file that is open.
+        name: What errors call the picture; None: its path.
 
     Returns:
-        uint8 (h, w), grey, upright as its EXIF orientation says, its transparent parts filled with
-        paper, the longest side at most 640 pixels.
+        uint8 (h, w), grey, rotated by its EXIF orientation, transparent parts filled with the
+        colour of the paper, the longest side at most 640 pixels.
 
     Raises:
         InputError: The file is missing or cannot be read.
-        DataError: It is no image, truncated, damaged, or larger than 40 million pixels.
+        DataError: It is not an image, truncated, damaged, or larger than 40 million pixels.
     """
     name = name or str(source)
     try:
         if isinstance(source, Path) and not (source.is_file() or source.is_dir()):
-            source.stat()  # It says of what is missing that it is.
-            # A pipe may never give anything.
+            source.stat()  # Raises FileNotFoundError where there is nothing.
+            # Reading a pipe could take forever.
             raise OSError(
                 errno.EINVAL, "a pipe or device, no file. Give it on standard input, as -"
             )
@@ -87,13 +87,13 @@ def _expected(name: str, received: str) -> str:
 
 
 def suffixes() -> set[str]:
-    """Returns how the names of files end that ``open_image`` may read: ``.png``, …"""
+    """Returns the suffixes of the files that ``open_image`` can read: ``.png``, …"""
     formats = _formats()
     return {end for end, name in Image.registered_extensions().items() if name in formats}
 
 
 def _formats() -> list[str]:
-    with contextlib.suppress(ImportError):  # HEIC, of iPhones, where its plugin is installed.
+    with contextlib.suppress(ImportError):  # HEIC, where its plugin is installed.
         import pillow_heif
 
         pillow_heif.register_heif_opener()
@@ -102,8 +102,8 @@ def _formats() -> list[str]:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """Returns a picture as mode L, reduced to the longest side, its transparency filled."""
-    image.draft("L", (LONGEST, LONGEST))  # A JPEG is decoded no finer than that.
+    """Converts to mode L, reduced to the longest side, transparent parts filled."""
+    image.draft("L", (LONGEST, LONGEST))  # Decodes a JPEG at no more than that.
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _stretched(_reduce(image.convert("F")))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -122,17 +122,17 @@ def _reduce(image: Image.Image) -> Image.Image:
 
 
 def _stretched(image: Image.Image) -> Image.Image:
-    """Makes 8 bits of more: what is used of them, as cameras and scanners use 12 of 16."""
+    """Scales the range of values in use to 8 bits: cameras and scanners use 12 bits of 16."""
     values = np.nan_to_num(np.asarray(image)).astype(np.float64)  # Their span may overflow.
     low, high = float(values.min()), float(values.max())
-    # A blank sheet must not become a picture of its noise.
+    # Else the noise of a blank sheet would fill the range.
     span = max(high - low, abs(high) / 64, 1e-6)
     return Image.fromarray(((values - low) * (255 / span)).astype(np.uint8))
 
 
 def _on_paper(image: Image.Image) -> Image.Image:
-    """Fills what is transparent: with the colour of the rest where that is most of the picture;
-    else the rest is the ink, and the paper its opposite.
+    """Fills transparent parts: with the median of the opaque ones where those are most of the
+    picture; else those are the ink, and the paper is its opposite.
     """
     light, alpha = (np.asarray(band, np.float32) for band in image.convert("LA").split())
     opaque = alpha > 127
@@ -145,6 +145,6 @@ def _on_paper(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # A damaged EXIF block says nothing.
+    with contextlib.suppress(Exception):  # A damaged EXIF block is ignored.
         return ImageOps.exif_transpose(image)
     return image

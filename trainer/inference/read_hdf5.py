@@ -2,9 +2,9 @@
 
     sandbox.Child("trainer.inference.read_hdf5", "mnist.h5")
 
-The file may be anyone's, and HDF5's C library has crashed on damaged ones: so this process has
-little memory and little time, opens nothing but that file (no external link, no external storage)
-and runs nothing that stands in it. It sends ``{"shapes": [...], "config": bytes}``, the model's
+The origin of the file is unknown, and HDF5's C library has crashed on damaged ones: so this process
+has little memory and little time, opens no other file (no external link, no external storage), and
+runs nothing that is in it. It sends ``{"shapes": [...], "config": bytes}``, the model's
 configuration, which is JSON, and the arrays, little-endian float32; or an error whose message is
 what was received in place of a model. ``model_file`` starts it.
 """

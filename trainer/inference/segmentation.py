@@ -1,11 +1,11 @@
-"""Finds digits in pictures, and lays each as those lie that the network was trained on.
+"""Finds the digits in a picture, and normalises each as MNIST's digits were.
 
     [digit] = segmentation.find(picture)
     digit.pixels                                       # uint8 (28, 28), 0 is paper and 255 ink
 
 MNIST's makers scaled each digit into 20×20 pixels, its proportions kept, and put its centre of mass
-into the middle of 28×28 (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist/); so does this.
-It needs no TensorFlow.
+into the middle of 28×28 (LeCun, Cortes, Burges: http://yann.lecun.com/exdb/mnist/); so does this
+module, without TensorFlow.
 """
 
 from collections.abc import Iterable
@@ -22,13 +22,13 @@ from trainer.inference.digit import MAX_DIGITS, SIZE, Digit, DigitCount
 if TYPE_CHECKING:
     from skimage.measure._regionprops import RegionProperties
 
-SHORTEST = 112  # Smaller pictures are enlarged to it: four times MNIST's own.
+SHORTEST = 112  # Pixels of the longest side to which smaller pictures are enlarged: 4 times 28.
 
-BOX = 20  # Pixels of the square that its ink is scaled into.
-STROKE = 2.2  # Width of a stroke of MNIST's in its 28×28; thinner ones are made as wide.
+BOX = 20  # Pixels of the side of the square that a digit is scaled into.
+STROKE = 2.2  # Pixels, the width of MNIST's strokes; thinner ones are dilated to it.
 
 FINE = 80  # Pixels of a digit's longest side while its strokes are measured.
-CONTRAST = 12.0  # Of ink against paper, of 255: less is a blank picture.
+CONTRAST = 12.0  # Least difference between ink and paper, of 255; below, the picture is blank.
 NORMAL = 1.4826  # A median absolute deviation times this is a normal standard deviation.
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right, as scikit-image has it
@@ -39,25 +39,25 @@ def find(grey: np.ndarray, *, digits: DigitCount = "one", name: str = "the pictu
 
     Args:
         grey: uint8 (h, w), as ``images.open_image`` gives it.
-        digits: ``one``: all the ink is one digit; ``many``: digits apart from each other, which
-            come line by line, left to right.
+        digits: ``one``: all the ink is one digit; ``many``: separate digits, which are returned
+            line by line, from left to right.
         name: What errors call the picture.
 
     Returns:
-        At least one.
+        At least one digit.
 
     Raises:
-        DataError: There is no ink, or nothing that could be a digit.
+        DataError: The picture is blank, or has nothing that could be a digit, or too many shapes.
     """
     scale = max(1.0, SHORTEST / max(grey.shape))
     picture = grey.astype(np.float32)
     if scale > 1:
         picture = _resize(picture, tuple(round(side * scale) for side in grey.shape))
-    depth, ink = _ink(picture)
+    contrast, ink = _separate(picture)
     if not ink.any():
         raise DataError(f"Expected a digit in {name}. Received: a blank picture, without ink.")
     labels = measure.label(ink, connectivity=2)
-    boxes = _parts(labels)
+    boxes = _components(labels)
     if not boxes:
         raise DataError(f"Expected a digit in {name}. Received: a picture of specks alone.")
     if len(boxes) > MAX_DIGITS:  # Comparing each with each other takes minutes.
@@ -65,47 +65,50 @@ def find(grey: np.ndarray, *, digits: DigitCount = "one", name: str = "the pictu
             f"Expected a digit in {name}. Received: a picture of {len(boxes):,} shapes; "
             f"{MAX_DIGITS} are the most."
         )
-    groups, several = _apart(boxes), False
+    groups, several = _group(boxes), False
     if digits == "one":
         groups, several = [list(boxes)], len(groups) > 1
     found = []
     for group in groups:
         top, left, bottom, right = _union(boxes[label] for label in group)
         here = np.s_[top:bottom, left:right]
-        pixels = _normalise(depth[here], np.isin(labels[here], group))
+        pixels = _normalise(contrast[here], np.isin(labels[here], group))
         box = tuple(round(edge / scale) for edge in (left, top, right, bottom))
         found.append(Digit(pixels, box, several and right - left > bottom - top))
     return found
 
 
-def _ink(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns how far each pixel is from the paper, float32 (h, w), 0 for paper, and which are
-    ink, bool (h, w).
+def _separate(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Separates ink from paper.
+
+    Returns:
+        Contrast of each pixel with the paper, float32 (h, w), 0 for paper; the mask of the ink,
+        bool (h, w).
     """
     smooth = ndimage.gaussian_filter(picture, max(picture.shape) / 320, mode="nearest")
     noise = NORMAL * float(np.median(np.abs(picture - smooth)))
-    flat = smooth - _light(smooth)
+    flat = smooth - _illumination(smooth)
     if np.abs(flat).max() < CONTRAST:
         return flat, np.zeros(flat.shape, bool)
-    # Lit evenly or not: whichever leaves ink and paper further apart.
+    # With or without the correction of uneven light: whichever separates ink and paper better.
     flat = max((smooth, flat), key=_separability)
     light = flat > _threshold(flat)
     if _is_light_ink(light):
         flat, light = -flat, ~light
-    depth = float(np.median(flat[light])) - flat
-    if _full(depth[~light]) < max(CONTRAST, 4 * noise):
-        return depth, np.zeros_like(light)
-    return depth, ~light
+    contrast = float(np.median(flat[light])) - flat
+    if _stroke_contrast(contrast[~light]) < max(CONTRAST, 4 * noise):
+        return contrast, np.zeros_like(light)
+    return contrast, ~light
 
 
-def _full(depth: np.ndarray) -> float:
-    """Returns the depth of a stroke's middle, from those of all its pixels."""
-    return float(np.percentile(depth, 70))
+def _stroke_contrast(contrast: np.ndarray) -> float:
+    """Returns the contrast in the middle of a stroke, from that of all its pixels."""
+    return float(np.percentile(contrast, 70))
 
 
-def _light(picture: np.ndarray) -> np.ndarray:
-    """Returns the light of the paper under its ink: the quadratic surface through it, fitted anew
-    without what lies far from it.
+def _illumination(picture: np.ndarray) -> np.ndarray:
+    """Estimates the illumination of the paper: a quadratic surface, fitted repeatedly without the
+    outliers, which are ink.
     """
     side = 32
     values = _resize(picture, (side, side)).reshape(-1)
@@ -129,8 +132,8 @@ def _threshold(picture: np.ndarray) -> float:
 
 
 def _separability(picture: np.ndarray) -> float:
-    """Returns the part of the variance that lies between the two classes at the best threshold,
-    Otsu's measure of how good that is (https://doi.org/10.1109/TSMC.1979.4310076).
+    """Returns the ratio of the between-class variance to the total variance at the best threshold,
+    Otsu's measure of separability (https://doi.org/10.1109/TSMC.1979.4310076).
     """
     above = picture > _threshold(picture)
     if not above.any():
@@ -141,8 +144,8 @@ def _separability(picture: np.ndarray) -> float:
 
 
 def _is_light_ink(light: np.ndarray) -> bool:
-    """Whether the light part is the ink: paper is most of the picture, and where a digit fills
-    it, most of its edge.
+    """Whether the light part is the ink: paper is most of the picture, or, where a digit fills the
+    picture, most of its border.
     """
     part = light.mean()
     if 0.3 < part < 0.7:
@@ -151,12 +154,14 @@ def _is_light_ink(light: np.ndarray) -> bool:
     return bool(part < 0.5)
 
 
-def _parts(labels: np.ndarray) -> dict[int, Box]:
-    """Returns the labelled parts that digits are made of, without specks."""
+def _components(labels: np.ndarray) -> dict[int, Box]:
+    """Returns the bounding boxes of the connected components that are parts of digits, by label:
+    without specks, and without shadows that touch the border.
+    """
     regions = measure.regionprops(labels)
     longest = max(map(_side, regions))
     parts = [part for part in regions if _side(part) >= 0.15 * longest and part.area >= 12]
-    # A shadow or the table's edge comes in from the border; digits seldom do.
+    # Shadows and the table's edge touch the border; digits seldom do.
     inner = [part for part in parts if not _touches(part.bbox, labels.shape)]
     if sum(part.area for part in inner) >= 0.2 * sum(part.area for part in parts):
         parts = inner
@@ -173,10 +178,10 @@ def _touches(box: Box, shape: tuple[int, int]) -> bool:
     return top == 0 or left == 0 or bottom == shape[0] or right == shape[1]
 
 
-def _apart(boxes: dict[int, Box]) -> list[list[int]]:
-    """Groups parts into digits, line by line and left to right.
+def _group(boxes: dict[int, Box]) -> list[list[int]]:
+    """Groups connected components into digits, line by line and from left to right.
 
-    >>> _apart({1: (0, 50, 40, 70), 2: (10, 0, 40, 20), 3: (0, 2, 8, 20), 4: (36, 80, 40, 84)})
+    >>> _group({1: (0, 50, 40, 70), 2: (10, 0, 40, 20), 3: (0, 2, 8, 20), 4: (36, 80, 40, 84)})
     [[2, 3], [1]]
     """
     tallest = max(bottom - top for top, _, bottom, _ in boxes.values())
@@ -185,11 +190,11 @@ def _apart(boxes: dict[int, Box]) -> list[list[int]]:
     )  # of a digit
     groups: list[tuple[Box, list[int]]] = []
     for label, box in sorted(boxes.items(), key=lambda item: item[1][0] - item[1][2]):
-        mine = [group for group in groups if _belong(group[0], box, tall)]
+        mine = [group for group in groups if _same_digit(group[0], box, tall)]
         groups = [group for group in groups if group not in mine]
         members = [label, *(other for _, others in mine for other in others)]
         groups.append((_union([box, *(other for other, _ in mine)]), sorted(members)))
-    # Points, commas and dashes are no digits.
+    # Points, commas and dashes are not digits.
     groups = [group for group in groups if group[0][2] - group[0][0] > 0.45 * tall]
     lines: list[list[tuple[Box, list[int]]]] = []
     for group in sorted(groups):
@@ -204,8 +209,8 @@ def _apart(boxes: dict[int, Box]) -> list[list[int]]:
     return [members for line in lines for _, members in sorted(line, key=lambda g: g[0][1])]
 
 
-def _belong(one: Box, other: Box, tall: float) -> bool:
-    """Whether two parts are one digit's: above each other and near, as the bar of a 5."""
+def _same_digit(one: Box, other: Box, tall: float) -> bool:
+    """Whether two components are of one digit: one above the other and near, as the bar of a 5."""
     narrower = min(one[3] - one[1], other[3] - other[1])
     beside = min(one[3], other[3]) - max(one[1], other[1])
     gap = max(one[0], other[0]) - min(one[2], other[2])
@@ -218,24 +223,27 @@ def _union(boxes: Iterable[Box]) -> Box:
     return min(tops), min(lefts), max(bottoms), max(rights)
 
 
-def _normalise(depth: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _normalise(contrast: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Scales a digit into 20×20 and puts its centre of mass into the middle of 28×28.
 
     Args:
-        depth: float32 (h, w), of the digit's box alone, 0 for paper.
-        mask: bool (h, w), what of it is the digit.
+        contrast: Contrast with the paper inside the digit's bounding box, float32 (h, w).
+        mask: Which of these pixels are the digit's, bool (h, w).
+
+    Returns:
+        uint8 (28, 28), 0 for paper and 255 for ink.
     """
-    ink = np.clip(depth / _full(depth[mask]), 0, 1)
+    ink = np.clip(contrast / _stroke_contrast(contrast[mask]), 0, 1)
     scale = FINE / max(ink.shape)
     shape = tuple(max(1, round(side * scale)) for side in ink.shape)
-    edge = ndimage.binary_dilation(mask, iterations=max(2, round(1 / scale)))  # It is soft.
-    digit = _widen(np.clip(_resize(np.where(edge, ink, 0), shape), 0, 1))
+    edge = ndimage.binary_dilation(mask, iterations=max(2, round(1 / scale)))  # Antialiased.
+    digit = _dilate(np.clip(_resize(np.where(edge, ink, 0), shape), 0, 1))
     scale = BOX / max(digit.shape)
     shape = tuple(max(1, round(side * scale)) for side in digit.shape)
     small = _resize(digit, shape)
     small = np.clip(small / max(float(np.percentile(small, 99)), 1e-6), 0, 1)
     picture = np.zeros((SIZE, SIZE), np.float32)
-    # Where it lies in MNIST: at (14.0, 14.0) in the mean of its test images.
+    # (14.0, 14.0) is the mean centre of mass of MNIST's test images.
     places = [
         min(max(round(SIZE / 2 - middle), 0), SIZE - side)
         for middle, side in zip(ndimage.center_of_mass(small), shape, strict=True)
@@ -244,8 +252,8 @@ def _normalise(depth: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return (picture * 255).round().astype(np.uint8)
 
 
-def _widen(digit: np.ndarray) -> np.ndarray:
-    """Gives thin strokes the width of MNIST's pens."""
+def _dilate(digit: np.ndarray) -> np.ndarray:
+    """Dilates thin strokes to the width of MNIST's."""
     mask = np.pad(digit > 0.5, 1)
     middle = morphology.skeletonize(mask)
     width = 2 * float(np.median(ndimage.distance_transform_edt(mask)[middle]))
@@ -258,7 +266,7 @@ def _widen(digit: np.ndarray) -> np.ndarray:
 
 
 def _resize(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Makes another size of float32 (h, w), smoothly, as a mean where it is smaller."""
+    """Resizes float32 (h, w): by averaging where it becomes smaller, else bicubically."""
     height, width = shape
     shrinks = height * width < values.size
     filter = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
