@@ -148,6 +148,12 @@ def test_a_comment_that_is_not_understood_is_an_error():
         blocks_of(ROOT / "README.md", "<!-- run: fulll -->\n```sh\na\n```\n")
 
 
+def test_a_reason_not_to_run_a_block_names_only_tests_that_are_there():
+    named = {name for block in BLOCKS for name in re.findall(r"tests/[\w/.]*\w", block.reason)}
+    assert named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 @pytest.mark.parametrize("block", [parameter(one, one.id, full=one.full) for one in SHELL])
 def test_a_shell_block_does_what_it_shows(block, folder, shell_env):
     script, expected = (block.text, []) if block.language == "sh" else commands(block.text)
