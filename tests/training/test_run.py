@@ -5,9 +5,12 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from support import ROOT, outcome
+
+from trainer.training import run
 
 SMALL = {"epochs": 2, "train_limit": 256, "test_limit": 100, "batch_size": 64, "report": False}
 
@@ -212,3 +215,34 @@ def test_the_package_says_what_is_public():
         check=True,
     )
     assert done.stdout.split() == ["TrainConfig", "evaluate", "fit", "load_data", "load_model"]
+
+
+def test_the_command_sums_by_the_ring_where_it_is_asked_to(command, tmp_path):
+    command.program = ["-m", "trainer.launch"]
+    done = command.run("--workers", 2, "--", *flags(SMALL), "--collectives", "ring")
+    assert done.returncode == 0, done.stderr
+    assert "by the ring" in done.stdout
+    assert "not summed by the ring" not in done.stdout
+    manifest = json.loads((tmp_path / "mnist.json").read_text())
+    assert manifest["environment"]["collectives"] == "ring"
+    assert manifest["environment"]["workers"] == 2
+
+
+@pytest.mark.parametrize(("summed", "notices"), [(9, 1), (10, 0)])
+def test_gradients_that_bypass_the_ring_are_noticed_once(summed, notices):
+    said = []
+    session = object.__new__(run._Session)
+    session.ring, session.first_sums = SimpleNamespace(summed=summed), 10
+    session.watcher = SimpleNamespace(say=lambda text, event: said.append(event))
+    for _ in range(2):
+        session._check_ring()
+    assert said == ["notice"] * notices
+
+
+def test_errors_of_several_workers_are_json_lines_that_name_the_worker(command):
+    command.program = ["-m", "trainer.launch"]
+    done = command.run("--workers", 2, "--", "--data", "nowhere.npz", "--log-format", "json")
+    assert done.returncode == 66
+    entries = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert {entry["worker"] for entry in entries if entry["event"] == "error"} == {0, 1}
+    assert all(entry["exit_code"] == 66 for entry in entries)

@@ -33,7 +33,8 @@ class LocalWorkers:
     Args:
         command: What each worker is; it finds the cluster in TF_CONFIG.
         variables: One mapping per worker: environment variables of its own.
-        prefix: Put the worker's number in front of each line of its stdout; on stderr it always is.
+        prefix: Put the worker's number in front of each line that it writes; False: only in front
+            of those that are not JSON objects, which name the worker themselves.
 
     Attributes:
         signals: The numbers of the signals received so far.
@@ -72,10 +73,9 @@ class LocalWorkers:
             )
             self._processes.append(process)
         for index, process in enumerate(self._processes):  # No thread may run during a fork.
-            prefix = f"[{index}] "
             stdout, stderr = cast("TextIO", process.stdout), cast("TextIO", process.stderr)
-            self._copy(stdout, sys.stdout, prefix if self.prefix else "")
-            self._copy(stderr, sys.stderr, prefix)
+            self._copy(stdout, sys.stdout, f"[{index}] ")
+            self._copy(stderr, sys.stderr, f"[{index}] ")
             threading.Thread(target=self._await_end, args=[index], daemon=True).start()
         return self
 
@@ -137,7 +137,8 @@ class LocalWorkers:
             with source:
                 for line in source:
                     with contextlib.suppress(BrokenPipeError):
-                        target.write(prefix + line)
+                        bare = not self.prefix and line.startswith("{")
+                        target.write(line if bare else prefix + line)
                         target.flush()
 
         thread = threading.Thread(target=copy, daemon=True)

@@ -9,6 +9,7 @@ in the caller's.
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -438,6 +439,8 @@ class _Session:
         self.signals = signals
         self.link = link
         self.workers = Workers(assembly.strategy.strategy)
+        self.ring = assembly.strategy.ring
+        self.first_sums = 0  # what the ring has summed at least when the first call has ended
         self.checkpoints = Checkpoints(config.output_dir, keep=config.keep_checkpoints)
         self.checkpointer: Checkpointer | None = None
 
@@ -470,6 +473,9 @@ class _Session:
             stop=lambda: self.signals.received,
             workers=self.workers,
         )
+        if self.ring:
+            parameters = sum(math.prod(weight.shape) for weight in model.trainable_weights)
+            self.first_sums = self.ring.summed + parameters
         return dataclasses.replace(position)
 
     def callbacks(self, digits: "Digits") -> list["keras.callbacks.Callback"]:
@@ -490,9 +496,20 @@ class _Session:
     def after_call(self, position: "Position") -> None:
         """Reports the step to the parent process, and saves a checkpoint if one is due."""
         self._report(position)
+        self._check_ring()
         if self.checkpointer:  # Since begin.
             self.checkpointer.after_call(position)
         self._report(position)  # A checkpoint on a slow disk is no step that hangs.
+
+    def _check_ring(self) -> None:
+        """Says once, after the first call of the step, if the gradients bypassed the ring."""
+        if self.ring and self.ring.summed < self.first_sums:
+            self.watcher.say(
+                "The gradients are not summed by the ring of collectives='ring', but by "
+                "TensorFlow's own collectives: the weights are right, the speed is theirs",
+                "notice",
+            )
+        self.ring = None
 
     def _report(self, position: "Position") -> None:
         if self.link:
