@@ -10,7 +10,7 @@ import signal
 
 import numpy as np
 import pytest
-from support import Pause, events, save_npz
+from support import HAS_FAST_STEP, Pause, events, save_npz
 
 from trainer.files import FILES, REPORT_FILES, lock_output_dir
 
@@ -68,6 +68,10 @@ def test_json_lines_tell_the_whole_run(command, tmp_path):
     done = command.run(*SMALL, "--log-format", "json", "--output-dir", "out")
     assert (done.returncode, done.stderr) == (0, "")
     start, strategy, *steps, epoch, end = map(json.loads, done.stdout.splitlines())
+    if not HAS_FAST_STEP:
+        notice = steps.pop(0)
+        assert notice["event"] == "notice"
+        assert "gcc or clang" in notice["message"]
     assert start["event"] == "start"
     assert (strategy["event"], strategy["replicas"]) == ("strategy", 1)
     assert strategy["message"].startswith("one device")
