@@ -172,7 +172,7 @@ def test_a_python_without_tensorflow_is_78(command, tmp_path):
 
 def test_another_backend_of_keras_is_78(command):
     command.env["KERAS_BACKEND"] = "numpy"
-    assert_one_line(command.run(), 78, "Received: Keras on numpy")
+    assert_one_line(command.run(), 78, "Received: KERAS_BACKEND=numpy")
 
 
 @pytest.mark.full

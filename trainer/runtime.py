@@ -60,26 +60,34 @@ def _set_onednn() -> str:
     return os.environ.setdefault(_ONEDNN, "1")
 
 
+def _wrong_backend(received: object) -> ConfigurationError:
+    return ConfigurationError(
+        f"Expected Keras on TensorFlow. Received: {received}. Set KERAS_BACKEND=tensorflow before "
+        "Keras is imported."
+    )
+
+
 ONEDNN = _set_onednn()
 
+# Keras fails to import on a backend whose packages are missing, in words of its own.
+if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+    raise _wrong_backend(f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}")
 try:
     with _silent_import():
         import tensorflow as tf
+
+    import keras
 except ModuleNotFoundError as error:
-    if error.name != "tensorflow":
-        raise
-    raise ConfigurationError(
-        "Expected TensorFlow. Received: a Python without it. Install one of: "
-        "pip install 'digits-trainer[cpu]', 'digits-trainer[gpu]' or 'digits-trainer[tpu]'"
-    ) from error
-
-import keras  # noqa: E402  (TensorFlow loads it)
-
+    if error.name == "tensorflow":
+        raise ConfigurationError(
+            "Expected TensorFlow. Received: a Python without it. Install one of: "
+            "pip install 'digits-trainer[cpu]', 'digits-trainer[gpu]' or 'digits-trainer[tpu]'"
+        ) from error
+    if error.name in ("jax", "torch", "openvino"):
+        raise _wrong_backend(f"a backend that needs {error.name}") from error
+    raise
 if keras.backend.backend() != "tensorflow":
-    raise ConfigurationError(
-        f"Expected Keras on TensorFlow. Received: Keras on {keras.backend.backend()}. Set "
-        "KERAS_BACKEND=tensorflow before Keras is imported."
-    )
+    raise _wrong_backend(f"Keras on {keras.backend.backend()}")
 
 __all__ = [
     "ONEDNN",
