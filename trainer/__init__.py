@@ -18,7 +18,9 @@ changed.
 """
 
 import os
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from trainer.config import TrainConfig
@@ -128,3 +130,14 @@ def load_model(path: "str | Path") -> "keras.Sequential":
     from trainer.inference import model_file
 
     return model_file.load(Path(path))
+
+
+class _Package(ModuleType):
+    """Keeps ``evaluate`` a function when the command's module of that name is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "evaluate" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -246,3 +246,11 @@ def test_errors_of_several_workers_are_json_lines_that_name_the_worker(command):
     entries = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert {entry["worker"] for entry in entries if entry["event"] == "error"} == {0, 1}
     assert all(entry["exit_code"] == 66 for entry in entries)
+
+
+def test_importing_a_command_hides_no_function_of_that_name():
+    program = "import trainer, trainer.evaluate, trainer.task; print(trainer.evaluate.__doc__[:18])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "Measures a model o\n"
