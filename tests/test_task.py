@@ -115,7 +115,7 @@ def test_damaged_data_is_65(command, tmp_path):
 
 
 def test_a_missing_input_is_66(command):
-    assert_one_line(command.run("--data", "nowhere.npz"), 66, "nowhere.npz", "Use --data bundled")
+    assert_one_line(command.run("--data", "nowhere.npz"), 66, "nowhere.npz", "Use data='bundled'")
 
 
 def test_an_unreachable_network_is_66(command):
@@ -123,7 +123,7 @@ def test_an_unreachable_network_is_66(command):
     done = command.run("--data", "keras")
     assert done.returncode == 66
     assert "keras.datasets.mnist" in done.stderr.splitlines()[-1]
-    assert done.stderr.endswith("Use --data bundled, which needs no network.\n")
+    assert done.stderr.endswith("Use data='bundled', which needs no network. (--data)\n")
 
 
 @pytest.mark.full
@@ -131,7 +131,7 @@ def test_an_unreachable_tensorflow_dataset_is_66(command, tmp_path):
     command.env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     command.env["TFDS_DATA_DIR"] = str(tmp_path / "tfds")
     done = command.run("--data", "tfds:mnist", timeout=900)
-    assert_one_line(done, 66, "'mnist'", "Use --data bundled, which needs no network.")
+    assert_one_line(done, 66, "'mnist'", "Use data='bundled', which needs no network.")
 
 
 def test_a_loss_that_becomes_nan_is_70_and_keeps_the_files(command, tmp_path):
@@ -220,7 +220,7 @@ def test_a_signal_before_the_first_step_is_one_line(command, tmp_path, point, nu
     run.send_signal(number)
     stdout, stderr = run.communicate(timeout=300)
     assert run.returncode == code
-    assert stderr == f"python -m trainer.task: {says} What is in out is as it was.\n"
+    assert stderr == f"python -m trainer.task: {says} The files in out are unchanged.\n"
     assert stdout == ""
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -343,7 +343,7 @@ def test_a_folder_of_events_that_cannot_be_written_is_73(command, tmp_path):
     done = command.run(*SMALL, "--tensorboard")
     assert done.returncode == 73
     assert "Expected to write event files in tensorboard. Received: " in done.stderr
-    assert done.stderr.endswith("or leave out --tensorboard.\n")
+    assert done.stderr.endswith("or use tensorboard=False. (--tensorboard)\n")
     assert done.stderr.count("\n") == 1
 
 

@@ -244,7 +244,7 @@ def test_a_ring_that_does_not_do_what_tensorflows_collectives_do_is_not_used(
         replicas.compute_together("exchanged", [arguments] * 2), reasons, strict=True
     ):
         assert not seen["by_ring"]
-        assert seen["notice"].startswith("The ring of --collectives ring is not used: ")
+        assert seen["notice"].startswith("The ring of collectives='ring' is not used: ")
         assert reason in seen["notice"]
         assert seen["summed"] == [[1.0, 1.0], 1.0, 2]
         assert seen["gathered"] == [10, 11]

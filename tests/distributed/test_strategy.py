@@ -31,7 +31,7 @@ def chosen(kind="auto", **options):
     [
         ({}, "one device: the CPU (no GPU is seen)"),
         ({"kind": "one"}, "one device: the CPU (no GPU is seen)"),
-        ({"gpus": 0}, "one device: the CPU (as --gpus 0 asks)"),
+        ({"gpus": 0}, "one device: the CPU (gpus=0)"),
     ],
 )
 def test_what_is_chosen_is_said(options, reason, monkeypatch):
@@ -50,7 +50,7 @@ def test_what_is_chosen_is_said(options, reason, monkeypatch):
 def test_why_no_gpu_is_seen_is_said(cuda, nvidia, remedy, monkeypatch):
     monkeypatch.setattr(tf.test, "is_built_with_cuda", lambda: cuda)
     monkeypatch.setattr(strategy, "_has_nvidia_gpu", lambda: nvidia)
-    with pytest.raises(ConfigurationError, match=r"Expected 1 GPUs.* Received: 0") as refused:
+    with pytest.raises(ConfigurationError, match=r"Expected 1 GPUs .* Received: 0") as refused:
         chosen(gpus=1)
     assert remedy in str(refused.value)
     if nvidia:
@@ -66,8 +66,8 @@ TWO = Cluster(("a:1", "b:2"), 0)
     ("options", "message"),
     [
         ({"kind": "multiworker"}, "several workers .* Received: none described"),
-        ({"kind": "one", "cluster": TWO}, "one worker for --strategy one. Received: 2"),
-        ({"kind": "tpu", "cluster": TWO}, "one worker for --strategy tpu. Received: 2"),
+        ({"kind": "one", "cluster": TWO}, "one worker for strategy='one'. Received: 2"),
+        ({"kind": "tpu", "cluster": TWO}, "one worker for strategy='tpu'. Received: 2"),
         ({"collectives": "ring"}, "several workers that have CPUs only .* Received: one process"),
         ({"kind": "tpu"}, r"by the name local\. Received: .* no TPU kernels: pip install"),
     ],

@@ -248,8 +248,8 @@ def test_workers_that_never_come_are_named(start):
         assert code == 75
         assert stderr.startswith("task: worker 1 (127.0.0.1:")
         assert stderr.endswith(
-            "did not come within 30 s. Start the same command there too; --startup-timeout waits "
-            "longer.\n"
+            "did not join within 30 s. Start the same command there too, or use a longer "
+            "startup_timeout.\n"
         )
 
 
@@ -260,7 +260,7 @@ def test_a_chief_that_never_comes_is_named(start):
     code, stderr = other.end()
     assert code == 75
     assert stderr.startswith("task: worker 0 (127.0.0.1:")
-    assert "did not come within 30 s." in stderr
+    assert "did not join within 30 s." in stderr
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_a_run_without_progress_ends_and_says_after_which_step(start, hung):
         worker.do("step 1 12")
         assert worker.seconds("step") == [1200, 40, 40]
     workers[hung].expire("step")
-    text = f"no step ended for 40 s after epoch 1, step 12 (--step-timeout). {CHECKPOINT_STANDS}"
+    text = f"no step ended for 40 s after epoch 1, step 12 (step_timeout). {CHECKPOINT_STANDS}"
     for worker in workers:
         assert worker.end() == (75, f"task: {text}\n")
 
@@ -535,7 +535,7 @@ def test_a_run_without_progress_ends_and_says_after_which_step(start, hung):
 def test_a_run_that_never_takes_a_step_ends(start):
     workers = train(*start(2))
     workers[0].expire("step")
-    text = "no step ended for 1200 s after all workers connected (--step-timeout)"
+    text = "no step ended for 1200 s after all workers connected (step_timeout)"
     for worker in workers:
         assert worker.end() == (75, f"task: {text}. {CHECKPOINT_STANDS}\n")
 
@@ -584,7 +584,7 @@ def test_a_second_signal_ends_at_once(start, number, code):
     other.send(number, child=False)
     ended, stderr = other.end()
     assert ended == code
-    assert f"stopped by a second {number.name}. The last checkpoint stands." in stderr
+    assert f"stopped by a second {number.name}. The last checkpoint is intact." in stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

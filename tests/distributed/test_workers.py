@@ -282,7 +282,7 @@ def test_a_worker_that_hangs_ends_the_run_and_says_after_which_step(group, tmp_p
         assert (code, stderr) == (
             75,
             "python -m trainer.task: no step ended for 15 s after epoch 1, step 3 "
-            f"(--step-timeout). {CHECKPOINT_STANDS}\n",
+            f"(step_timeout). {CHECKPOINT_STANDS} (--step-timeout)\n",
         )
 
 
@@ -321,7 +321,7 @@ def test_a_device_without_memory_is_named(group, tmp_path):
         assert stderr == (
             f"python -m trainer.task: error: {name}Expected the training to fit into the memory of "
             "the device. Received: ResourceExhaustedError: OOM when allocating tensor. Use a "
-            "smaller --batch-size, or --precision mixed_bfloat16.\n"
+            "smaller batch_size, or precision='mixed_bfloat16'. (--batch-size, --precision)\n"
         )
 
 
@@ -341,8 +341,8 @@ def test_a_worker_that_never_comes_is_named(group):
     code, _, stderr = two.end(0)
     assert code == 75
     assert stderr.endswith(
-        f"{two.name(1)} did not come within 12 s. Start the same command there too; "
-        "--startup-timeout waits longer.\n"
+        f"{two.name(1)} did not join within 12 s. Start the same command there too, or "
+        "use a longer startup_timeout. (--startup-timeout)\n"
     )
 
 

@@ -56,7 +56,7 @@ def test_where_it_was_not_compiled_keras_step_is_used_and_the_user_is_told(monke
     monkeypatch.setattr(fast_step.importlib.util, "find_spec", lambda name: None)
     choice = choose()
     assert choice.name == "keras"
-    assert "for want of gcc or clang" in choice.reason
+    assert "no gcc or clang" in choice.reason
 
 
 @needs_fast_step

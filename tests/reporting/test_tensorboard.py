@@ -49,5 +49,5 @@ def test_other_files_beside_the_events_stay(tmp_path):
 
 def test_events_that_cannot_be_written_end_in_one_line(tmp_path):
     (tmp_path / "tensorboard").write_text("a file")
-    with pytest.raises(OutputError, match="leave out --tensorboard"):
+    with pytest.raises(OutputError, match="use tensorboard=False"):
         write_events(tmp_path, {}, range(1))

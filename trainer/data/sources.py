@@ -34,7 +34,7 @@ IDX_FILES = {
     "y_test": "t10k-labels-idx1-ubyte",
 }
 
-_BUNDLED_INSTEAD = "Use --data bundled, which needs no network."
+_BUNDLED_INSTEAD = "Use data='bundled', which needs no network."
 
 
 def load(source: str) -> Digits:
@@ -81,7 +81,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise InputError(
             f"Expected a data source: bundled, keras, tfds:NAME, an .npz file or a folder of IDX "
-            f"files. Received: --data {path}, where nothing is. Use --data bundled."
+            f"files. Received: data={str(path)!r}, which does not exist. Use data='bundled'."
         ) from None
     except OSError as error:
         raise InputError(_unreadable(path, error)) from error
@@ -120,7 +120,7 @@ def _find_idx(folder: Path, name: str) -> Path:
             return candidate
     raise InputError(
         f"Expected the four IDX files {', '.join(IDX_FILES.values())} in {folder}, each as it is "
-        f"or with .gz. Received: a folder without {name}. Name another folder with --data."
+        f"or with .gz. Received: a folder without {name}. Put it there, or use another folder."
     )
 
 
@@ -171,7 +171,7 @@ def _load_keras() -> Digits:
     from trainer.runtime import keras
 
     try:
-        # Keras announces its download on stdout, which is for this program's own lines.
+        # Keras prints about its download on stdout, which is for this program's output.
         with contextlib.redirect_stdout(sys.stderr):
             (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
     except Exception as error:  # Keras raises a bare Exception when a download fails.
@@ -183,14 +183,14 @@ def _load_keras() -> Digits:
 
 
 def _load_tfds(name: str) -> Digits:
-    import trainer.runtime  # noqa: F401  (TensorFlow starts quietly, or says what is missing)
+    import trainer.runtime  # noqa: F401  (imports TensorFlow quietly, or raises what is missing)
 
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ConfigurationError(
-            f"--data tfds:{name} needs TensorFlow Datasets. Received: {error}. "
-            "Install it with: pip install 'digits-trainer[tfds]'"
+            f"Expected TensorFlow Datasets for data='tfds:{name}'. Received: {error}. "
+            "Install it: pip install 'digits-trainer[tfds]'"
         ) from error
     # Its progress bars and retry messages are noise in a log.
     tfds.disable_progress_bar()
@@ -222,5 +222,5 @@ def _load_tfds(name: str) -> Digits:
 def _unreadable(path: Path, error: OSError) -> str:
     return (
         f"Expected a readable file at {path}. Received: {error.strerror or error}. "
-        "Check its permissions, or use --data bundled."
+        "Check its permissions, or use data='bundled'."
     )

@@ -24,7 +24,7 @@ STOP_TIMEOUT = 7.0  # Seconds from a signal to the end of the step and of its ch
 STOPPED = StoppedError.exit_code
 
 CHECKPOINT_STANDS = (
-    "The last checkpoint stands: the same command, on all workers, goes on from there."
+    "The last checkpoint is intact: the same command, on all workers, resumes from it."
 )
 
 
@@ -197,7 +197,7 @@ class Parent:
             "connecting",
             self.startup_timeout,
             lambda: self.give_up(
-                f"all workers came, but did not reach one another within "
+                f"all workers joined, but could not connect to one another within "
                 f"{self.startup_timeout:g} s. Every one of these addresses must be reachable from "
                 f"every machine: {', '.join(self.cluster.workers)}"
             ),
@@ -230,7 +230,7 @@ class Parent:
         self.on_outcome(cast("Outcome", self.worker.outcome))  # Known, when the messages end.
 
     def _limit_step(self, seconds: float, last: str) -> None:
-        text = f"no step ended for {seconds:g} s after {last} (--step-timeout). {CHECKPOINT_STANDS}"
+        text = f"no step ended for {seconds:g} s after {last} (step_timeout). {CHECKPOINT_STANDS}"
         self.limit("step", seconds, lambda: self.on_hang(text))
 
     def on_signal(self, number: signal.Signals) -> None:
@@ -241,7 +241,7 @@ class Parent:
         if len(self.signals) > 1:
             self.finish(
                 INTERRUPTED if number == signal.SIGINT else STOPPED,
-                f"stopped by a second {number.name}. The last checkpoint stands.",
+                f"stopped by a second {number.name}. The last checkpoint is intact.",
             )
             return
         self.worker.signal(number)
@@ -259,7 +259,7 @@ class Parent:
             await asyncio.sleep(HEARTBEAT_INTERVAL)
             seconds = time.monotonic() - start
             if seconds > HEARTBEAT_TIMEOUT:
-                self.give_up(f"it stood still for {seconds:.0f} s, longer than the others wait")
+                self.give_up(f"it was suspended for {seconds:.0f} s, longer than the others wait")
             stopped = stopped + seconds if self.worker.is_stopped() else 0.0
             if stopped > FREEZE_TIMEOUT:
                 self.give_up("its process was stopped (SIGSTOP)")

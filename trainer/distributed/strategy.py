@@ -35,8 +35,8 @@ class StrategyChoice:
     Attributes:
         strategy: What the model is built and trained under.
         reason: A sentence for the user: which strategy it is, and why.
-        notice: A sentence for the user about what was asked for and is not used; or empty.
-        ring: What its workers all-reduce through; None: TensorFlow's own collectives.
+        notice: A sentence for the user about a requested option that is not used; or empty.
+        ring: The ring that its workers all-reduce through; None: TensorFlow's own collectives.
     """
 
     strategy: tf.distribute.Strategy
@@ -56,19 +56,19 @@ def create(
     """Chooses and constructs a strategy, before TensorFlow's first operation where there are GPUs.
 
     Args:
-        kind: Which one; ``auto``: multiworker where there is a cluster, else a TPU, else all GPUs
-            where there are several, else one device.
+        kind: The kind of strategy; ``auto``: multiworker where there is a cluster, else a TPU, else
+            all GPUs where there are several, else one device.
         cluster: The workers; None: this process trains alone. All workers must be running: while
             one is missing, TensorFlow waits for it holding Python's global interpreter lock.
         gpus: Number of GPUs that this process must have, and uses; None: all that are seen; 0:
             none.
-        collectives: What several workers reduce by: TensorFlow's own collectives, or ``ring``.
+        collectives: What several workers all-reduce with: ``tensorflow`` or ``ring``.
         startup_timeout: Seconds in which a TPU must answer.
 
     Raises:
         ConfigurationError: The devices or the workers that were asked for do not exist.
     """
-    seen = _gpus(gpus)
+    seen = _configure_gpus(gpus)
     kind = _resolve(kind, cluster, gpus, len(seen))
     if collectives == "ring":
         _check_ring(kind, len(seen))
@@ -80,14 +80,14 @@ def create(
         return _mirrored(seen)
     if seen:
         return StrategyChoice(tf.distribute.get_strategy(), f"one device: GPU 0 of {len(seen)}")
-    why = "as --gpus 0 asks" if gpus == 0 else "no GPU is seen"
+    why = "gpus=0" if gpus == 0 else "no GPU is seen"
     if gpus is None and _has_nvidia_gpu():
         why = f"no GPU is seen, though this machine has one. {_gpu_remedy()}"
     return StrategyChoice(tf.distribute.get_strategy(), f"one device: the CPU ({why})")
 
 
 def count_gpus(gpus: int | None) -> int:
-    """Returns the number of GPUs that ``create`` uses in this process, where they are there.
+    """Returns the number of GPUs that ``create`` uses in this process, if they exist.
     Starts no TensorFlow device, so it can be called before workers meet.
     """
     seen = len(tf.config.list_physical_devices("GPU"))
@@ -118,12 +118,12 @@ def _resolve(kind: Strategy, cluster: Cluster | None, gpus: int | None, seen: in
     """Returns what ``auto`` stands for, and checks the kind against the cluster."""
     if cluster and kind not in ("auto", "multiworker"):
         raise ConfigurationError(
-            f"Expected one worker for --strategy {kind}. Received: {len(cluster.workers)}. "
-            "Use --strategy multiworker, or unset TF_CONFIG and TRAINER_WORKERS to train alone."
+            f"Expected one worker for strategy={kind!r}. Received: {len(cluster.workers)}. "
+            "Use strategy='multiworker', or unset TF_CONFIG and TRAINER_WORKERS to train alone."
         )
     if kind == "multiworker" and not cluster:
         raise ConfigurationError(
-            "Expected several workers for --strategy multiworker. Received: none described. "
+            "Expected several workers for strategy='multiworker'. Received: none described. "
             "Set TF_CONFIG, or use python -m trainer.launch --workers N on this machine."
         )
     if kind != "auto":
@@ -136,26 +136,25 @@ def _resolve(kind: Strategy, cluster: Cluster | None, gpus: int | None, seen: in
 
 
 def _check_ring(kind: Strategy, gpus: int) -> None:
-    expected = "Expected several workers that have CPUs only for --collectives ring. Received: "
+    expected = "Expected several workers that have CPUs only for collectives='ring'. Received: "
     if kind != "multiworker":
         raise ConfigurationError(
-            f"{expected}one process. Use --collectives tensorflow, the default."
+            f"{expected}one process. Use collectives='tensorflow', the default."
         )
     if gpus:
         raise ConfigurationError(
-            f"{expected}a worker with {gpus} GPUs. Use --collectives tensorflow, the default, "
-            "which is NCCL there; or --gpus 0."
+            f"{expected}a worker with {gpus} GPUs. Use collectives='tensorflow', the default, "
+            "which uses NCCL on GPUs; or gpus=0."
         )
 
 
-def _gpus(count: int | None) -> list:
-    """Returns the GPUs that this process uses, set to allocate memory as it is needed."""
+def _configure_gpus(count: int | None) -> list:
+    """Makes ``count`` GPUs visible and lets their memory grow as needed; returns them."""
     seen = tf.config.list_physical_devices("GPU")
     if count is not None:
         if len(seen) < count:
             raise ConfigurationError(
-                f"Expected {count} GPUs, as --gpus {count} asks. Received: {len(seen)}. "
-                f"{_gpu_remedy()}"
+                f"Expected {count} GPUs (gpus={count}). Received: {len(seen)}. {_gpu_remedy()}"
             )
         seen = seen[:count]
         try:
@@ -182,7 +181,7 @@ def _gpu_remedy() -> str:
         )
     if not _has_nvidia_gpu():
         return "There is no NVIDIA device here: in a container, is the GPU passed to it?"
-    return "nvidia-smi shows whether the driver works; --tensorflow-logs shows what CUDA said."
+    return "nvidia-smi shows whether the driver works; TF_CPP_MIN_LOG_LEVEL=0 shows CUDA's errors."
 
 
 def _has_nvidia_gpu() -> bool:
@@ -224,7 +223,7 @@ def _multiworker(cluster: Cluster, gpus: Sequence, collectives: Collectives) -> 
         connected.close()
         connected = None
         notice = (
-            f"The ring of --collectives ring is not used: {problem}. The workers use TensorFlow's "
+            f"The ring of collectives='ring' is not used: {problem}. The workers use TensorFlow's "
             "collectives, with the same results in more time."
         )
     elif connected:
@@ -246,8 +245,8 @@ def _mirrored(gpus: Sequence) -> StrategyChoice:
         devices, kind = tf.config.list_logical_devices("CPU"), "logical CPU devices"
         if len(devices) < 2:
             raise ConfigurationError(
-                "Expected GPUs for --strategy mirrored. Received: none. "
-                f"{_gpu_remedy()} --strategy one trains on the CPU."
+                "Expected GPUs for strategy='mirrored'. Received: none. "
+                f"{_gpu_remedy()} strategy='one' trains on the CPU."
             )
     strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
     return StrategyChoice(
@@ -256,17 +255,17 @@ def _mirrored(gpus: Sequence) -> StrategyChoice:
 
 
 def _tpu(environ: Mapping[str, str], timeout: float) -> StrategyChoice:
-    # "local" has to be said on a TPU's own machine (googlecolab/colabtools#4699).
+    # On a TPU VM the name must be "local" (googlecolab/colabtools#4699).
     name = environ.get("TPU_NAME") or "local"
     made: queue.SimpleQueue = queue.SimpleQueue()
 
     def make() -> None:
         try:
             made.put(_connect_tpu(name))
-        except Exception as error:  # Of whatever kind: TensorFlow's, a socket's, Google's client's.
+        except Exception as error:  # Raised by TensorFlow, a socket or Google's client.
             made.put(error)
 
-    # In a thread, because TensorFlow waits without an end for an address that does not answer.
+    # In a thread, because TensorFlow waits forever for an address that does not answer.
     threading.Thread(target=make, daemon=True).start()
     try:
         strategy = made.get(timeout=timeout)
@@ -274,7 +273,7 @@ def _tpu(environ: Mapping[str, str], timeout: float) -> StrategyChoice:
         strategy = TimeoutError(f"nothing within {timeout:g} s")
     if isinstance(strategy, Exception):
         reason = " ".join(str(strategy).split())[:200]
-        remedy = "Use --strategy one to train without it."
+        remedy = "Use strategy='one' to train without it."
         if "ConfigureDistributedTPU" in str(strategy):
             remedy = (
                 "This TensorFlow has no TPU kernels: pip install 'digits-trainer[tpu]' (and remove "

@@ -446,6 +446,6 @@ def _loss(cluster: Cluster, index: int, how: str) -> Verdict:
 
 def _missing(workers: Sequence[str], seconds: float) -> tuple[int, str]:
     return STOPPED, (
-        f"{', '.join(workers)} did not come within {seconds:g} s. Start the same command there "
-        "too; --startup-timeout waits longer."
+        f"{', '.join(workers)} did not join within {seconds:g} s. Start the same command there "
+        "too, or use a longer startup_timeout."
     )

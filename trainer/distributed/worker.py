@@ -1,4 +1,4 @@
-"""The process that trains, as the child of one that watches it, and the messages between the two.
+"""The worker process, which trains, as the child of a parent process, and their messages.
 
     process = WorkerProcess([sys.executable, "-m", "trainer.task", *flags])  # in the parent
     await process.connect()
@@ -35,7 +35,7 @@ from trainer.cli import INTERRUPTED
 from trainer.distributed.messages import encode, receive, send
 from trainer.errors import ConfigurationError, StoppedError, TrainerError
 
-_VARIABLE = "TRAINER_PARENT_FD"  # Names the file descriptor of the child's end of the connection.
+_VARIABLE = "TRAINER_PARENT_FD"  # The child's file descriptor of the connection.
 
 
 class Outcome(NamedTuple):
@@ -62,7 +62,7 @@ class PeerError(Exception):
 def peer_errors() -> Iterator[None]:
     """Re-raises errors that the loss of a peer can cause as ``PeerError``.
 
-    The same errors have other causes, too. Whether a peer was lost, the parent processes know.
+    The same errors have other causes, too. Only the parent processes know whether a peer was lost.
     """
     from trainer.runtime import tf  # Here: the parent processes do not load it.
 
@@ -94,7 +94,7 @@ def out_of_memory_errors() -> Iterator[None]:
     except tf.errors.ResourceExhaustedError as error:
         raise ConfigurationError(
             "Expected the training to fit into the memory of the device. Received: "
-            f"{_describe(error)}. Use a smaller --batch-size, or --precision mixed_bfloat16."
+            f"{_describe(error)}. Use a smaller batch_size, or precision='mixed_bfloat16'."
         ) from error
 
 
@@ -149,11 +149,11 @@ class Link:
         self._end(Outcome(0, "", "named"))
 
     def meet(self, settings: dict) -> None:
-        """Waits until all workers have come and are seen to agree.
+        """Waits until all workers have joined and their settings were found equal.
 
         Args:
-            settings: By name, whatever must be equal on all workers, as JSON can hold it. A worker
-                that differs ends the run; the error names it and the difference.
+            settings: What must be equal on all workers, by name; must be JSON-serializable. A
+                worker that differs ends the run; the error names it and the difference.
         """
         self._send(ready=settings)
         self.may_go.wait()
@@ -163,11 +163,11 @@ class Link:
         self._send(**{event: 1})
 
     def report_step(self, epoch: int, step: int) -> None:
-        """Reports progress, from which the parent knows that training does not hang.
+        """Reports progress, so that the parent knows that training does not hang.
 
         Args:
             epoch: Counted from 1.
-            step: The last step of it that has ended, counted from 1.
+            step: The last completed step of that epoch, counted from 1.
         """
         self._send(step=[epoch, step])
 
@@ -271,8 +271,8 @@ def _explain(returncode: int) -> Outcome:
         text = f"it ended with exit code {returncode} and no report"
         return Outcome(returncode or 1, text, "crashed")
     number = signal.Signals(-returncode)
-    # TensorFlow aborts (SIGABRT) in some cases where a peer is lost; nobody else sends SIGKILL
-    # than the kernel that is out of memory, or an operator.
+    # TensorFlow aborts (SIGABRT) in some cases where a peer is lost; SIGKILL comes from the
+    # kernel's out-of-memory killer or from an operator.
     return Outcome(
         128 + number,
         f"killed by {number.name}",

@@ -130,9 +130,7 @@ def _library() -> Any:
     """Returns the module of the operations, or why they cannot be used: a string."""
     spec = importlib.util.find_spec("trainer.models._winograd")
     if spec is None or spec.origin is None:
-        return (
-            "the fast one was not compiled when the package was installed, for want of gcc or clang"
-        )
+        return "the fast one was not compiled: no gcc or clang when the package was installed"
     try:
         library = tf.load_op_library(spec.origin)
         library.instructions = _instructions(spec.origin)
@@ -176,7 +174,7 @@ def _difference() -> str:
             return ""
     except (tf.errors.OpError, AttributeError) as error:
         return _does_not_work(error)
-    return "the fast one computes something else on this processor; please report it"
+    return "the fast one gives wrong results on this processor; please report it"
 
 
 def _computes_the_same(library: ModuleType) -> bool:

@@ -94,5 +94,5 @@ class EpochEvents(keras.callbacks.Callback):
             reason = " ".join(str(error).split())[:300]
             raise OutputError(
                 f"Expected to write event files in {self.folder}. Received: {reason}. Make room "
-                "or permission there, or leave out --tensorboard."
+                "or permission there, or use tensorboard=False."
             ) from error

@@ -100,7 +100,7 @@ class Checkpoints:
             reason = " ".join(str(error).split())[:300]
             raise OutputError(
                 f"Expected to write a checkpoint in {self.folder}. Received: {reason}. "
-                "Make room or permission there; the last checkpoint stands."
+                "Make room or permission there; the last checkpoint is intact."
             ) from error
 
     def delete_all(self) -> None:

@@ -23,7 +23,7 @@ from trainer.training.position import Position
 
 SECONDS_PER_CALL = 1.0  # Long enough to hide the overhead of a call, short enough for progress.
 
-_REMEDY = "Use a smaller learning_rate; files of an earlier run are as they were."
+_REMEDY = "Use a smaller learning_rate; the files of an earlier run are unchanged."
 
 PerExample = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]

@@ -245,7 +245,7 @@ class _Left:
                 f"The checkpoint at {saved} is in {self.config.output_dir}: the same command "
                 "resumes the run."
             )
-        return f"What is in {self.config.output_dir} is as it was."
+        return f"The files in {self.config.output_dir} are unchanged."
 
 
 def _is_finished(config: TrainConfig, job: str | None) -> bool:
