@@ -78,12 +78,12 @@ def replace_deadlines(folder, log):
             await asyncio.sleep(0.01)
         then()
 
-    def limit(self, name, seconds, then):
+    def set_deadline(self, name, seconds, then):
         if name not in self.deadlines:
             self.deadlines[name] = self.loop.create_task(call_when_told(name, then))
             log("deadline", name, seconds)
 
-    parent.Parent.limit = limit
+    parent.Parent.set_deadline = set_deadline
 
 
 def follow_commands(fifo, settings):

@@ -9,12 +9,12 @@
     model = trainer.load_model("out/mnist.h5")
 
 Importing the package loads nothing else; each function loads what it needs. The first that needs
-TensorFlow sets TF_ENABLE_ONEDNN_OPTS=1 before it imports it, unless the variable is set: it decides
-bits, and so is the same here and in ``python -m trainer.task``. ``fit`` sets TensorFlow's threads
-(``config.threads``), its use of TensorFloat-32 (``config.precision``), its visible GPUs and memory
-growth (``config.gpus``), and with ``config.deterministic`` op determinism, for the whole process;
-while it trains in the main thread, it handles SIGINT and SIGTERM. Nothing else of the process is
-changed.
+TensorFlow sets TF_ENABLE_ONEDNN_OPTS=1 before it imports it, unless the variable is set: it affects
+the last bits of results, so it is the same here and in ``python -m trainer.task``. ``fit`` sets
+TensorFlow's threads (``config.threads``), its use of TensorFloat-32 (``config.precision``), its
+visible GPUs and memory growth (``config.gpus``), and with ``config.deterministic`` op determinism,
+for the whole process; while it trains in the main thread, it handles SIGINT and SIGTERM. It changes
+nothing else in the process.
 """
 
 import os
@@ -48,18 +48,19 @@ def fit(
     and the same files in ``config.output_dir``. An unfinished run there is resumed.
 
     Args:
-        config: What to train, and how.
-        data: The images to train on; None: those that ``config.data`` names.
+        config: The configuration of the run.
+        data: The data set to train on; None: the one that ``config.data`` names.
         callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` are called once
-            a call of the compiled step, with the number of its last batch.
+            per call of the compiled function, which runs several steps, with the number of the last
+            batch.
 
     Returns:
         The compiled model, and its history as ``History.history`` of Keras, with ``seconds``.
 
     Raises:
-        ConfigurationError: What is asked for cannot run here: for example, the environment
-            describes several workers, each of which needs the parent process that the command has.
-        TrainerError: Another of its kinds, as the command would end with it.
+        ConfigurationError: The configuration cannot run here: for example, the environment
+            describes several workers, each of which needs a parent process, as the command has.
+        TrainerError: Any other error that the command would end with; see ``trainer.errors``.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
     from trainer.distributed import cluster
@@ -107,7 +108,8 @@ def load_data(source: str = "bundled") -> "Digits":
 
     Raises:
         InputError: The source is missing, unreadable or cannot be reached.
-        DataError: It is there and is not what it should be.
+        DataError: Its content is not a valid data set.
+        ConfigurationError: The package that the source needs is not installed.
     """
     from trainer.data import sources
 
@@ -115,7 +117,7 @@ def load_data(source: str = "bundled") -> "Digits":
 
 
 def load_model(path: "str | Path") -> "keras.Sequential":
-    """Loads the weights of an ``mnist.h5``, which may be anyone's: nothing in it is run.
+    """Loads the weights of an ``mnist.h5`` of unknown origin: no code in the file is run.
 
     Returns:
         The compiled model. Input: float32 (n, 28, 28, 1) from 0 to 1. Output: float32 (n, 10),
@@ -123,7 +125,7 @@ def load_model(path: "str | Path") -> "keras.Sequential":
 
     Raises:
         InputError: The file is missing or cannot be read.
-        DataError: It is damaged, or another network's.
+        DataError: It is damaged, or a model of another network.
     """
     from pathlib import Path
 

@@ -1,7 +1,9 @@
-"""What every command of the package shares: flags from a dataclass, errors in one line.
+"""What the package's commands share: flags from a dataclass, errors in one line, exit codes.
 
-def main(argv=None) -> int:
-    return cli.run("python -m trainer.task", TrainConfig, train, argv)
+    def main(argv=None) -> int:
+        return cli.run("python -m trainer.task", TrainConfig, train, argv)
+
+The other modules raise ``TrainerError`` and name fields of the dataclass; the flags are added here.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ from trainer.errors import StoppedError, TrainerError, UsageError
 
 Config = TypeVar("Config")
 
-TASK = "python -m trainer.task"  # The command that trains, which the others speak of.
+TASK = "python -m trainer.task"  # The training command, which other commands run or name.
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 CLOSED = 141  # 128 + SIGPIPE
@@ -36,22 +38,22 @@ def run(
     """Parses flags into a configuration, runs the command on it, and returns the exit code.
 
     Args:
-        prog: The command as a user types it; it opens every error.
+        prog: The command as a user types it; every error begins with it.
         kind: The dataclass whose fields are the flags.
-        command: What to do with the configuration. A ``TrainerError`` it raises ends in one line
+        command: Called with the configuration. A ``TrainerError`` it raises ends in one line
             on stderr and its exit code; any other exception is a bug and keeps its traceback. With
             ``--log-format json`` the line is a JSON object.
         argv: The arguments; None: those of the process.
-        worker: Gives the worker's index, for a JSON line.
+        worker: Returns the worker's index, for an error as a JSON line.
 
     Returns:
-        0, or the exit code of the error; 130 after Ctrl-C; 141 where nobody reads the output.
+        0, or the exit code of the error; 130 after Ctrl-C; 141 if the reader of stdout is gone.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # A file name may be valid in no encoding.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        config = parse(prog, kind, words)
+        config = parse(prog, kind, arguments)
         _prepare_process(config)
         command(config)
         if sys.stdout:
@@ -63,14 +65,14 @@ def run(
     except KeyboardInterrupt as interrupt:
         reason = f" {interrupt}" if str(interrupt) else ""
         text, code = f"interrupted.{reason}", INTERRUPTED
-    except BrokenPipeError:  # Whoever read the output has enough: | head
+    except BrokenPipeError:  # The reader has closed the pipe: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED
     else:
         return 0
     line = f"{prog}: {text}"
     write_termination_message(line)
-    if _logs_json(words):
+    if _logs_json(arguments):
         from trainer.log_lines import Severity, json_line
 
         severity: Severity = "WARNING" if code in (StoppedError.exit_code, INTERRUPTED) else "ERROR"
@@ -85,15 +87,15 @@ def split(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
     >>> split(["--workers", "2", "--", "--epochs", "3"])
     (['--workers', '2'], ['--epochs', '3'])
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--" not in words:
-        return words, []
-    return words[: words.index("--")], words[words.index("--") + 1 :]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--" not in arguments:
+        return arguments, []
+    return arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
 
 
 def write_termination_message(text: str) -> None:
-    """Writes how a command ended to the file that TRAINER_TERMINATION_LOG names, if it does: in a
-    pod /dev/termination-log, from which ``kubectl describe`` shows it.
+    """Writes how a command ended to the file that TRAINER_TERMINATION_LOG names, if it is set. In a
+    pod that is /dev/termination-log, whose content ``kubectl describe pod`` shows.
     """
     if path := os.environ.get("TRAINER_TERMINATION_LOG"):
         with contextlib.suppress(OSError):
@@ -140,7 +142,7 @@ def _one_line(box: str, prog: str) -> str:
     rule = next((number for number, row in enumerate(rows) if set(row) == {"─"}), len(rows))
     statement = " ".join(rows[:rule] or box.split()).rstrip(".")
     statement = re.sub(r"(?<=Expected one of \()[^)]*", _choices, statement)
-    # Of a flag that may be left to the recipe: what it takes beside nothing.
+    # tyro's text for an optional flag, {None}|INT, reduced to the type.
     statement = re.sub(
         r"no type matching {None}\|(.+?) could be instantiated from \['(.*?)'\].*",
         r"expected \1. Received: \2",
@@ -154,13 +156,13 @@ def _one_line(box: str, prog: str) -> str:
 
 
 def _choices(listed: re.Match) -> str:
-    """Puts choices in order, where tyro 1.0 has them in a set's, and leaves out its None."""
+    """Sorts the choices, which tyro 1.0 lists in the order of a set, and leaves out None."""
     return ", ".join(sorted(set(listed[0].split(", ")) - {"'None'"}))
 
 
 def _prepare_process(config: object) -> None:
-    """Sets what a command wants of its own process, before TensorFlow starts in it: Keras on
-    TensorFlow, whatever ~/.keras/keras.json says; no chatter, unless it is asked for; one heap.
+    """Configures this process before TensorFlow is imported: Keras' TensorFlow backend, whatever
+    ~/.keras/keras.json sets; no logs of TensorFlow's, unless asked for; one malloc arena.
     """
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     level = "0" if getattr(config, "tensorflow_logs", False) else "3"
@@ -169,7 +171,7 @@ def _prepare_process(config: object) -> None:
 
 
 def _flags(kind: type, message: str) -> str:
-    """Names the flags of the settings that a message of the library is about.
+    """Returns the flags of the fields that an error message names, to be appended to it.
 
     >>> from trainer.config import TrainConfig
     >>> _flags(TrainConfig, "Received: batch_size=100. Use 96."), _flags(TrainConfig, "No data.")
@@ -186,10 +188,10 @@ def _flags(kind: type, message: str) -> str:
     return f" ({', '.join(flags)})" if flags else ""
 
 
-def _logs_json(words: Sequence[str]) -> bool:
-    """Tells whether arguments ask for JSON, also those that cannot be parsed.
+def _logs_json(arguments: Sequence[str]) -> bool:
+    """Tells whether arguments ask for JSON logs, even if they cannot be parsed.
 
     >>> _logs_json(["--epochs", "x", "--log-format", "json"]), _logs_json(["--log-format=plain"])
     (True, False)
     """
-    return "--log-format json" in " ".join(words).replace("_", "-").replace("=", " ")
+    return "--log-format json" in " ".join(arguments).replace("_", "-").replace("=", " ")

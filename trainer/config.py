@@ -1,9 +1,9 @@
-"""What a run is: one frozen dataclass, every field of it a flag of ``python -m trainer.task``.
+"""The configuration of a run: a frozen dataclass; each field is a flag of ``trainer.task``.
 
     config = TrainConfig(epochs=2, learning_rate=0.001)
 
-No other module has a default of its own for anything that is named here; ``trainer.recipes`` has
-the values of the fields that are left to the recipe.
+No other module has defaults for these settings; ``trainer.recipes`` has the values of the fields
+that are left to the recipe.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ else:
     OrRecipe = T | None
 
 # Marks the settings that may differ between a checkpoint and the run that resumes it: those that
-# decide nothing of what is computed, or its last bits at most.
+# change no result, or its last bits at most.
 MAY_DIFFER: Mapping[str, bool] = {"may_differ": True}
 
 
@@ -52,7 +52,7 @@ class TrainConfig:
 
     # The lines are as long as the column of --help that shows them.
 
-    # The digest of the images must be equal, wherever they come from.
+    # May differ, because resuming compares the SHA-256 of the data instead.
     data: str = dataclasses.field(default="bundled", metadata=MAY_DIFFER)
     """Where the images come from: bundled (MNIST, inside
     the package), a path (an .npz of Keras' layout, or
@@ -127,32 +127,32 @@ class TrainConfig:
     """The tf.distribute strategy. auto: multiworker
     where TF_CONFIG or TRAINER_WORKERS names several
     workers, else tpu, mirrored (several GPUs) or one
-    device, by what is there."""
+    device, whichever is available."""
 
     collectives: Collectives = dataclasses.field(default="tensorflow", metadata=MAY_DIFFER)
-    """What sums gradients over several workers.
+    """What all-reduces gradients over several workers.
     tensorflow: its own collectives, NCCL on GPUs and
     gRPC on CPUs; ring: this package's, over TCP, for
     workers that have CPUs only, where it takes a
     quarter of the CPU time."""
 
     gpus: int | None = dataclasses.field(default=None, metadata=MAY_DIFFER)
-    """GPUs that this process must have, and uses. None:
+    """Number of GPUs to use; fewer are an error. None:
     all that are visible; 0: none of them."""
 
     threads: int = dataclasses.field(default_factory=available_cpus, metadata=MAY_DIFFER)
-    """Threads inside one TensorFlow operation; as many
-    as this process may use. Another number changes
-    the last bits of a result."""
+    """Threads inside one TensorFlow operation. Default:
+    the CPUs that this process may use. Another number
+    changes the last bits of a result."""
 
     fast: Fast = "auto"
-    """auto: on CPUs, train by this package's own kernels
-    for this network, in half the time; off: by Keras'
-    step. The mathematics is the same, the last bits
-    differ."""
+    """auto: on CPUs, train with this package's kernels
+    for this network, in half the time; off: with
+    Keras' step. The mathematics is the same, the last
+    bits differ."""
 
     precision: Precision = "tensorfloat32"
-    """Of matrix products and convolutions.
+    """Precision of matrix products and convolutions.
     tensorfloat32: 10 bits of mantissa on GPUs from
     Ampere on, which is TensorFlow's default, and all
     23 elsewhere; float32: 23 everywhere;
@@ -165,8 +165,8 @@ class TrainConfig:
 
     steps_per_execution: int | None = dataclasses.field(default=None, metadata=MAY_DIFFER)
     """Steps in one call of the compiled function. None:
-    as many as take about a second. It decides how
-    often progress shows, and no result."""
+    as many as take about a second. It changes how
+    often progress is shown, and no result."""
 
     train_limit: int | None = None
     """Use the first N training images only."""
@@ -189,8 +189,8 @@ class TrainConfig:
     checkpoints; must: fail if there is none."""
 
     startup_timeout: int = dataclasses.field(default=300, metadata=MAY_DIFFER)
-    """Seconds that several workers wait for one another
-    at the start, or one for its TPU."""
+    """Seconds to wait at the start for other workers, or
+    for the TPU."""
 
     step_timeout: int | None = dataclasses.field(default=None, metadata=MAY_DIFFER)
     """Seconds without progress after which a run of
@@ -200,13 +200,13 @@ class TrainConfig:
     which compiles."""
 
     deterministic: bool = False
-    """Make a GPU repeat the same bits too, at some cost
-    in speed; a CPU always does. (It has other bits
-    with it than without.)"""
+    """Make results reproducible bit for bit on a GPU,
+    too, at some cost in speed; on a CPU they always
+    are. (The bits with and without it differ.)"""
 
     log_format: LogFormat = dataclasses.field(default="auto", metadata=MAY_DIFFER)
-    """How progress shows. auto: a bar on a terminal or
-    in a notebook, plain lines elsewhere; plain: a
+    """How progress is shown. auto: a bar on a terminal
+    or in a notebook, plain lines elsewhere; plain: a
     line every ten seconds and one an epoch; json: the
     same as JSON objects, errors too."""
 

@@ -23,7 +23,7 @@ class UsageError(TrainerError):
 
 
 class DataError(TrainerError):
-    """A data set that is there, but is not what it should be: digest, shape, dtype, labels."""
+    """A data set, model, checkpoint or picture that can be read, but is damaged or invalid."""
 
     exit_code = 65
 
@@ -47,7 +47,7 @@ class OutputError(TrainerError):
 
 
 class StoppedError(TrainerError):
-    """Stopped before its end; the same command goes on from where it was."""
+    """The run stopped before it was complete; the same command resumes it."""
 
     exit_code = 75
 
@@ -55,15 +55,15 @@ class StoppedError(TrainerError):
 class ConfigurationError(TrainerError, ImportError):
     """What was asked for cannot run on this machine or in this environment.
 
-    Or the unfinished run that it would go on with is another one. It is an ``ImportError`` too,
-    because the commonest case is a Python without TensorFlow.
+    Or the unfinished run in the output folder has another configuration. It is an ``ImportError``,
+    too, because the most common case is a Python without TensorFlow.
     """
 
     exit_code = 78
 
 
 def from_exit_code(exit_code: int, text: str) -> TrainerError:
-    """Makes the error with which another process has ended, from its exit code."""
+    """Returns the error that another process has ended with, from its exit code."""
     kinds = {kind.exit_code: kind for kind in TrainerError.__subclasses__()}
     error = kinds.get(exit_code, TrainerError)(text)
     error.exit_code = exit_code

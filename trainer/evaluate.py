@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Prints the scores of a model.
 
     Raises:
-        TrainerError: One of its kinds, for whatever a user can cause or meet.
+        TrainerError: Any error that a user can cause or meet; ``trainer.errors`` lists them.
     """
     from trainer.data import sources
 

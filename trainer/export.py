@@ -45,7 +45,8 @@ class ExportConfig:
     format: Literal["keras", "savedmodel", "onnx", "litert"]
     """keras: Keras' own, mnist.keras. savedmodel:
     TensorFlow's, a folder mnist_savedmodel. onnx:
-    mnist.onnx. litert: once TensorFlow Lite, mnist.tflite."""
+    mnist.onnx. litert: LiteRT's, formerly TensorFlow
+    Lite, mnist.tflite."""
 
     quantize: bool = False
     """With --format litert: weights of 8 bits (dynamic
@@ -76,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(config: ExportConfig) -> None:
-    """Writes the model in another format, whole or not at all, and says what it has written.
+    """Writes the model in another format, whole or not at all, and prints path, size and SHA-256.
 
     Raises:
-        TrainerError: One of its kinds, for whatever a user can cause or meet.
+        TrainerError: Any error that a user can cause or meet; ``trainer.errors`` lists them.
     """
     path = config.output or _beside(config)
     with _output_errors(path):
@@ -150,7 +151,7 @@ def _check_target(path: Path, target: Path, *, folder: bool) -> None:
         )
     if target.parent.exists():
         with tempfile.TemporaryFile(dir=target.parent):
-            pass  # It can be written to.
+            pass  # It is writable.
 
 
 def _check_packages(*names: str) -> None:

@@ -27,7 +27,7 @@ HISTORY_FILE = "history.json"
 MANIFEST_FILE = "mnist.json"
 FILES = (MODEL_FILE, HISTORY_FILE, MANIFEST_FILE)
 
-# Drawn when those are safe; they can be missing.
+# Written after those; they may be missing.
 PAGE_FILE = "report.html"
 CURVES_FILE = "curves.png"
 REPORT_FILES = (PAGE_FILE, CURVES_FILE)
@@ -37,11 +37,13 @@ POLL_SECONDS = 0.5  # between two attempts to lock a folder that is in use
 
 @contextlib.contextmanager
 def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
-    """Creates the folder where it does not exist, checks that it can be written, removes the
-    temporary files of a run that was killed while it saved, and keeps other runs out until it ends.
+    """Locks the output folder of a run until the ``with`` block ends.
+
+    It first creates the folder where it does not exist, checks that it can be written, and removes
+    the temporary files of a run that was killed while it saved.
 
     Args:
-        folder: Where a run writes.
+        folder: The output folder.
         wait: Seconds to wait for a run that is using the folder and is about to end, such as that
             of a pod that is being deleted.
 
@@ -71,7 +73,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
     Args:
         folder: A folder under ``lock_output_dir``.
         files: Contents by name, in the order in which they are to appear. A manifest comes last:
-            whoever finds a new one finds the model whose SHA-256 it names.
+            a reader that finds a new one finds the model whose SHA-256 it names.
 
     Raises:
         OutputError: One cannot be written. The previous files are still there.
@@ -132,7 +134,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Puts a folder in the place of another, which has the first one's name afterwards."""
+    """Swaps two folders: each has the other's name afterwards."""
     former = new.with_suffix(".old")
     old.rename(former)
     try:
@@ -144,7 +146,7 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Removes files, where they are there.
+    """Removes those of the files that exist.
 
     Args:
         folder: A folder under ``lock_output_dir``.

@@ -20,7 +20,7 @@ from trainer.machine import available_cpus
 
 PROG = "python -m trainer.launch"
 
-# Starting again helps against none of these: wrong flags, inputs, outputs, configurations.
+# A restart cannot help against these: wrong flags, inputs, outputs, configurations.
 _FINAL = {error.exit_code for error in TrainerError.__subclasses__()} - {StoppedError.exit_code}
 
 
@@ -33,13 +33,13 @@ class LaunchConfig:
     """
 
     workers: int = 2
-    """How many processes train together. Each has its
+    """Number of worker processes. Each has an equal
     share of the CPUs and GPUs, unless --threads or
-    CUDA_VISIBLE_DEVICES says otherwise."""
+    CUDA_VISIBLE_DEVICES is set."""
 
     max_restarts: int = 0
-    """How often all are started again, from the last
-    checkpoint, when one was lost."""
+    """Number of times that all workers are restarted,
+    from the last checkpoint, after one was lost."""
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 1), ("max_restarts", 0)):
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return cli.run(PROG, LaunchConfig, command, own)
-    except _WorkersFailed as failure:  # They have said why themselves.
+    except _WorkersFailed as failure:  # They have printed their errors.
         return failure.code
 
 
@@ -67,8 +67,8 @@ def launch(config: LaunchConfig, flags: Sequence[str]) -> None:
     """Starts the workers, shows what they write, and waits for their end.
 
     Args:
-        config: How many workers, and how often to start them again.
-        flags: Those of ``python -m trainer.task``.
+        config: Number of workers and of restarts.
+        flags: Flags of ``python -m trainer.task``.
 
     Raises:
         UsageError: A flag is wrong; nothing was started.
@@ -80,7 +80,7 @@ def launch(config: LaunchConfig, flags: Sequence[str]) -> None:
         command += ["--threads", str(max(1, available_cpus() // config.workers))]
     variables = share_gpus(config.workers, task.gpus)
     for attempt in range(config.max_restarts + 1):
-        if attempt == 1:  # Also a run that was to start anew goes on where it is.
+        if attempt == 1:  # Even a run with --resume never resumes after a restart.
             command += ["--resume", "auto"]
         with LocalWorkers(command, variables, prefix=task.log_format != "json") as workers:
             code = workers.wait()

@@ -1,6 +1,6 @@
 """What this machine offers: its CPUs, its processor, and its memory.
 
-It loads neither NumPy nor TensorFlow before it is asked for memory.
+Importing it loads neither NumPy nor TensorFlow.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     Returns:
         At least 1.
     """
-    count = affine_cpus()
+    count = affinity_cpus()
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
             quota, period = " ".join((cgroup / name).read_text() for name in files).split()
@@ -42,15 +42,15 @@ def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(count, 1)
 
 
-def affine_cpus() -> int:
-    """Counts the CPUs of this process' affinity, which is what TensorFlow's default follows."""
+def affinity_cpus() -> int:
+    """Counts the CPUs in this process' affinity mask: TensorFlow's default number of threads."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS and Windows have no affinity to ask for.
 
 
 def processor() -> str:
-    """Names the processor, as far as the system tells."""
+    """Returns the model name of the processor, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -78,15 +78,15 @@ def aligned_empty(shape: tuple[int, ...], dtype: "DTypeLike") -> "np.ndarray":
 
 
 def use_one_heap() -> None:
-    """Has glibc keep one heap for all threads of this process (``man mallopt``), where it would
-    make eight for each core and keep in each what it once needed. It changes no bit of a result.
+    """Makes glibc use one malloc arena for all threads of this process (``man mallopt``), not up
+    to eight per core, each of which keeps freed memory. It changes no result.
     """
     if mallopt := _glibc("mallopt"):
         mallopt(_M_ARENA_MAX, 1)
 
 
 def trim_heap() -> None:
-    """Has glibc return to the system what was freed (``man malloc_trim``)."""
+    """Makes glibc return freed memory to the system (``man malloc_trim``)."""
     if malloc_trim := _glibc("malloc_trim"):
         malloc_trim(0)
 

@@ -1,9 +1,9 @@
-"""The command: says which digits pictures show.
+"""The command: recognizes the digits in pictures.
 
     python -m trainer.predict mnist.h5 seven.jpg scans/ "photos/*.heic"
 
-Each line has the file, the digit and its probability. A picture that cannot be read has an error in
-its place, and the others go on.
+Each line has the file, the digit and its probability. For a picture that cannot be read there
+is an error instead, and the others are still processed.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ SHOWN = 448  # Pixels of the original's longest side in what --show writes.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Says which digits pictures show: file, digit, probability.
+    """Recognizes the digits in pictures: prints file, digit, probability.
 
     Raises:
         UsageError: A value is outside its range; the message names field, value and remedy.
@@ -57,8 +57,7 @@ class PredictConfig:
     from each other, read line by line, left to right."""
 
     threshold: float = THRESHOLD
-    """Least probability of an answer that is not called
-    unsure."""
+    """Answers of a lower probability are marked unsure."""
 
     show: Path | None = None
     """Folder for pictures of what the model saw beside the
@@ -95,8 +94,8 @@ def predict(config: PredictConfig) -> None:
     """Prints the predictions for pictures.
 
     Raises:
-        TrainerError: One of its kinds, for whatever a user can cause or meet; of several pictures
-            that cannot be read, the first one's kind, when all others are done.
+        TrainerError: Any error that a user can cause or meet. For pictures that cannot be read: an
+            error of the first one's class, after all others are done.
     """
     from trainer.inference import classifier
 
@@ -132,7 +131,7 @@ def predict(config: PredictConfig) -> None:
 
 def _expand(names: Iterable[str]) -> Iterator[str]:
     """Yields the files of folders and patterns; a name that matches none is yielded as it is, and
-    opening it says what is wrong.
+    opening it raises the error.
     """
     for name in names:
         found = []
@@ -189,7 +188,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _show(path: Path, picture: "np.ndarray", predictions: "Sequence[Prediction]") -> None:
-    """Draws a picture with the digits that were found in it, and beside it each digit as the model
+    """Draws a picture with the digits found in it marked, and beside it each digit as the model
     saw it.
     """
     from PIL import Image, ImageDraw, ImageFont

@@ -1,6 +1,6 @@
-"""The recipes: values for the settings of a run that are left open.
+"""The recipes: values for the settings that a configuration leaves at None.
 
-docs/performance.md has what each recipe reaches, and how its values were chosen.
+docs/performance.md has the accuracy of each recipe, and how its values were chosen.
 """
 
 # Keras' own defaults, but for Adadelta: Keras 3 has 0.001 there, with which two epochs end at 58%.
@@ -17,8 +17,8 @@ LEARNING_RATES: dict[str, float] = {
     "sgd": 0.01,
 }
 
-# By name, a recipe's value of each field of TrainConfig that is None. learning_rate, where a recipe
-# has it, belongs to its optimizer.
+# By recipe: values for the fields of TrainConfig that are None. A recipe's learning_rate is for its
+# own optimizer only.
 RECIPES: dict[str, dict] = {
     "default": {
         "epochs": 10,

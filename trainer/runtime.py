@@ -2,7 +2,7 @@
 
     from trainer.runtime import keras, tf
 
-What decides the bits of a result is set here, for a command, a notebook and a library call alike:
+What affects the bits of a result is set here, for a command, a notebook and a library call alike:
 importing this module sets TF_ENABLE_ONEDNN_OPTS to 1 before TensorFlow is imported, unless it is
 set. Where TensorFlow was imported before, it stays as it was, and a run's manifest says so. Nothing
 else of the process is changed by the import. The functions below change TensorFlow's settings for
@@ -26,7 +26,7 @@ _ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 
 @contextlib.contextmanager
 def _silent_import() -> Iterator[None]:
-    """Where TF_CPP_MIN_LOG_LEVEL is 3, keeps what is written to stderr, by C++ too, and shows it
+    """If TF_CPP_MIN_LOG_LEVEL is 3, captures what is written to stderr, by C++ too, and shows it
     only if an error follows: TensorFlow 2.21 logs about the processor before it reads the variable.
     """
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "3" or "tensorflow" in sys.modules:
@@ -69,7 +69,7 @@ def _wrong_backend(received: object) -> ConfigurationError:
 
 ONEDNN = _set_onednn()
 
-# Keras fails to import on a backend whose packages are missing, in words of its own.
+# Checked before Keras is imported, which fails where the packages of that backend are missing.
 if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
     raise _wrong_backend(f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}")
 try:
@@ -112,7 +112,7 @@ def set_threads(threads: int) -> None:
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
     except RuntimeError as error:
-        running = running or machine.affine_cpus()  # 0: TensorFlow's choice
+        running = running or machine.affinity_cpus()  # 0: TensorFlow's choice
         if running == threads:
             return
         raise ConfigurationError(
@@ -131,7 +131,7 @@ def release_memory() -> None:
 
 
 def set_deterministic() -> None:
-    """Has every operation give the same bits each time, on a GPU too, for the whole process."""
+    """Makes every operation deterministic, on a GPU too, for the whole process."""
     tf.config.experimental.enable_op_determinism()
 
 

@@ -2,8 +2,8 @@
 
     python -m trainer.serve mnist.h5        # http://127.0.0.1:7860
 
-``trainer.inference.web`` has the page and what a request may ask for; it needs no network but the
-way from the browser to this machine.
+``trainer.inference.web`` has the page, the API and the filter of requests. Nothing is loaded from
+the network.
 """
 
 import contextlib
@@ -78,12 +78,12 @@ def serve(config: ServeConfig) -> None:
 
     with (
         Signals(),
-        contextlib.suppress(KeyboardInterrupt),  # The usual end.
+        contextlib.suppress(KeyboardInterrupt),  # Ctrl-C is the normal way to end it.
         _listen(config) as listener,
         server.temporary_folder() as folder,
         classifier.start(config.model, processes=1) as started,
     ):
-        started.load()  # Before the first picture comes.
+        started.load()  # Before the first request.
         app = server.assemble(
             page.build(lambda picture: next(started.classify([picture])), config.model.name),
             uploads=folder,
@@ -95,7 +95,7 @@ def serve(config: ServeConfig) -> None:
 
 @contextlib.contextmanager
 def _listen(config: ServeConfig) -> Iterator[socket.socket]:
-    """Opens the port, before anything that takes its time."""
+    """Opens the port first, before anything slow."""
     where = f"{config.host}:{config.port}"
     try:
         family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[

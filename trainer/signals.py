@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM as a question that can be asked between two steps."""
+"""Deferred handling of SIGINT (Ctrl-C) and SIGTERM, for a loop that checks between two steps."""
 
 import signal
 import threading
@@ -6,7 +6,7 @@ from types import FrameType
 
 
 class Signals:
-    """Turns SIGINT (Ctrl-C) and SIGTERM into a question that can be asked between two steps.
+    """Records SIGINT (Ctrl-C) and SIGTERM, so that a loop can check for them between two steps.
 
     Before ``defer()`` each ends the program at once, as a ``KeyboardInterrupt``: then there is
     nothing to lose. Afterwards the first is only remembered, because an exception in the middle

@@ -165,7 +165,7 @@ def _check(config: SubmitConfig, flags: Sequence[str]) -> None:
 @contextlib.contextmanager
 def _screen() -> Iterator[Screen]:
     """Yields a progress bar on a terminal, plain lines elsewhere."""
-    from rich.console import Console  # Here: --help does without.
+    from rich.console import Console  # Here, so that --help does not load it.
 
     from trainer.reporting.bar import Bar
 

@@ -16,24 +16,26 @@ from trainer.distributed import cluster
 from trainer.errors import ConfigurationError
 
 PROG = cli.TASK
-JOB = "TRAINER_JOB_UID"  # In a pod: what tells its Job from every other one.
+JOB = "TRAINER_JOB_UID"  # In a pod: the UID of its Job.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (``trainer.errors`` lists them)."""
     flags = list(sys.argv[1:] if argv is None else argv)
-    return cli.run(PROG, TrainConfig, lambda config: train(config, flags), flags, worker=_worker)
+    return cli.run(
+        PROG, TrainConfig, lambda config: train(config, flags), flags, worker=_worker_index
+    )
 
 
 def train(config: TrainConfig, flags: Sequence[str]) -> None:
     """Trains in this process; or as one of several workers, in a child that this one watches.
 
     Args:
-        config: What to train, and how.
-        flags: The same as flags, for the child.
+        config: The configuration of the run.
+        flags: The flags it was parsed from, for the child.
 
     Raises:
-        TrainerError: One of its kinds, for whatever a user can cause or meet.
+        TrainerError: Any error that a user can cause or meet; ``trainer.errors`` lists them.
     """
     from trainer.training import run
 
@@ -56,7 +58,7 @@ def train(config: TrainConfig, flags: Sequence[str]) -> None:
         )
 
 
-def _worker() -> int:
+def _worker_index() -> int:
     try:
         workers = cluster.resolve(os.environ)
     except ConfigurationError:

@@ -20,9 +20,9 @@ from support import ROOT, Constant, wait_for, with_hooks
 
 from trainer.distributed.local import free_ports
 from trainer.distributed.parent import (
-    CHECKPOINT_STANDS,
     FREEZE_TIMEOUT,
     HEARTBEAT_TIMEOUT,
+    RESUME_HINT,
     STOP_TIMEOUT,
 )
 from trainer.distributed.supervisor import LOSS_TIMEOUT
@@ -192,7 +192,7 @@ def assert_succeed(*workers):
 
 
 def assert_lost(ended, worker, how):
-    assert ended == (75, f"task: {worker.name} was lost: {how}. {CHECKPOINT_STANDS}\n")
+    assert ended == (75, f"task: {worker.name} was lost: {how}. {RESUME_HINT}\n")
 
 
 # -- meeting
@@ -354,7 +354,7 @@ def test_a_worker_that_is_killed_is_named(start, lost):
 def test_a_worker_whose_process_is_killed_is_named(start, lost):
     workers = train(*start(2))
     workers[lost].send(signal.SIGKILL, parent=False)
-    own = f"task: error: killed by SIGKILL. {CHECKPOINT_STANDS}\n"
+    own = f"task: error: killed by SIGKILL. {RESUME_HINT}\n"
     assert workers[lost].end() == (137, own)
     assert_lost(workers[1 - lost].end(), workers[lost], "killed by SIGKILL")
 
@@ -366,7 +366,7 @@ def test_a_worker_whose_process_is_frozen_is_named(start, lost):
     workers[lost].send(signal.SIGSTOP, parent=False)
     how = "its process was stopped (SIGSTOP)"
     assert_lost(workers[1 - lost].end(), workers[lost], how)
-    assert workers[lost].end() == (75, f"task: {how}. {CHECKPOINT_STANDS}\n")
+    assert workers[lost].end() == (75, f"task: {how}. {RESUME_HINT}\n")
 
 
 @pytest.mark.full
@@ -470,12 +470,12 @@ def test_an_error_while_all_are_alive_ends_all_with_itself(start, failing, name,
     assert workers[0].sets("loss") == LOSS_TIMEOUT > HEARTBEAT_TIMEOUT
     workers[0].expire("loss")
     other = workers[1 - failing]
-    line = f"task: error: {workers[failing].name}: {text}. {CHECKPOINT_STANDS}\n"
+    line = f"task: error: {workers[failing].name}: {text}. {RESUME_HINT}\n"
     assert other.end() == (1, line)
     code, stderr = workers[failing].end()
     assert code == 1
     assert stderr.startswith("Traceback (most recent call last):\n")
-    assert stderr.endswith(f"task: error: {text}. {CHECKPOINT_STANDS}\n")
+    assert stderr.endswith(f"task: error: {text}. {RESUME_HINT}\n")
 
 
 def test_an_error_gives_way_to_the_loss_that_explains_it(start):
@@ -501,7 +501,7 @@ def test_a_crash_is_a_loss_of_its_worker(start, lost, command, code, how):
     workers[0].sets("loss")
     workers[0].expire("loss")
     assert_lost(workers[1 - lost].end(), workers[lost], how)
-    assert workers[lost].end() == (code, f"task: error: {how}. {CHECKPOINT_STANDS}\n")
+    assert workers[lost].end() == (code, f"task: error: {how}. {RESUME_HINT}\n")
 
 
 def test_an_error_gives_way_to_a_later_crash(start):
@@ -527,7 +527,7 @@ def test_a_run_without_progress_ends_and_says_after_which_step(start, hung):
         worker.do("step 1 12")
         assert worker.seconds("step") == [1200, 40, 40]
     workers[hung].expire("step")
-    text = f"no step ended for 40 s after epoch 1, step 12 (step_timeout). {CHECKPOINT_STANDS}"
+    text = f"no step ended for 40 s after epoch 1, step 12 (step_timeout). {RESUME_HINT}"
     for worker in workers:
         assert worker.end() == (75, f"task: {text}\n")
 
@@ -537,7 +537,7 @@ def test_a_run_that_never_takes_a_step_ends(start):
     workers[0].expire("step")
     text = "no step ended for 1200 s after all workers connected (step_timeout)"
     for worker in workers:
-        assert worker.end() == (75, f"task: {text}. {CHECKPOINT_STANDS}\n")
+        assert worker.end() == (75, f"task: {text}. {RESUME_HINT}\n")
 
 
 def test_saving_the_model_is_no_hang(start):
@@ -561,7 +561,7 @@ def test_a_signal_to_a_worker_that_is_blocked_ends_all_in_time(start, number, st
     assert workers[stopped].sets("stopping") == STOP_TIMEOUT < 10
     workers[stopped].expire("stopping")
     how = f"stopped by {number.name} while it waited for another worker"
-    assert workers[stopped].end() == (75, f"task: {how}. {CHECKPOINT_STANDS}\n")
+    assert workers[stopped].end() == (75, f"task: {how}. {RESUME_HINT}\n")
     assert_lost(workers[1 - stopped].end(), workers[stopped], how)
 
 
@@ -584,7 +584,7 @@ def test_a_second_signal_ends_at_once(start, number, code):
     other.send(number, child=False)
     ended, stderr = other.end()
     assert ended == code
-    assert f"stopped by a second {number.name}. The last checkpoint is intact." in stderr
+    assert f"stopped by a second {number.name}. Earlier checkpoints are intact." in stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

@@ -23,7 +23,7 @@ from support import (
 
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.local import free_ports
-from trainer.distributed.parent import CHECKPOINT_STANDS
+from trainer.distributed.parent import RESUME_HINT
 from trainer.training.checkpoint import FOLDER
 
 RUN = ("--epochs", 2, "--train-limit", 768, "--test-limit", 100, "--threads", 1, "--no-report")
@@ -210,7 +210,7 @@ def stop(workers, tmp_path, number, point, stopped):
         elif number == signal.SIGKILL:
             assert code == 75, stderr
             assert f"{workers.name(stopped)} was lost: its connection closed." in stderr
-            assert stderr.endswith(f"{CHECKPOINT_STANDS}\n")
+            assert stderr.endswith(f"{RESUME_HINT}\n")
         else:
             assert code == 75, stderr
             assert f"stopped by {number.name}" in stderr
@@ -256,7 +256,7 @@ def test_a_worker_whose_process_is_frozen_is_named(group, tmp_path, lost):
     code, _, stderr = two.end(1 - lost)
     assert (code, stderr) == (
         75,
-        f"python -m trainer.task: {two.name(lost)} was lost: {how}. {CHECKPOINT_STANDS}\n",
+        f"python -m trainer.task: {two.name(lost)} was lost: {how}. {RESUME_HINT}\n",
     )
 
 
@@ -269,7 +269,7 @@ def test_a_worker_frozen_whole_is_named(group, tmp_path, lost):
     two.send(signal.SIGSTOP, lost, child=True)
     code, _, stderr = two.end(1 - lost)
     assert code == 75
-    assert f"{two.name(lost)} was lost: no heartbeat for 10 s. {CHECKPOINT_STANDS}" in stderr
+    assert f"{two.name(lost)} was lost: no heartbeat for 10 s. {RESUME_HINT}" in stderr
     assert stderr.count("\n") == 1
 
 
@@ -282,7 +282,7 @@ def test_a_worker_that_hangs_ends_the_run_and_says_after_which_step(group, tmp_p
         assert (code, stderr) == (
             75,
             "python -m trainer.task: no step ended for 15 s after epoch 1, step 3 "
-            f"(step_timeout). {CHECKPOINT_STANDS} (--step-timeout)\n",
+            f"(step_timeout). {RESUME_HINT} (--step-timeout)\n",
         )
 
 
@@ -296,7 +296,7 @@ def test_an_error_of_tensorflow_while_all_are_alive_is_no_loss(group, tmp_path, 
     )
     pause.go()
     two = group(2).start(*EAGER, hooks=[pause])
-    text = f"InternalError: cuDNN launch failure. {CHECKPOINT_STANDS}\n"
+    text = f"InternalError: cuDNN launch failure. {RESUME_HINT}\n"
     code, _, stderr = two.end(failing)
     assert code == 1
     assert stderr.startswith("Traceback (most recent call last):\n")

@@ -1,8 +1,10 @@
-"""The contract of a data set: checked arrays of images and labels, with a digest.
+"""A data set: validated arrays of images and labels, with their SHA-256.
 
-digits = Digits(x_train, y_train, x_test, y_test)
-digits.sha256                       # equal for equal data, whatever file it came from
-digits.first(1000, None)            # the first 1,000 training images, all test images
+    digits = Digits(x_train, y_train, x_test, y_test)
+    digits.sha256
+    digits.first(1000, None)            # the first 1,000 training images, all test images
+
+``trainer.data.sources`` loads one.
 """
 
 import dataclasses

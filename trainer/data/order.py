@@ -1,6 +1,8 @@
 """The order of the training examples, a function of seed and epoch alone.
 
-epoch_order(60000, seed=0, epoch=3)     # a permutation; the same on every worker and machine
+    epoch_order(60000, seed=0, epoch=3)
+
+It is the same on every worker and machine.
 """
 
 import numpy as np

@@ -73,13 +73,13 @@ def test_batches(x: np.ndarray, y: np.ndarray, *, batch_size: int) -> tf.data.Da
 
 @dataclasses.dataclass(frozen=True)
 class DeviceDataset:
-    """A data set where the training step reads it.
+    """A data set in the memory that the training step reads from.
 
     Attributes:
         train: Inputs and labels for ``train_batches``.
         test: Inputs and labels for ``test_batches``.
         preprocess: Applied to the ``(x, y)`` of a batch, on the device.
-        augment: For ``train_batches``.
+        augment: The argument of ``train_batches``.
     """
 
     train: tuple[np.ndarray, np.ndarray]

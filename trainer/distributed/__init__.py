@@ -1,1 +1,1 @@
-"""Workers: who they are, how they meet, compute together and end."""
+"""Several workers: their cluster, their processes, their strategy and its collectives."""

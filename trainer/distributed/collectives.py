@@ -1,8 +1,10 @@
-"""What the workers of a run exchange with one another, by their strategy's all-reduce.
+"""Collective operations of a run's workers: sum, gather, broadcast.
 
-workers = Workers(strategy)
-workers.count, workers.index            # 2, 0
-workers.broadcast(b"from worker 0")     # the same bytes on every worker
+    workers = Workers(strategy)
+    workers.count, workers.index            # 2, 0
+    workers.broadcast(b"from worker 0")     # the same bytes on every worker
+
+All of them are built on the all-reduce of the workers' strategy.
 """
 
 import functools
@@ -82,7 +84,7 @@ class Workers:
             return content
         size = self.first(len(content))
         words = np.zeros(-(-size // 4), np.int32)
-        if self.index == 0:  # As integers, of which a sum with zeros changes no bit.
+        if self.index == 0:  # As integers: adding zeros changes no bit.
             words = np.frombuffer(content.ljust(4 * len(words), b"\0"), np.int32)
         return self._sum(words).tobytes()[:size]
 
@@ -92,6 +94,6 @@ class Workers:
         return _adder(self.strategy)(values.ravel()).numpy().reshape(values.shape)
 
 
-@functools.cache  # One trace a strategy, whatever is exchanged.
+@functools.cache  # One trace per strategy, whatever is exchanged.
 def _adder(strategy: tf.distribute.Strategy) -> Callable[[np.ndarray], tf.Tensor]:
     return tf.function(Workers(strategy).sum, autograph=False, reduce_retracing=True)

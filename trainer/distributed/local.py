@@ -1,7 +1,9 @@
 """The workers of a run, each a process on this machine.
 
-with LocalWorkers([sys.executable, "-m", "trainer.task", *flags], share_gpus(2)) as workers:
-    code = workers.wait()
+    with LocalWorkers([sys.executable, "-m", "trainer.task", *flags], share_gpus(2)) as workers:
+        code = workers.wait()
+
+``trainer.launch`` is built on it.
 """
 
 import contextlib
@@ -22,7 +24,7 @@ from trainer.distributed.cluster import Cluster
 from trainer.distributed.worker import die_with_parent
 from trainer.errors import ConfigurationError, StoppedError
 
-FAILURE_TIMEOUT = 20.0  # Seconds from a worker's failure to the end of the others, by themselves.
+FAILURE_TIMEOUT = 20.0  # Seconds that the others have to end by themselves after a failure.
 STOP_TIMEOUT = 10.0  # Seconds from SIGTERM to SIGKILL.
 
 
@@ -31,8 +33,8 @@ class LocalWorkers:
     write is copied to this process' output. SIGINT and SIGTERM are forwarded to all.
 
     Args:
-        command: What each worker is; it finds the cluster in TF_CONFIG.
-        variables: One mapping per worker: environment variables of its own.
+        command: The command of each worker, which reads the cluster from TF_CONFIG.
+        variables: For each worker, environment variables to set for it alone.
         prefix: Put the worker's number in front of each line that it writes; False: only in front
             of those that are not JSON objects, which name the worker themselves.
 
@@ -153,8 +155,8 @@ def share_gpus(
 
     Args:
         workers: Number of workers.
-        gpus: GPUs that each must have; None: whatever its share is; 0: none.
-        devices: Folder of the devices.
+        gpus: Number of GPUs that each must have; None: its equal share; 0: none.
+        devices: Folder of the device files.
 
     Returns:
         For each worker its CUDA_VISIBLE_DEVICES; nothing where there is nothing to divide, or where

@@ -1,8 +1,10 @@
-"""Messages between the processes of a run: JSON objects, one per line, over sockets.
+"""Messages between the processes of a run, over sockets.
 
-reader, writer = await connect("digits-0.digits:2222")
-send(writer, hello=1)
-answer = await receive(reader)
+    reader, writer = await connect("digits-0.digits:2222")
+    send(writer, hello=1)
+    answer = await receive(reader)
+
+A message is a JSON object on one line.
 """
 
 import asyncio

@@ -1,5 +1,5 @@
-"""What the parent process of every worker does: it runs the process that trains, forwards signals
-to it, and keeps deadlines.
+"""The parent process of a worker: it runs the worker process, which trains, forwards signals to it,
+and enforces deadlines.
 
 ``trainer.distributed.supervisor`` adds how the parents of a run agree on its end.
 """
@@ -23,9 +23,7 @@ STOP_TIMEOUT = 7.0  # Seconds from a signal to the end of the step and of its ch
 
 STOPPED = StoppedError.exit_code
 
-CHECKPOINT_STANDS = (
-    "The last checkpoint is intact: the same command, on all workers, resumes from it."
-)
+RESUME_HINT = "The same command, on all workers, resumes from the last checkpoint, if there is one."
 
 
 def step_deadline(step_timeout: float | None, longest_step: float | None) -> float:
@@ -53,7 +51,7 @@ class Verdict(NamedTuple):
     Attributes:
         code: Exit code.
         text: Why.
-        about: The worker that is the reason; None: no single one.
+        about: Number of the worker that caused it; None: no single one.
     """
 
     code: int
@@ -76,7 +74,7 @@ class End(NamedTuple):
 
 
 class Parent:
-    """What the parents of worker 0 and of the others have in common.
+    """Base class of the parents of worker 0 and of the other workers.
 
     The first call of ``finish`` decides how the worker ends.
 
@@ -84,7 +82,8 @@ class Parent:
         command: The worker process.
         cluster: All workers, and which this one is.
         startup_timeout: Seconds that the workers wait for one another.
-        step_timeout: Seconds without progress; None: ``step_deadline``'s default.
+        step_timeout: Seconds without progress after which the run ends; None: the default of
+            ``step_deadline``.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ class Parent:
             return End(verdict.code, verdict.text)
         if kind == "named":
             return End(code, text)
-        return End(code, f"{text}. {CHECKPOINT_STANDS}", self.details)
+        return End(code, f"{text}. {RESUME_HINT}", self.details)
 
     def finish(self, code: int, text: str, details: str = "") -> None:
         """Ends this worker, unless it is ending already."""
@@ -178,22 +177,24 @@ class Parent:
         self.tasks.add(task)
         task.add_done_callback(done)
 
-    def limit(self, name: str, seconds: float, then: Callable[[], None]) -> None:
-        """Sets a deadline, unless it is set: ``then`` is called if ``reached`` is not before it."""
+    def set_deadline(self, name: str, seconds: float, then: Callable[[], None]) -> None:
+        """Calls ``then`` after some seconds, unless ``cancel_deadlines`` is called before; a
+        deadline of this name that is already set stays as it is.
+        """
         if name not in self.deadlines:
             self.deadlines[name] = self.loop.call_later(seconds, then)
 
-    def reached(self, *names: str) -> None:
+    def cancel_deadlines(self, *names: str) -> None:
         """Cancels deadlines."""
         for name in names:
             if name in self.deadlines:
                 self.deadlines.pop(name).cancel()
 
     def go(self) -> None:
-        """Lets the worker process connect to the others, which have all come."""
-        self.reached("meeting")
+        """Lets the worker process connect to the others, which have all joined."""
+        self.cancel_deadlines("meeting")
         self.worker.go()
-        self.limit(
+        self.set_deadline(
             "connecting",
             self.startup_timeout,
             lambda: self.give_up(
@@ -210,14 +211,14 @@ class Parent:
                 self.settings = message["ready"]
                 self.on_ready()
             elif "connected" in message:
-                self.reached("connecting")
+                self.cancel_deadlines("connecting")
                 self._limit_step(step_deadline(self.step_timeout, None), "all workers connected")
             elif "step" in message:
                 now = self.loop.time()
                 longest_step = max(longest_step or 0.0, now - (last_report or now))
                 last_report = now
                 epoch, step = message["step"]
-                self.reached("step")
+                self.cancel_deadlines("step")
                 self._limit_step(
                     step_deadline(self.step_timeout, longest_step), f"epoch {epoch}, step {step}"
                 )
@@ -225,34 +226,34 @@ class Parent:
                 self.details = message["traceback"]
             elif "trained" in message:
                 self.trained = True
-                self.reached("step")
-        self.reached("connecting", "step", "stopping")
-        self.on_outcome(cast("Outcome", self.worker.outcome))  # Known, when the messages end.
+                self.cancel_deadlines("step")
+        self.cancel_deadlines("connecting", "step", "stopping")
+        self.on_outcome(cast("Outcome", self.worker.outcome))  # Set when the messages end.
 
     def _limit_step(self, seconds: float, last: str) -> None:
-        text = f"no step ended for {seconds:g} s after {last} (step_timeout). {CHECKPOINT_STANDS}"
-        self.limit("step", seconds, lambda: self.on_hang(text))
+        text = f"no step ended for {seconds:g} s after {last} (step_timeout). {RESUME_HINT}"
+        self.set_deadline("step", seconds, lambda: self.on_hang(text))
 
     def on_signal(self, number: signal.Signals) -> None:
-        """Forwards a signal to the worker process, which stops where all workers agree to; a second
-        signal ends this worker at once.
+        """Forwards a signal to the worker process, which stops after the step on which all workers
+        agree; a second signal ends this worker at once.
         """
         self.signals.append(number.name)
         if len(self.signals) > 1:
             self.finish(
                 INTERRUPTED if number == signal.SIGINT else STOPPED,
-                f"stopped by a second {number.name}. The last checkpoint is intact.",
+                f"stopped by a second {number.name}. Earlier checkpoints are intact.",
             )
             return
         self.worker.signal(number)
-        self.limit(
+        self.set_deadline(
             "stopping",
             STOP_TIMEOUT,
             lambda: self.give_up(f"stopped by {number.name} while it waited for another worker"),
         )
 
     async def _watch(self) -> None:
-        """Watches for a worker process that is stopped (SIGSTOP), and for a stop of this one."""
+        """Notices when the worker process, or this process, has been stopped (SIGSTOP)."""
         stopped = 0.0
         while True:
             start = time.monotonic()
@@ -264,7 +265,7 @@ class Parent:
             if stopped > FREEZE_TIMEOUT:
                 self.give_up("its process was stopped (SIGSTOP)")
 
-    async def beat(self, writer: asyncio.StreamWriter) -> None:
+    async def send_heartbeats(self, writer: asyncio.StreamWriter) -> None:
         """Sends heartbeats for as long as a connection lasts."""
         while not writer.is_closing():
             send(writer, heartbeat=1)

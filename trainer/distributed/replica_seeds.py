@@ -1,6 +1,8 @@
-"""Dropout masks of its own for every replica.
+"""Independent dropout masks on every replica.
 
-separate_seeds(model)       # before the training step is traced
+    separate_seeds(model)
+
+It must be called before the training step is traced.
 """
 
 from collections.abc import Callable

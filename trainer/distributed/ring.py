@@ -4,16 +4,15 @@
     problem = install(ring, strategy)   # once the strategy exists: it reduces through the ring
     total, = ring.sum([gradient])       # on all workers, the same bits on each
 
-What it is: the algorithm of Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for
-clusters of workstations, 2009. Each worker sends to the next one only, 2 (n - 1) / n times the size
-of the arrays in total. What it gains: TensorFlow's own ring does the same over gRPC, which packs,
-serializes, parses and copies every byte, at several times the CPU time; two workers of one core
-each train 1.78 times as fast as one with this ring, and 1.44 times with TensorFlow's
-(docs/performance.md).
+The algorithm is that of Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of
+workstations, 2009: each worker sends to the next one only, 2 (n - 1) / n times the size of the
+arrays in total. TensorFlow's own ring does the same over gRPC, which packs, serializes, parses and
+copies every byte, at several times the CPU time; two workers of one core each train 1.78 times as
+fast as one with this ring, and 1.44 times with TensorFlow's (docs/performance.md).
 
-What it is not: a replacement for NCCL, since it knows no GPUs; more than one replica a worker;
-authenticated or encrypted; or public API of TensorFlow, into whose private all-reduce it is hooked.
-So it is optional, and ``install`` compares its sums with TensorFlow's before they are used.
+Limits: it does not replace NCCL, since it does not handle GPUs; it takes one replica per worker; it
+is neither authenticated nor encrypted; and it replaces a private method of TensorFlow's. So it is
+optional, and ``install`` compares its sums with TensorFlow's before they are used.
 """
 
 import contextlib
@@ -42,21 +41,22 @@ _AllReduce = Callable[[tf.distribute.ReduceOp, object, int, object], object]
 def connect(cluster: Cluster) -> "Ring":
     """Joins a ring with all other workers, at the addresses that they have for TensorFlow.
 
-    It returns when all have joined and have left the ports to TensorFlow's servers, however long
-    that takes; a worker's parent process limits it.
+    It returns when all have joined and have freed the ports for TensorFlow's servers, however long
+    that takes; the worker's parent process enforces a deadline.
 
     Raises:
         ConfigurationError: This worker's port is in use.
+        ConnectionError: A worker closed its connection.
     """
     index, count = cluster.index, len(cluster.workers)
     with listen(cluster.workers[index]) as server:
         following = (index + 1) % count
-        next = _call(cluster.workers[following], index)
+        next = _connect_to(cluster.workers[following], index)
         previous = _accept(server, (index - 1) % count, index)
-        while not _is(next, following):  # Another program was listening there.
+        while not _is_worker(next, following):  # Another program was listening there.
             next.close()
-            next = _call(cluster.workers[following], index)
-    # With the first round worker 0 learns that all have joined, with the second all others do.
+            next = _connect_to(cluster.workers[following], index)
+    # After the first round worker 0 knows that all have joined; after the second, all others do.
     for _ in range(2):
         if index == 0:
             next.sendall(_TOKEN)
@@ -70,8 +70,8 @@ def connect(cluster: Cluster) -> "Ring":
 def install(ring: "Ring", strategy: tf.distribute.MultiWorkerMirroredStrategy) -> str:
     """Makes the replicas of a strategy, one on each worker, all-reduce through the ring.
 
-    Before that a sum is made by TensorFlow's own collectives and by the ring; where the ring is not
-    called, or gives another sum, on any worker, the strategy of every worker keeps TensorFlow's.
+    Before that, a sum is computed by TensorFlow's own collectives and by the ring; if the ring is
+    not called, or gives another sum, on any worker, all workers keep TensorFlow's collectives.
     All workers must call this together, before anything is traced under the strategy.
 
     Returns:
@@ -256,7 +256,7 @@ def _hello(index: int) -> bytes:
     return _HELLO + index.to_bytes(4, "big")
 
 
-def _call(address: str, index: int) -> socket.socket:
+def _connect_to(address: str, index: int) -> socket.socket:
     """Connects to a worker that may not be listening yet, and sends the number of this one."""
     while True:
         with contextlib.suppress(OSError):
@@ -273,14 +273,14 @@ def _accept(server: socket.socket, expected: int, index: int) -> socket.socket:
     while True:
         connection, _ = server.accept()
         connection.settimeout(CONNECT_TIMEOUT)
-        if _is(connection, expected):
+        if _is_worker(connection, expected):
             connection.sendall(_hello(index))
             connection.settimeout(None)
             return connection
         connection.close()
 
 
-def _is(connection: socket.socket, index: int) -> bool:
+def _is_worker(connection: socket.socket, index: int) -> bool:
     """Tells whether the other end is the worker of that number."""
     with contextlib.suppress(OSError):
         return _read(connection, len(_hello(index))) == _hello(index)

@@ -3,8 +3,8 @@ do not load TensorFlow.
 
     run([sys.executable, "-m", "trainer.task", *flags], cluster, startup_timeout=300)
 
-The process that trains is a child (``worker`` says why); its parent (``parent``) is responsible for
-what must never block: signals, deadlines, and the exit code.
+The process that trains is a child (``worker`` explains why); its parent (``parent``) is responsible
+for what must never block: signals, deadlines, and the exit code.
 
 The parents connect to worker 0's first, and compare the settings of their workers. Then TensorFlow
 takes over the port of worker 0's address; the connections of the parents last as long as the run.
@@ -17,11 +17,11 @@ ends. Each message is a line of JSON:
     both           {"heartbeat": 1}, every second
 
 A run ends with exit code 75, which a scheduler need not count as a failure, only where a parent has
-seen a worker go: its connection closed, its heartbeats stopped, its process died or hung, or it did
-not come. An error that a worker raises while all are alive ends the run with that error's code.
+seen a worker lost: its connection closed, its heartbeats stopped, its process died or hung, or it
+never joined. An error that a worker raises while all are alive ends the run with that error's code.
 
-Worker 0 leaves last. A worker that is lost when worker 0 has trained costs nothing; when it comes
-back, it is told that the run is finished.
+Worker 0 exits last. The loss of another worker after worker 0 has trained does not fail the run; if
+that worker is restarted, it is told that the run is finished.
 """
 
 import asyncio
@@ -36,9 +36,9 @@ from trainer.cli import INTERRUPTED
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.messages import connect, listen_when_free, receive, send
 from trainer.distributed.parent import (
-    CHECKPOINT_STANDS,
     HEARTBEAT_INTERVAL,
     HEARTBEAT_TIMEOUT,
+    RESUME_HINT,
     STOP_TIMEOUT,
     STOPPED,
     End,
@@ -48,9 +48,9 @@ from trainer.distributed.parent import (
 from trainer.distributed.worker import Outcome
 from trainer.errors import ConfigurationError
 
-LOSS_TIMEOUT = 12.0  # Seconds from an error to the loss of the peer that has caused it, at most.
-LEAVE_TIMEOUT = 5.0  # Seconds within which the others end when they know the verdict.
-TELL_TIMEOUT = 10.0  # Seconds within which workers that come too late learn the verdict.
+LOSS_TIMEOUT = 12.0  # Seconds from an error until the lost peer that caused it is noticed, at most.
+LEAVE_TIMEOUT = 5.0  # Seconds within which the others exit after the verdict.
+TELL_TIMEOUT = 10.0  # Seconds within which workers that join late receive the verdict.
 
 
 def run(
@@ -63,16 +63,16 @@ def run(
     """Runs one worker of a run in a child process, until all of them have ended.
 
     Args:
-        command: The child process; it finds its end of the connection by ``worker.Link.find``.
+        command: The child process; it calls ``worker.Link.find`` for its end of the connection.
         cluster: All workers, and which this one is.
-        startup_timeout: Seconds to wait for the others.
+        startup_timeout: Seconds to wait for the other workers.
         step_timeout: Seconds without progress after which the run has hung; None: a multiple of the
-            longest step, as ``parent.step_deadline`` says.
+            longest step (``parent.step_deadline``).
 
     Raises:
-        StoppedError: A peer was lost or did not come, the run hung, or a signal stopped it.
+        StoppedError: A peer was lost or did not join, the run hung, or a signal stopped it.
         TrainerError: The error of this worker, or of the first one that had any.
-        KeyboardInterrupt: A second signal came, or one before there was anything to lose.
+        KeyboardInterrupt: A second signal was received, or one before the run had begun.
     """
     parent = _Chief if cluster.is_chief else _Other
 
@@ -121,16 +121,16 @@ class _Chief(Parent):
     # -- meeting
 
     async def meet(self) -> None:
-        self.limit("meeting", self.startup_timeout, self._absent)
+        self.set_deadline("meeting", self.startup_timeout, self._absent)
         await self._open()
 
     async def _open(self) -> None:
         self.server = await asyncio.start_server(
-            lambda reader, writer: self.spawn(self._talk(reader, writer)),
+            lambda reader, writer: self.spawn(self._serve_peer(reader, writer)),
             sock=await listen_when_free(self.cluster.workers[0]),
         )
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_peer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serves the connection of another worker's parent."""
         peer = None
         how = "its connection closed"
@@ -138,7 +138,7 @@ class _Chief(Parent):
             async with asyncio.timeout(HEARTBEAT_TIMEOUT):
                 hello = await receive(reader)
             if hello and "hello" in hello and (peer := self._greet(hello, writer)):
-                self.spawn(self.beat(writer))
+                self.spawn(self.send_heartbeats(writer))
                 while message := await self._next(reader):
                     if "ready" in message:
                         peer.settings = message["ready"]
@@ -235,9 +235,9 @@ class _Chief(Parent):
         if self.verdict is not None:  # It was killed because of that.
             return
         if outcome.code == 0 or self._agreed_to_stop(outcome):
-            # All workers come to the same end; this one may be the first.
+            # All workers end this way; this one may be the first.
             wait = LEAVE_TIMEOUT if outcome.code == 0 else HEARTBEAT_INTERVAL
-            self.limit("last", wait, self._conclude)
+            self.set_deadline("last", wait, self._conclude)
             self._try_to_conclude()
         else:
             self._fail(0, outcome)
@@ -249,7 +249,7 @@ class _Chief(Parent):
             return
         if self._agreed_to_stop(outcome) and self.worker.outcome is None:
             # Worker 0 is still saving its checkpoint.
-            self.limit("stopping", STOP_TIMEOUT, lambda: self._decide(*outcome[:2], index))
+            self.set_deadline("stopping", STOP_TIMEOUT, lambda: self._decide(*outcome[:2], index))
         else:
             self._fail(index, outcome)
 
@@ -258,11 +258,11 @@ class _Chief(Parent):
 
     def _fail(self, index: int, outcome: Outcome) -> None:
         """Ends the run because of the outcome of a worker's process: at once, unless it can be the
-        consequence of the loss of another worker, which then will have been seen in a while.
+        consequence of the loss of another worker, which will then be noticed within LOSS_TIMEOUT.
         """
         if self.running and outcome.kind in ("crashed", "unclear"):
             self.failures.append((index, outcome))
-            self.limit("loss", LOSS_TIMEOUT, self._decide_by_failures)
+            self.set_deadline("loss", LOSS_TIMEOUT, self._decide_by_failures)
         else:
             self._decide(*self._failure(index, outcome))
 
@@ -278,7 +278,7 @@ class _Chief(Parent):
         if kind in ("lost", "crashed") or code == INTERRUPTED:
             return _loss(self.cluster, index, text)
         if kind == "unclear":
-            text = f"{text}. {CHECKPOINT_STANDS}" if self.running else text
+            text = f"{text}. {RESUME_HINT}" if self.running else text
         return Verdict(code, f"{self.cluster.name(index)}: {text}", index)
 
     def on_hang(self, text: str) -> None:
@@ -309,7 +309,7 @@ class _Chief(Parent):
         if self.verdict is not None:
             return
         self.verdict = Verdict(code, text, about)
-        self.reached(*list(self.deadlines))
+        self.cancel_deadlines(*list(self.deadlines))
         self.worker.kill(Outcome(code, text, "unclear"))
         for peer in self.peers.values():
             send(peer.writer, verdict=self.verdict)
@@ -317,7 +317,7 @@ class _Chief(Parent):
         self.spawn(self._leave(self.verdict))
 
     async def _leave(self, verdict: Verdict) -> None:
-        """Ends when the others have left, or the time for that is over."""
+        """Ends when the others have left, or the time for that is up."""
         seconds = LEAVE_TIMEOUT
         if self.signals:
             seconds = HEARTBEAT_INTERVAL
@@ -327,7 +327,7 @@ class _Chief(Parent):
             done = verdict.code == 0
             seconds = self.startup_timeout if done else 0 if self.running else TELL_TIMEOUT
             if done:
-                self._say_whom_it_waits_for(seconds)
+                self._print_waiting(seconds)
                 if self.running:  # Else it still is.
                     await self._open()
         until = self.loop.time() + seconds
@@ -335,7 +335,7 @@ class _Chief(Parent):
             await asyncio.sleep(HEARTBEAT_INTERVAL / 10)
         self.finish(*self.own_end(verdict))
 
-    def _say_whom_it_waits_for(self, seconds: float) -> None:
+    def _print_waiting(self, seconds: float) -> None:
         lost = [self.cluster.name(index) for index in self.others if index not in self.told]
         print(
             f"The model is saved. Waiting up to {seconds:g} s to tell {', '.join(lost)}, lost at "
@@ -353,7 +353,7 @@ class _Other(Parent):
     busy = ""
 
     async def meet(self) -> None:
-        self.limit("meeting", self.startup_timeout, self._absent)
+        self.set_deadline("meeting", self.startup_timeout, self._absent)
         (await listen_when_free(self.cluster.workers[self.cluster.index])).close()
         while True:
             reader, self.chief = await self._join()
@@ -373,7 +373,7 @@ class _Other(Parent):
                     send(writer, **hello)
                     answer = await receive(reader) or {}
                 if "welcome" in answer:
-                    self._introduce(writer)
+                    self._report_state(writer)
                     return reader, writer
                 if "verdict" in answer:
                     self._end(Verdict(*answer["verdict"]))
@@ -381,14 +381,15 @@ class _Other(Parent):
                 writer.close()
             await asyncio.sleep(HEARTBEAT_INTERVAL / 2)
 
-    def _introduce(self, writer: asyncio.StreamWriter) -> None:
+    def _report_state(self, writer: asyncio.StreamWriter) -> None:
+        """Sends what this worker has reached: its settings, or how its process ended."""
         if self.worker.outcome:
             send(writer, ended=self.worker.outcome)
             if self.worker.outcome.code:
                 self._end(Verdict(*self.worker.outcome[:2], self.cluster.index))
         elif self.settings is not None:
             send(writer, ready=self.settings)
-        self.spawn(self.beat(writer))
+        self.spawn(self.send_heartbeats(writer))
 
     async def _listen(self, reader: asyncio.StreamReader) -> str:
         """Follows worker 0's parent; returns how the connection ended."""
@@ -416,15 +417,15 @@ class _Other(Parent):
         if kind == "lost":
             self._end(own)
         elif self.chief is None:
-            self.limit("telling", TELL_TIMEOUT, lambda: self._end(own))
+            self.set_deadline("telling", TELL_TIMEOUT, lambda: self._end(own))
         elif code:  # Until worker 0 has decided; where all stop, that is when it has saved.
             unclear = kind in ("crashed", "unclear")
             wait = LOSS_TIMEOUT + HEARTBEAT_INTERVAL if unclear else STOP_TIMEOUT
-            self.limit("telling", wait, lambda: self._end(own))
+            self.set_deadline("telling", wait, lambda: self._end(own))
 
     def on_hang(self, text: str) -> None:
         self._say(hang=text)
-        self.limit("telling", TELL_TIMEOUT, lambda: self._end(Verdict(STOPPED, text)))
+        self.set_deadline("telling", TELL_TIMEOUT, lambda: self._end(Verdict(STOPPED, text)))
 
     def _absent(self) -> None:
         if self.chief is not None:  # Worker 0 waits for others, too, and says for whom.
@@ -441,7 +442,7 @@ class _Other(Parent):
 
 
 def _loss(cluster: Cluster, index: int, how: str) -> Verdict:
-    return Verdict(STOPPED, f"{cluster.name(index)} was lost: {how}. {CHECKPOINT_STANDS}", index)
+    return Verdict(STOPPED, f"{cluster.name(index)} was lost: {how}. {RESUME_HINT}", index)
 
 
 def _missing(workers: Sequence[str], seconds: float) -> tuple[int, str]:

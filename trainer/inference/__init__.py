@@ -1,1 +1,1 @@
-"""From a saved model and pictures to answers."""
+"""Inference: loads a saved model, finds the digits in pictures, and classifies them."""

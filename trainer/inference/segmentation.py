@@ -38,7 +38,7 @@ def find(grey: np.ndarray, *, digits: DigitCount = "one", name: str = "the pictu
     """Finds the digits in a picture, dark on light or light on dark.
 
     Args:
-        grey: uint8 (h, w), as ``images.open_image`` gives it.
+        grey: uint8 (h, w), as ``pictures.open_image`` returns it.
         digits: ``one``: all the ink is one digit; ``many``: separate digits, which are returned
             line by line, from left to right.
         name: What errors call the picture.

@@ -1,1 +1,1 @@
-"""Runs in a Kubernetes cluster: their manifests, the API client, following and fetching them."""
+"""Runs in a Kubernetes cluster: manifests, API client, following a run, fetching its files."""

@@ -1,7 +1,9 @@
 """Reads the files of a run from its PersistentVolumeClaim, through a short-lived pod.
 
-contents = fetch(server, "digits-a1b2c", image="digits-trainer:0.1.0", screen=screen, stop=stop)
-files.write_files(folder, contents)
+    contents = fetch(server, "digits-a1b2c", image="digits-trainer:0.1.0", screen=screen, stop=stop)
+    files.write_files(folder, contents)
+
+It verifies the SHA-256 of the model.
 """
 
 import contextlib

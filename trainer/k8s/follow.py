@@ -27,7 +27,7 @@ _KNOWN_FROM_STATUS = ("FailedScheduling", "Failed", "BackOff", "Evicted", "Backo
 
 
 class Screen(Protocol):
-    """What the user looks at: ``trainer.reporting.bar.Bar`` on a terminal, else plain lines."""
+    """Where output goes: ``trainer.reporting.bar.Bar`` on a terminal, else plain lines."""
 
     def say(self, text: str) -> None:
         """Writes a line."""
@@ -93,7 +93,7 @@ def follow(
 
 
 class Follower:
-    """The state of a run as its watches report it, and what of it was shown already."""
+    """The state of a run as its watches report it, and which changes were shown already."""
 
     def __init__(self, server: Server, name: str, screen: Screen, *, past_events: bool) -> None:
         self.server = server

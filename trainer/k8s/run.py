@@ -1,7 +1,9 @@
 """A run in a cluster: creates its objects, follows it, fetches its files, deletes the objects.
 
-run = ClusterRun(server, "digits-a1b2c", output_dir=Path("out"), screen=screen, stop=stop, ...)
-run.start(manifests.build("digits-a1b2c", flags=["--epochs", "2"]))     # or: run.attach()
+    run = ClusterRun(server, "digits-a1b2c", output_dir=Path("out"), screen=screen, stop=stop, ...)
+    run.start(manifests.build("digits-a1b2c", flags=["--epochs", "2"]))     # or: run.attach()
+
+``trainer.submit`` is built on it.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from trainer.k8s.api import Kind, RefusedError, Server
 from trainer.k8s.fetch import fetch
 from trainer.k8s.follow import Screen, follow
 
-# Objects that are created here bear this label; no others are deleted.
+# Objects that are created here have this label; no others are deleted.
 _MANAGED_BY = {"app.kubernetes.io/managed-by": "trainer.submit"}
 # In the order in which they are deleted: the PersistentVolumeClaim, with the model, last.
 _KINDS: tuple[Kind, ...] = ("Job", "Service", "NetworkPolicy", "PersistentVolumeClaim")
@@ -89,7 +91,7 @@ class ClusterRun:
         """
         self.screen.say(f"Starting {self.name} in the namespace {self.server.namespace}")
         created = self._create(objects)
-        # A PersistentVolumeClaim that was there before has a use of its own.
+        # A PersistentVolumeClaim that existed before is not deleted.
         self._follow(_image(objects[-1]), keep_claim=self.claim not in created)
 
     def attach(self) -> None:

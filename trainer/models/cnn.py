@@ -28,7 +28,7 @@ def from_config(config: TrainConfig, examples: int) -> keras.Sequential:
     """Builds the network that a configuration asks for; see ``build``.
 
     Args:
-        config: Of the run.
+        config: The configuration of the run.
         examples: Number of training examples, which the learning rate schedule depends on.
     """
     return build(
@@ -110,7 +110,7 @@ def loss(label_smoothing: float = 0.0) -> Callable[[tf.Tensor, tf.Tensor], tf.Te
 
 
 def preprocess(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Turns a batch of the input pipeline into what the network is trained on.
+    """Converts a batch of the input pipeline to the network's input and targets.
 
     It runs on the device inside the step, so that uint8 is copied there, a quarter of the bytes. On
     CPUs ``bench/pipeline.py`` measured no clear difference to scaling in the pipeline, and less
@@ -127,7 +127,7 @@ def preprocess(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tens
 
 
 def scale(images: tf.Tensor | np.ndarray) -> tf.Tensor:
-    """Turns images into the network's input.
+    """Converts images to the network's input.
 
     Args:
         images: uint8 (n, 28, 28), 0 for background and 255 for ink.

@@ -1,4 +1,4 @@
-"""The training step on CPUs in half the time: the same mathematics, another algorithm.
+"""A training step that takes half the time on CPUs: the same mathematics, another algorithm.
 
     choice = find("auto", accelerator=False)                    # starts no TensorFlow device
     choice = choice.verify(optimizer="adadelta", threads=2)     # compares it with TensorFlow's own
@@ -82,8 +82,8 @@ class StepChoice:
 
     @contextlib.contextmanager
     def step(self, model: keras.Model) -> Iterator[Forward]:
-        """Yields what to call in place of ``model`` in the training step, and replaces the update
-        of its optimizer meanwhile.
+        """Yields the function to call in place of ``model`` in the training step. Inside the
+        ``with`` block, the update of its optimizer is replaced, too.
 
         Args:
             model: Built and compiled.

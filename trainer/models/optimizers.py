@@ -32,7 +32,7 @@ def learning_rate(config: TrainConfig, examples: int) -> LearningRate:
     """Returns the learning rate that a configuration asks for, as Keras' optimizers take it.
 
     Args:
-        config: Of the run.
+        config: The configuration of the run.
         examples: Number of training examples.
     """
     return schedule(

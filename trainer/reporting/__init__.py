@@ -1,1 +1,1 @@
-"""What is shown of a run: progress, TensorBoard events, scores, charts and the report page."""
+"""Output about a run: progress, TensorBoard events, scores, charts and the report page."""

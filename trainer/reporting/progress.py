@@ -1,4 +1,4 @@
-"""Progress of a run as a person or a program follows it: a bar, lines of text, or JSON.
+"""Shows the progress of a run: as a bar, lines of text, or JSON.
 
     with progress("auto", batch_size=128) as watcher:
         loop.fit(..., callbacks=[watcher])
@@ -35,7 +35,7 @@ def progress(
     clock: Callable[[], float] = time.monotonic,
     wall_clock: Callable[[], float] = time.time,
 ) -> Iterator["Watcher | Quiet"]:
-    """Yields the watcher for this kind of output, and restores the terminal at the end.
+    """Yields the watcher for a log format, and restores the terminal at the end.
 
     Args:
         log_format: As in ``TrainConfig.log_format``.

@@ -1,8 +1,8 @@
 """Event files for TensorBoard, written without the package tensorboard.
 
-loop.fit(..., callbacks=[EpochEvents(folder, learning_rate=rate, before=lambda: history)])
+    loop.fit(..., callbacks=[EpochEvents(folder, learning_rate=rate, before=lambda: history)])
 
-tensorboard --logdir OUTPUT_DIR/tensorboard
+``tensorboard --logdir OUTPUT_DIR/tensorboard`` shows them.
 """
 
 import contextlib

@@ -1,7 +1,9 @@
 """The files of a trained model: mnist.h5, history.json, and mnist.json, which describes both.
 
-with files.lock_output_dir(folder):
-save(folder, model, history, description)
+    with files.lock_output_dir(folder):
+        save(folder, model, history, description)
+
+The manifest is written last, and names the SHA-256 of the model.
 """
 
 import hashlib
@@ -25,7 +27,7 @@ def save(
         folder: A folder under ``files.lock_output_dir``.
         model: A compiled model of stock layers.
         history: What ``loop.fit`` returned.
-        description: What else the manifest says: metrics, configuration, versions, data.
+        description: The other fields of the manifest: metrics, configuration, versions, data.
 
     Returns:
         The manifest: ``description``, and under ``model`` the file's name, size in bytes, SHA-256,
@@ -53,7 +55,7 @@ def save(
 
 
 def read_manifest(folder: Path) -> dict:
-    """Returns the manifest in the folder; an empty one where there is none to read."""
+    """Returns the manifest in the folder; an empty one if there is none, or it is unreadable."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
     except (OSError, ValueError):

@@ -1,5 +1,5 @@
-"""Saves and restores the exact position of a run: after a resume it has the same order of images,
-the same dropout masks, and ends with the same bits as if it had never stopped.
+"""Checkpoints: a resumed run has the same order of images and the same dropout masks, and ends with
+the same bits, as one that was never interrupted.
 
     checkpoints = Checkpoints(output_dir, keep=3)
     checkpoints.track(model)
@@ -54,7 +54,7 @@ class Checkpoints:
         self.keep = keep
 
     def track(self, model: keras.Model) -> None:
-        """Names the model whose variables are saved and restored: built, and compiled."""
+        """Sets the model, built and compiled, whose variables are saved and restored."""
         self.state = tf.Variable("", dtype=tf.string)
         self.checkpoint = tf.train.Checkpoint(**variables_of(model), state=self.state)
         self.manager: tf.train.CheckpointManager | None = None
@@ -69,7 +69,7 @@ class Checkpoints:
         return [numbers[number] for number in sorted(numbers, reverse=True)]
 
     def read_state(self, path: Path) -> dict:
-        """Returns what a checkpoint says of its run: the fields of its manifest, and ``position``.
+        """Returns the run's state in a checkpoint: the fields of its manifest, and ``position``.
 
         Raises:
             Exception: It is damaged: TensorFlow and JSON have an error for each kind of damage.
@@ -85,7 +85,7 @@ class Checkpoints:
         self.checkpoint.restore(str(path)).assert_consumed()
 
     def save(self, position: Position, manifest: RunManifest) -> None:
-        """Writes a checkpoint, and deletes those that are more than ``keep``.
+        """Writes a checkpoint, and deletes the oldest beyond ``keep``.
 
         Raises:
             OutputError: It cannot be written; the last one is still there.
@@ -100,7 +100,7 @@ class Checkpoints:
             reason = " ".join(str(error).split())[:300]
             raise OutputError(
                 f"Expected to write a checkpoint in {self.folder}. Received: {reason}. "
-                "Make room or permission there; the last checkpoint is intact."
+                "Make room or permission there; earlier checkpoints are intact."
             ) from error
 
     def delete_all(self) -> None:
@@ -122,8 +122,8 @@ class Checkpointer:
     asked to stop.
 
     Args:
-        checkpoints: Where to.
-        manifest: The run's.
+        checkpoints: Where to save.
+        manifest: The manifest of the run.
         position: Where the run begins, or resumes.
         every: As ``TrainConfig.checkpoint_every``.
         stop: Returns the name of the signal that asks the run to stop; None before that.

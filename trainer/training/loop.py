@@ -65,15 +65,15 @@ def fit(
         jit_compile: Whether to compile the forward and backward pass of a step with XLA.
         steps_per_execution: Number of steps in a call; None: as many as take about a second.
         callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` are called once
-            a call, with the number of its last step, counted from 0, and the means so far.
+            per call, with the number of its last step, counted from 0, and the means so far.
         position: Where to resume; None: at the beginning. The variables must be as they were there.
         after_call: Called with the position after each call, each call of an evaluation, and each
             epoch; what it raises ends the run.
         clock: Monotonic time in seconds.
 
     Returns:
-        As ``History.history`` of Keras: one value an epoch for ``loss``, each metric, the same with
-        the prefix ``val_``, and ``seconds``, the duration of the epoch.
+        As ``History.history`` of Keras: one value per epoch for ``loss`` and each metric, the same
+        with the prefix ``val_``, and ``seconds``, the duration of the epoch.
 
     Raises:
         NotFiniteError: The loss or a weight became NaN or infinite; the message names epoch and
@@ -102,7 +102,7 @@ def fit(
         ):
             totals.add(rows, where, position.step)
             position.step += len(rows)
-            _check(model, f"{where}, step {position.step}")
+            _check_weights(model, f"{where}, step {position.step}")
             position.steps += len(rows)
             position.totals = totals.sums.tolist()
             position.seconds = clock() - start
@@ -152,7 +152,7 @@ def evaluate(
     return totals.means()
 
 
-def _check(model: keras.Model, where: str) -> None:
+def _check_weights(model: keras.Model, where: str) -> None:
     """Raises ``NotFiniteError`` for a weight that is NaN or infinite.
 
     A finite loss proves nothing: on a processor with AVX-512, oneDNN's max pooling ignores NaN, and

@@ -1,6 +1,6 @@
-"""The run manifest: what a run is, and what its last bits depend on.
+"""The run manifest: identity, configuration, data, versions and environment of a run.
 
-It is in mnist.json and in each checkpoint, and workers compare theirs before they train together.
+It is part of mnist.json and of each checkpoint; workers compare theirs before they train together.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunManifest:
-    """A run, as JSON holds it. It is made once, before the workers of a run meet.
+    """A JSON-serializable description of a run, made once, before its workers connect.
 
     Attributes:
         run: Identity of the run: a random hexadecimal number, the same after a resume.
@@ -30,8 +30,8 @@ class RunManifest:
         data: ``source``, ``sha256`` of the whole source, and the numbers of examples used,
             ``train_examples`` and ``test_examples``.
         versions: Versions of Python and of the packages that compute.
-        environment: What else determines last bits: processor, threads, oneDNN, collectives, the
-            training step, and the numbers of workers and replicas.
+        environment: What else the last bits of results depend on: processor, threads, oneDNN,
+            collectives, the training step, and the numbers of workers and replicas.
     """
 
     run: str
@@ -53,7 +53,7 @@ class RunManifest:
         replicas: int,
         job: str | None = None,
     ) -> "RunManifest":
-        """Describes a run that begins.
+        """Describes a new run.
 
         Args:
             config: Its configuration.

@@ -1,4 +1,4 @@
-"""Where a run is, between two steps: what the loop counts, and a checkpoint holds."""
+"""The position of a run between two steps: the loop's counters, which a checkpoint stores."""
 
 import dataclasses
 

@@ -1,6 +1,8 @@
 """Which checkpoint a run resumes: the newest readable one of the same, unfinished run.
 
-position, manifest = resume(checkpoints, model, manifest, policy="auto", ...)
+    position, manifest = resume(checkpoints, model, manifest, policy="auto", ...)
+
+Worker 0 reads the checkpoint, and broadcasts it to the others.
 """
 
 import dataclasses
@@ -34,13 +36,13 @@ def resume(
     Args:
         checkpoints: Those in the output folder.
         model: Built and compiled; its checkpoints are tracked from now on.
-        manifest: That of the run that begins.
+        manifest: The manifest of the new run.
         policy: As ``TrainConfig.resume``. In a Kubernetes Job ``never`` does not discard what
             another pod of the same Job has saved.
         finished_run: Identity of the run that the files in the output folder are of, if any.
         workers: The workers of the run. All of them call this together; worker 0 alone reads the
             folder, and broadcasts what it has restored.
-        notify: Takes a sentence for the user.
+        notify: Called with each sentence for the user.
 
     Returns:
         The position to go on from, and the manifest with the identity of the run it belongs to.
@@ -151,7 +153,7 @@ def check_same_run(state: dict, manifest: RunManifest, *, where: str) -> None:
 
 
 def changed_environment(state: dict, manifest: RunManifest) -> list[str]:
-    """Describes what has changed since a checkpoint of what determines last bits."""
+    """Describes which versions or settings that affect last bits changed since a checkpoint."""
     ours = manifest.as_dict()
     return [
         f"{name} is {ours[part].get(name)} and was {value}"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from trainer.training.manifest import RunManifest
     from trainer.training.position import Position
 
-LINGER = 60.0  # Seconds that a pod takes at most to end which is being deleted, of a Job before.
+TERMINATION_SECONDS = 60.0  # For a pod of an earlier Job, which is being deleted, to terminate.
 
 
 class Run(NamedTuple):
@@ -61,13 +61,13 @@ def train(
     job: str | None = None,
     callbacks: Sequence["keras.callbacks.Callback"] = (),
 ) -> Run | None:
-    """Trains as a configuration says, shows the progress, and saves what comes out.
+    """Trains a model as configured, shows the progress, and saves model, history and manifest.
 
     While it runs in the main thread, the first SIGINT or SIGTERM ends it after the current call of
     the step, with a checkpoint.
 
     Args:
-        config: What to train, and how.
+        config: The configuration of the run.
         data: The images to train on; None: those that ``config.data`` names.
         cluster: The workers of the run; None: this process trains alone. The chief alone shows
             progress and writes files.
@@ -79,7 +79,7 @@ def train(
         What was trained; None where an earlier pod of the same Job had finished the run.
 
     Raises:
-        TrainerError: One of its kinds, for whatever a user can cause or meet.
+        TrainerError: Any error that a user can cause or meet; ``trainer.errors`` lists them.
     """
     start = time.monotonic()
     chief = cluster is None or cluster.is_chief
@@ -88,16 +88,15 @@ def train(
             "step_timeout is for several workers, each of which has a parent process that watches "
             f"it. Received: step_timeout={config.step_timeout} and one process. Leave it out."
         )
-    left = _Left(config)
+    remains = _Remains(config)
     with Signals() as signals, contextlib.ExitStack() as held:
         try:
             if chief:
-                wait = LINGER if job else 0
+                wait = TERMINATION_SECONDS if job else 0
                 held.enter_context(files.lock_output_dir(config.output_dir, wait=wait))
                 if _is_finished(config, job):
                     return None
-            # The data comes first: what is wrong with it shows before TensorFlow, which takes
-            # seconds to start.
+            # The data first: its errors show before TensorFlow starts, which takes seconds.
             source, digits = _load(config, data)
 
             from trainer import runtime
@@ -112,7 +111,7 @@ def train(
             signals.defer()
             _announce(config, digits, assembly, watcher)
             session = _Session(config, assembly, watcher, signals, link)
-            left.session = session
+            remains.session = session
             model, history = fit(
                 config,
                 digits,
@@ -123,7 +122,7 @@ def train(
                 after_call=session.after_call,
             )
             images, labels = digits.x_test, digits.y_test
-            del source, digits, data  # the training images, which nobody needs any more
+            del source, digits, data  # the training images, no longer needed
             runtime.release_memory()
             _compare_weights(model, session.workers, watcher)
             if link:
@@ -145,12 +144,12 @@ def train(
                 stopped=lambda: signals.received,
                 watcher=watcher,
             )
-            _say_result(config, description, watcher)
+            _report_result(config, description, watcher)
             return Run(model, history, description)
-        except KeyboardInterrupt as interrupt:  # Nothing was under way, or it was the second one.
+        except KeyboardInterrupt as interrupt:  # Before the first step, or a second signal.
             if str(interrupt) == "SIGTERM":
-                raise StoppedError(f"stopped by SIGTERM. {left}") from None
-            raise KeyboardInterrupt(str(left)) from None
+                raise StoppedError(f"stopped by SIGTERM. {remains}") from None
+            raise KeyboardInterrupt(str(remains)) from None
 
 
 def fit(
@@ -166,12 +165,14 @@ def fit(
     """Builds the model of a configuration and trains it; writes no file.
 
     Args:
-        config: How to train.
-        digits: What to train on.
-        strategy: Under which strategy; None: the one that ``config`` asks for, in this process.
-        step: Which training step; None: the one that ``config`` asks for.
+        config: The configuration.
+        digits: The data set to train on.
+        strategy: The strategy to train under; None: the one that ``config`` asks for, in this
+            process.
+        step: The training step; None: the one that ``config`` asks for.
         callbacks: Keras callbacks, called as ``loop.fit`` says.
-        begin: Takes the model, and returns where to go on; None: the beginning.
+        begin: Called with the model; returns the position to resume from. None: start from the
+            beginning.
         after_call: As that of ``loop.fit``.
 
     Returns:
@@ -221,7 +222,7 @@ def fit(
             position=position,
             after_call=after_call,
         )
-    if config.precision == "mixed_bfloat16":  # The file is for everybody: of plain float32.
+    if config.precision == "mixed_bfloat16":  # Saved as a plain float32 model.
         with strategy.scope():
             plain = cnn.from_config(
                 dataclasses.replace(config, precision="float32"), len(digits.x_train)
@@ -231,8 +232,8 @@ def fit(
     return model, history
 
 
-class _Left:
-    """Says what an interrupted run leaves in its output folder."""
+class _Remains:
+    """What an interrupted run leaves in its output folder, as a sentence for the user."""
 
     session: "_Session | None" = None
 
@@ -255,7 +256,7 @@ def _is_finished(config: TrainConfig, job: str | None) -> bool:
     if not job or (manifest := artifacts.read_manifest(config.output_dir)).get("job") != job:
         return False
     with _progress(config, None) as watcher:
-        _say_result(config, manifest, watcher)
+        _report_result(config, manifest, watcher)
     return True
 
 
@@ -274,7 +275,7 @@ def _load(config: TrainConfig, data: "Digits | None") -> tuple["Digits", "Digits
 
 
 def _configure_tensorflow(config: TrainConfig) -> None:
-    """Sets what TensorFlow has for the whole process."""
+    """Sets TensorFlow's process-wide options."""
     from trainer import runtime
 
     runtime.set_threads(config.threads)
@@ -284,7 +285,7 @@ def _configure_tensorflow(config: TrainConfig) -> None:
 
 
 class _Assembly(NamedTuple):
-    """What a run is made of before it trains."""
+    """What a run has chosen before it trains."""
 
     strategy: "StrategyChoice"
     step: "StepChoice"
@@ -300,7 +301,7 @@ def _assemble(
     link: "Link | None",
     job: str | None,
 ) -> _Assembly:
-    """Chooses strategy and step, makes the run manifest, and meets the other workers."""
+    """Chooses strategy and step, makes the run manifest, and waits for the other workers."""
     from trainer.distributed import strategy as strategies
     from trainer.training.manifest import RunManifest
 
@@ -377,7 +378,7 @@ def _verified_step(config: TrainConfig, strategy: "tf.distribute.Strategy") -> "
 def _check_that_all_verified(
     step: "StepChoice", verified: "StepChoice", strategy: "tf.distribute.Strategy"
 ) -> None:
-    """Raises on all workers where the step proved wrong on one, whose bits would differ."""
+    """Raises on all workers if the step failed its check on one, whose bits would differ."""
     from trainer.distributed.collectives import Workers
 
     failed = Workers(strategy).gather(int(verified.name != step.name))
@@ -440,7 +441,7 @@ class _Session:
         self.link = link
         self.workers = Workers(assembly.strategy.strategy)
         self.ring = assembly.strategy.ring
-        self.first_sums = 0  # what the ring has summed at least when the first call has ended
+        self.first_sums = 0  # elements that the ring must have summed after the first call
         self.checkpoints = Checkpoints(config.output_dir, keep=config.keep_checkpoints)
         self.checkpointer: Checkpointer | None = None
 
@@ -499,10 +500,10 @@ class _Session:
         self._check_ring()
         if self.checkpointer:  # Since begin.
             self.checkpointer.after_call(position)
-        self._report(position)  # A checkpoint on a slow disk is no step that hangs.
+        self._report(position)  # Saving to a slow disk is not a step that hangs.
 
     def _check_ring(self) -> None:
-        """Says once, after the first call of the step, if the gradients bypassed the ring."""
+        """Reports once, after the first call of the step, if the gradients bypassed the ring."""
         if self.ring and self.ring.summed < self.first_sums:
             self.watcher.say(
                 "The gradients are not summed by the ring of collectives='ring', but by "
@@ -517,7 +518,7 @@ class _Session:
 
 
 def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "Watcher") -> None:
-    """Says what weights this worker has ended with, and whether all have the same."""
+    """Reports the SHA-256 of this worker's final weights, and whether all workers' are equal."""
     if workers.count == 1:
         return
     sha256 = artifacts.weights_sha256(model)
@@ -537,7 +538,7 @@ def _save(
     manifest: "RunManifest",
     start: float,
 ) -> dict:
-    """Writes the files; returns what mnist.json says."""
+    """Writes the files; returns the content of mnist.json."""
     metrics = {name: values[-1] for name, values in history.items() if name != "seconds"}
     description = {
         **manifest.as_dict(),
@@ -547,7 +548,7 @@ def _save(
     return artifacts.save(config.output_dir, model, history, description)
 
 
-def _say_result(config: TrainConfig, manifest: dict, watcher: "Watcher") -> None:
+def _report_result(config: TrainConfig, manifest: dict, watcher: "Watcher") -> None:
     from trainer.reporting.bar import format_duration
 
     metrics = manifest["metrics"]

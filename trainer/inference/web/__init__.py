@@ -1,1 +1,1 @@
-"""The page and the HTTP API."""
+"""The web page to draw or upload a digit on, its HTTP API, and their server."""

@@ -46,7 +46,7 @@ def build(classify: Classify, name: str) -> "gr.Blocks":
         return dict(zip(map(str, range(10)), probabilities, strict=True)), prediction.digit.pixels
 
     def predict(image: gr.FileData) -> dict:
-        """Says which digit a picture shows, and the probabilities of 0 to 9, in this order."""
+        """Returns the digit in a picture, and the probabilities of 0 to 9, in this order."""
         try:
             prediction = answer(image)
         except TrainerError as error:
@@ -56,7 +56,7 @@ def build(classify: Classify, name: str) -> "gr.Blocks":
             "probabilities": prediction.probabilities.tolist(),
         }
 
-    # Uploaded files are deleted after ten minutes; every minute it is looked for them.
+    # Every minute, uploaded files older than ten minutes are deleted.
     with gr.Blocks(title="Which digit is it?", delete_cache=(60, 600)) as page:
         gr.Markdown(f"# Which digit is it?\nDraw one or upload a picture, and `{name}` answers.")
         with gr.Row():

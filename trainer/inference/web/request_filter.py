@@ -1,6 +1,8 @@
-"""Middleware (ASGI) that decides which requests reach Gradio.
+"""ASGI middleware that decides which requests reach Gradio.
 
-app = RequestFilter(app, uploads=folder, max_bytes=10 * 2**20)
+    app = RequestFilter(app, uploads=folder, max_bytes=10 * 2**20)
+
+It rejects requests that would make Gradio read other files, fetch URLs, or fill the memory.
 """
 
 import json
@@ -29,7 +31,7 @@ class RequestFilter:
         self.max_bytes = max_bytes
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Answers a request, or passes it on, as ASGI has it."""
+        """Rejects a request, or passes it on; the signature is ASGI's."""
         if scope["type"] == "http":
             from starlette.requests import ClientDisconnect, Request
             from starlette.responses import JSONResponse

@@ -1,8 +1,11 @@
 """The server of the page and its endpoint.
 
-with server.temporary_folder() as folder:
-app = server.assemble(page.build(classify, "mnist.h5"), uploads=folder, max_bytes=10 * 2**20)
-server.run(app, listener)
+    with server.temporary_folder() as folder:
+        blocks = page.build(classify, "mnist.h5")
+        app = server.assemble(blocks, uploads=folder, max_bytes=10 * 2**20)
+        server.run(app, listener)
+
+It is Gradio in a FastAPI application behind ``RequestFilter``, run by uvicorn.
 """
 
 import contextlib
@@ -31,7 +34,7 @@ def temporary_folder() -> Iterator[Path]:
         os.environ |= {
             "GRADIO_TEMP_DIR": folder,
             "GRADIO_EXAMPLES_CACHE": folder,
-            # Else it reports to its makers that it was started, and asks for its newest version.
+            # Otherwise Gradio sends telemetry, and looks up its newest version.
             "GRADIO_ANALYTICS_ENABLED": "False",
         }
         yield Path(folder).resolve()
