@@ -88,12 +88,8 @@ def train(
             session.after_call(position)
 
     history = {}
-    step = fast_step.choose(
-        kind,
-        accelerator=False,
-        optimizer="adadelta",
-        threads=2,
-        replicas=Workers(chosen).local_replicas,
+    step = fast_step.find(kind, accelerator=False).verify(
+        optimizer="adadelta", threads=2, replicas=Workers(chosen).local_replicas
     )
     assert (step.name == "keras") == (kind == "off" or not HAS_FAST_STEP)
     with contextlib.suppress(StoppedError), step.step(model) as forward:

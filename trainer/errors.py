@@ -1,8 +1,8 @@
 """The errors a user can cause or meet, each with the exit code of its command.
 
 The codes are those of BSD's ``sysexits.h``, so that a scheduler can tell a wrong command (never
-retry) from a lost machine (retry). A message says what was expected, what was received and what to
-do about it, in one line.
+retry) from a lost machine (retry). A message states what was expected, what was received and what
+to do about it, in one line.
 """
 
 

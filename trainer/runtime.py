@@ -6,7 +6,7 @@ What affects the bits of a result is set here, for a command, a notebook and a l
 importing this module sets TF_ENABLE_ONEDNN_OPTS to 1 before TensorFlow is imported, unless it is
 set. Where TensorFlow was imported before, it stays as it was, and a run's manifest says so. Nothing
 else of the process is changed by the import. The functions below change TensorFlow's settings for
-the whole process, as each says.
+the whole process.
 """
 
 import contextlib

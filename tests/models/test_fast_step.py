@@ -21,7 +21,7 @@ STRATEGY = tf.distribute.get_strategy()
 
 
 def choose(kind="auto", optimizer="adadelta"):
-    return fast_step.choose(kind, accelerator=False, optimizer=optimizer, threads=2)
+    return fast_step.find(kind, accelerator=False).verify(optimizer=optimizer, threads=2)
 
 
 CHOSEN = choose()

@@ -11,9 +11,8 @@ from trainer.runtime import keras
 
 
 def choose(kind="auto", *, accelerator=False, optimizer="adadelta", **options):
-    return fast_step.choose(
-        kind, accelerator=accelerator, optimizer=optimizer, **{"threads": 2, **options}
-    )
+    found = fast_step.find(kind, accelerator=accelerator)
+    return found.verify(optimizer=optimizer, **{"threads": 2, **options})
 
 
 def build(optimizer="adadelta"):

@@ -91,8 +91,8 @@ class LocalWorkers:
             signal.signal(number, handler)
 
     def wait(self) -> int:
-        """Waits for the end of all workers. When one has failed, the others have a while to end by
-        themselves; then they are stopped.
+        """Waits for the end of all workers. When one has failed, the others have FAILURE_TIMEOUT
+        seconds to end by themselves; then they are stopped.
 
         Returns:
             0 where worker 0 has succeeded; else the first exit code of a worker that is neither 0

@@ -323,7 +323,7 @@ class _Chief(Parent):
             seconds = HEARTBEAT_INTERVAL
         elif self.told != set(self.others):
             # Workers that were lost at the very end may come back, and those of a run that cannot
-            # start may be on their way: they are told, lest they wait for one that has left.
+            # start may be on their way: they are told, so that they do not wait in vain.
             done = verdict.code == 0
             seconds = self.startup_timeout if done else 0 if self.running else TELL_TIMEOUT
             if done:

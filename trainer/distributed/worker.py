@@ -246,7 +246,7 @@ class WorkerProcess:
         return False
 
     def kill(self, outcome: Outcome) -> None:
-        """Kills it; ``outcome`` says why, unless it has reported one itself."""
+        """Kills it, and sets its outcome, unless it has reported one itself."""
         self.outcome = self.outcome or outcome
         self.process.kill()
 

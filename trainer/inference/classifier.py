@@ -27,7 +27,7 @@ FIRST_GROUP, GROUP = 16, 64
 
 BATCH = 256  # Digits in one forward pass, which takes 60 MB of memory.
 
-Picture = tuple[str, Path | bytes]  # What errors call it; its file, or that file's content.
+Picture = tuple[str, Path | bytes]  # Its name in errors; its file, or that file's content.
 
 # From uint8 (n, 28, 28), n at least 1, 0 for background and 255 for ink, to float32 (n, 10).
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -65,7 +65,7 @@ class Answer:
     """The result for a picture: an error, or predictions.
 
     Attributes:
-        name: What errors call it, control characters escaped.
+        name: Its name in errors, control characters escaped.
         error: Why there are no predictions.
         picture: uint8 (h, w), the picture as it was searched for digits; (0, 0) with an error.
         predictions: One for each digit; at least one where there is no error.

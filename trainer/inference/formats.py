@@ -34,7 +34,7 @@ def convert(model: "keras.Sequential", path: Path, format: str, *, quantize: boo
 
     Args:
         model: As ``trainer.models.cnn.build`` returns it.
-        path: A file that ends as SUFFIXES says, or a folder; there is none yet.
+        path: The file to create, with the format's suffix in SUFFIXES, or the folder.
         format: One of SUFFIXES.
         quantize: Whether the weights of ``litert`` are to have 8 bits.
 
@@ -54,14 +54,14 @@ def convert(model: "keras.Sequential", path: Path, format: str, *, quantize: boo
         with _quiet():
             convert(model, path)
     except (OSError, tf.errors.OpError) as error:
-        # TensorFlow's message opens with the place in its graph.
+        # TensorFlow's message begins with the location in its graph.
         reason = str(error).rpartition("; ")[2] if isinstance(error, tf.errors.OpError) else error
         raise OutputError(
             f"Expected to write temporary files in {tempfile.gettempdir()}. Received: "
             f"{getattr(error, 'strerror', None) or reason}. Make room or permission there, or set "
             "TMPDIR to another folder."
         ) from error
-    except Exception as error:  # A converter meets what it does not understand in many ways.
+    except Exception as error:  # Converters raise errors of many types.
         raise ConfigurationError(
             f"Expected packages that can convert the model to {format}. Received: "
             f"{type(error).__name__}: {str(error).strip(' .')[:300]}. Install those that were "

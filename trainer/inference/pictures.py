@@ -28,7 +28,7 @@ def open_image(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
 
     Args:
         source: A path, or a file that is open.
-        name: What errors call the picture; None: its path.
+        name: The picture's name in errors; None: its path.
 
     Returns:
         uint8 (h, w), grey, rotated by its EXIF orientation, transparent parts filled with the

@@ -43,7 +43,11 @@ class Channel:
         self._sink = sink
 
     def send(self, header: dict, *payload: bytes | memoryview) -> None:
-        """Sends a JSON object and the bytes that it announces."""
+        """Sends a JSON object and the bytes that it announces.
+
+        Raises:
+            ProtocolError: The other process has ended.
+        """
         text = json.dumps(header).encode()
         try:
             self._sink.write(len(text).to_bytes(4, "big"))
@@ -133,8 +137,8 @@ class Child(Channel):
 
     @contextlib.contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
-        """Ends the process if what is done in the block takes longer; a ``ProtocolError`` says
-        that it did.
+        """Ends the process if the block takes longer than that, and raises ``ProtocolError`` with
+        the reason.
         """
         expired = threading.Event()
 

@@ -41,7 +41,7 @@ def find(grey: np.ndarray, *, digits: DigitCount = "one", name: str = "the pictu
         grey: uint8 (h, w), as ``pictures.open_image`` returns it.
         digits: ``one``: all the ink is one digit; ``many``: separate digits, which are returned
             line by line, from left to right.
-        name: What errors call the picture.
+        name: The picture's name in errors.
 
     Returns:
         At least one digit.

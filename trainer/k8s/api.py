@@ -113,8 +113,8 @@ class Server:
         ) as error:
             raise ConfigurationError(
                 f"Expected a cluster to be named by a kubeconfig file. Received: "
-                f"{' '.join(str(error).split())} Set KUBECONFIG, or --context to one of kubectl "
-                "config get-contexts."
+                f"{' '.join(str(error).split())} Set KUBECONFIG, or use context=NAME: "
+                "kubectl config get-contexts lists them."
             ) from None
         self.namespace = namespace or found.get("namespace") or "default"
         self.flags = f"--namespace {self.namespace}" + (f" --context {context}" if context else "")
@@ -330,14 +330,14 @@ class Server:
         if not status:
             return ConfigurationError(
                 f"Expected a Kubernetes API server at {self.configuration.host}. Received: "
-                f"{reason}. kubectl cluster-info should answer; --context names another."
+                f"{reason}. kubectl cluster-info should answer; context=NAME selects another."
             )
         with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
             reason = json.loads(getattr(error, "body", ""))["message"]
         remedy = {
             401: " Log in to the cluster again.",
             403: f" Ask for the permission, or another quota, in the namespace {self.namespace}.",
-            404: f" The namespace is {self.namespace}; --namespace names another.",
+            404: f" The namespace is {self.namespace}; namespace=NAME selects another.",
         }.get(status, "")
         kind = {401: RefusedError, 403: RefusedError, 404: NotFoundError}.get(
             status, ConfigurationError

@@ -22,7 +22,7 @@ from trainer.k8s.manifests import selector
 POLL_SECONDS = 0.2  # between two looks at the signals
 DRAIN_SECONDS = 5.0  # for the last lines of a log to arrive
 
-# Reasons of events that repeat what the status of the pod or the Job says.
+# Reasons of events that repeat the status of the pod or the Job.
 _KNOWN_FROM_STATUS = ("FailedScheduling", "Failed", "BackOff", "Evicted", "BackoffLimitExceeded")
 
 
@@ -220,7 +220,7 @@ class Follower:
             self.warnings |= events
 
     def _show_warnings(self) -> None:
-        """Shows the warnings about this run's objects, told by uid from others of the same name."""
+        """Shows the warnings about this run's objects, matched by uid, since names recur."""
         uids = {
             one["metadata"].get("uid") for one in (*self.jobs.values(), *self.pods.values())
         } - {None}
@@ -312,7 +312,7 @@ class Follower:
 
 
 def pending_reason(pod: dict) -> str | None:
-    """Returns why a pod does not run yet, as the kubelet or the scheduler says it."""
+    """Returns why a pod does not run yet, as the kubelet or the scheduler reports it."""
     waiting = _container_status(pod).get("state", {}).get("waiting", {})
     if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
         return f"{waiting['reason']}: {waiting.get('message', '')}".removesuffix(": ")

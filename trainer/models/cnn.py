@@ -67,6 +67,9 @@ def build(
     Returns:
         A model with its optimizer's variables created. Input: float32 (n, 28, 28, 1), from 0 to 1.
         Output: float32 (n, 10), probabilities.
+
+    Raises:
+        ValueError: Keras has no optimizer of that name.
     """
     layers = keras.layers
     seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(6)]

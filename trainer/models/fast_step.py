@@ -43,7 +43,7 @@ class StepChoice:
     Attributes:
         name: For the run manifest, because it determines the last bits of a result: ``keras``, or
             ``winograd`` and the instruction set.
-        reason: A sentence for the user; empty where nothing needs saying.
+        reason: Why Keras' own operations are used, a sentence for the user; or empty.
         threads: Threads inside one operation.
         fused: Whether the optimizer's update is a fused kernel.
     """
@@ -93,17 +93,6 @@ class StepChoice:
             return
         with fused_update(model.optimizer) if self.fused else contextlib.nullcontext():
             yield functools.partial(_forward, model, self.threads)
-
-
-def choose(
-    kind: Fast, *, accelerator: bool, optimizer: str, threads: int, replicas: int = 1
-) -> StepChoice:
-    """Returns the verified step, for a process that need not know it before its strategy exists;
-    arguments as those of ``find`` and ``StepChoice.verify``.
-    """
-    return find(kind, accelerator=accelerator).verify(
-        optimizer=optimizer, threads=threads, replicas=replicas
-    )
 
 
 def find(kind: Fast, *, accelerator: bool) -> StepChoice:

@@ -3,7 +3,7 @@
     history = fit(model, lambda epoch: train_batches(epoch), test_batches, strategy=strategy,
                   loss=keras.losses.categorical_crossentropy, metrics={}, epochs=10)
 
-It takes the place of ``model.fit``, because Keras 3's own does not run on several workers
+It replaces ``model.fit``, because Keras 3's own does not run on several workers
 (https://github.com/keras-team/keras/issues/20585). Several steps run inside one call of a
 ``tf.function``; the sums of each step are returned one by one and added up here in float64, so the
 number of steps in a call changes no result.
@@ -78,6 +78,7 @@ def fit(
     Raises:
         NotFiniteError: The loss or a weight became NaN or infinite; the message names epoch and
             step. ``after_call`` is not called with such a position.
+        ValueError: The cardinality of a data set is not known.
     """
     separate_seeds(model)
     functions = {"loss": loss, **metrics}
@@ -143,6 +144,7 @@ def evaluate(
 
     Raises:
         NotFiniteError: The loss is NaN or infinite.
+        ValueError: The cardinality of the data set is not known.
     """
     functions = {"loss": loss, **metrics}
     step = _test_step(model, functions, preprocess or (lambda x, y: (x, y)))

@@ -45,7 +45,7 @@ def resume(
         notify: Called with each sentence for the user.
 
     Returns:
-        The position to go on from, and the manifest with the identity of the run it belongs to.
+        The position to resume from, and the manifest with the identity of the run it belongs to.
 
     Raises:
         ConfigurationError: The unfinished run has another configuration or other data.
@@ -95,7 +95,7 @@ def _restore_newest(
             continue
         if changes := changed_environment(state, manifest):
             notify(
-                "The run goes on, but its last bits will differ from those of an uninterrupted "
+                "The run is resumed, but its last bits will differ from those of an uninterrupted "
                 f"one: {', '.join(changes)}"
             )
         notify(
@@ -147,7 +147,7 @@ def check_same_run(state: dict, manifest: RunManifest, *, where: str) -> None:
         differences.append("other images or labels")
     if differences:
         raise ConfigurationError(
-            f"Expected the unfinished run in {where} to go on as it began. Received: "
+            f"Expected the configuration of the unfinished run in {where}. Received: "
             f"{', '.join(differences)}. Use its settings, or resume='never' to start anew."
         )
 

@@ -73,7 +73,7 @@ def train(
             progress and writes files.
         link: To the parent process, which each of several workers has.
         job: UID of the Kubernetes Job whose pod this is; None outside one.
-        callbacks: Keras callbacks, called as ``loop.fit`` says.
+        callbacks: Keras callbacks, called as in ``loop.fit``.
 
     Returns:
         What was trained; None where an earlier pod of the same Job had finished the run.
@@ -170,7 +170,7 @@ def fit(
         strategy: The strategy to train under; None: the one that ``config`` asks for, in this
             process.
         step: The training step; None: the one that ``config`` asks for.
-        callbacks: Keras callbacks, called as ``loop.fit`` says.
+        callbacks: Keras callbacks, called as in ``loop.fit``.
         begin: Called with the model; returns the position to resume from. None: start from the
             beginning.
         after_call: As that of ``loop.fit``.
@@ -179,6 +179,7 @@ def fit(
         The compiled model, in float32, and its history as ``loop.fit`` returns it.
 
     Raises:
+        ConfigurationError: The devices that ``config`` asks for do not exist.
         UsageError: The batch size does not divide among the replicas.
         NotFiniteError: The loss or the weights became NaN or infinite.
     """
