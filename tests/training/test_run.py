@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from support import ROOT, outcome
 
-from trainer.training import run
+from trainer.training.session import Session
 
 SMALL = {"epochs": 2, "train_limit": 256, "test_limit": 100, "batch_size": 64, "report": False}
 
@@ -231,7 +231,7 @@ def test_the_command_sums_by_the_ring_where_it_is_asked_to(command, tmp_path):
 @pytest.mark.parametrize(("summed", "notices"), [(9, 1), (10, 0)])
 def test_gradients_that_bypass_the_ring_are_noticed_once(summed, notices):
     said = []
-    session = object.__new__(run._Session)
+    session = object.__new__(Session)
     session.ring, session.first_sums = SimpleNamespace(summed=summed), 10
     session.watcher = SimpleNamespace(say=lambda text, event: said.append(event))
     for _ in range(2):

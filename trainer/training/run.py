@@ -9,14 +9,13 @@ in the caller's.
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer import cli, files
 from trainer.config import TrainConfig
-from trainer.errors import ConfigurationError, StoppedError, UsageError
+from trainer.errors import StoppedError, UsageError
 from trainer.signals import Signals
 from trainer.training import artifacts
 
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
     from trainer.data.dataset import Digits
     from trainer.distributed.cluster import Cluster
     from trainer.distributed.collectives import Workers
-    from trainer.distributed.strategy import StrategyChoice
     from trainer.distributed.worker import Link
     from trainer.models.fast_step import StepChoice
     from trainer.reporting.progress import Watcher
-    from trainer.training.checkpoint import Checkpointer
+    from trainer.training.assembly import Assembly
     from trainer.training.manifest import RunManifest
     from trainer.training.position import Position
+    from trainer.training.session import Session
 
 TERMINATION_SECONDS = 60.0  # For a pod of an earlier Job, which is being deleted, to terminate.
 
@@ -101,23 +100,25 @@ def train(
 
             from trainer import runtime
             from trainer.distributed.worker import out_of_memory_errors, peer_errors
+            from trainer.training.assembly import assemble
+            from trainer.training.session import Session
 
             _configure_tensorflow(config)
             watcher = held.enter_context(_progress(config, cluster))
             if link:
                 held.enter_context(peer_errors())
             held.enter_context(out_of_memory_errors())
-            assembly = _assemble(config, source, digits, cluster=cluster, link=link, job=job)
+            assembly = assemble(config, source, digits, cluster=cluster, link=link, job=job)
             signals.defer()
             _announce(config, digits, assembly, watcher)
-            session = _Session(config, assembly, watcher, signals, link)
+            session = Session(config, assembly, watcher, signals, link)
             remains.session = session
             model, history = fit(
                 config,
                 digits,
                 strategy=assembly.strategy.strategy,
                 step=assembly.step,
-                callbacks=[watcher, *session.callbacks(digits), *callbacks],
+                callbacks=[watcher, *session.callbacks(len(digits.x_train)), *callbacks],
                 begin=session.begin,
                 after_call=session.after_call,
             )
@@ -179,7 +180,6 @@ def fit(
         The compiled model, in float32, and its history as ``loop.fit`` returns it.
 
     Raises:
-        ConfigurationError: The devices that ``config`` asks for do not exist.
         UsageError: The batch size does not divide among the replicas.
         NotFiniteError: The loss or the weights became NaN or infinite.
     """
@@ -187,9 +187,10 @@ def fit(
     from trainer.distributed.strategy import check_batch_size, has_accelerator
     from trainer.models import cnn
     from trainer.training import loop
+    from trainer.training.assembly import choose_step, create_strategy
 
-    strategy = strategy or _strategy(config, None).strategy
-    step = step or _verified_step(config, strategy)
+    strategy = strategy or create_strategy(config).strategy
+    step = step or choose_step(config, strategy)
     check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
     with strategy.scope():
         model = cnn.from_config(config, len(digits.x_train))
@@ -236,7 +237,7 @@ def fit(
 class _Remains:
     """What an interrupted run leaves in its output folder, as a sentence for the user."""
 
-    session: "_Session | None" = None
+    session: "Session | None" = None
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -285,112 +286,6 @@ def _configure_tensorflow(config: TrainConfig) -> None:
         runtime.set_deterministic()
 
 
-class _Assembly(NamedTuple):
-    """What a run has chosen before it trains."""
-
-    strategy: "StrategyChoice"
-    step: "StepChoice"
-    manifest: "RunManifest"
-
-
-def _assemble(
-    config: TrainConfig,
-    source: "Digits",
-    digits: "Digits",
-    *,
-    cluster: "Cluster | None",
-    link: "Link | None",
-    job: str | None,
-) -> _Assembly:
-    """Chooses strategy and step, makes the run manifest, and waits for the other workers."""
-    from trainer.distributed import strategy as strategies
-    from trainer.training.manifest import RunManifest
-
-    def manifest(step: str, workers: int, replicas: int) -> RunManifest:
-        return RunManifest.create(
-            config,
-            source=source,
-            used=digits,
-            step=step,
-            workers=workers,
-            replicas=replicas,
-            job=job,
-        )
-
-    if cluster is None:
-        choice = _strategy(config, None)
-        step = _verified_step(config, choice.strategy)
-        made = manifest(step.name, 1, choice.strategy.num_replicas_in_sync)
-        return _Assembly(choice, step, made)
-    # What each worker is about to do is compared before TensorFlow connects them: it would wait
-    # for one that does something else, with Python's lock held.
-    gpus = strategies.count_gpus(config.gpus)
-    step = _found_step(config, accelerator=gpus > 0)
-    count = len(cluster.workers)
-    made = manifest(step.name, count, count * max(gpus, 1))
-    if link:
-        link.meet(made.shared_by_workers())
-    choice = _strategy(config, cluster)
-    if link:
-        link.tell("connected")
-    verified = _verify(step, config, choice.strategy)
-    _check_that_all_verified(step, verified, choice.strategy)
-    return _Assembly(choice, verified, made)
-
-
-def _strategy(config: TrainConfig, cluster: "Cluster | None") -> "StrategyChoice":
-    from trainer.distributed import strategy
-
-    return strategy.create(
-        config.strategy,
-        cluster=cluster,
-        gpus=config.gpus,
-        collectives=config.collectives,
-        startup_timeout=config.startup_timeout,
-    )
-
-
-def _found_step(config: TrainConfig, *, accelerator: bool) -> "StepChoice":
-    from trainer.models import fast_step
-
-    # XLA cannot compile the fast step, and it computes in float32.
-    plain = config.jit_compile or config.precision == "mixed_bfloat16"
-    return fast_step.find("off" if plain else config.fast, accelerator=accelerator)
-
-
-def _verify(
-    step: "StepChoice", config: TrainConfig, strategy: "tf.distribute.Strategy"
-) -> "StepChoice":
-    from trainer.distributed.collectives import Workers
-
-    return step.verify(
-        optimizer=config.optimizer,
-        threads=config.threads,
-        replicas=Workers(strategy).local_replicas,
-    )
-
-
-def _verified_step(config: TrainConfig, strategy: "tf.distribute.Strategy") -> "StepChoice":
-    from trainer.distributed.strategy import has_accelerator
-
-    return _verify(_found_step(config, accelerator=has_accelerator()), config, strategy)
-
-
-def _check_that_all_verified(
-    step: "StepChoice", verified: "StepChoice", strategy: "tf.distribute.Strategy"
-) -> None:
-    """Raises on all workers if the step failed its check on one, whose bits would differ."""
-    from trainer.distributed.collectives import Workers
-
-    failed = Workers(strategy).gather(int(verified.name != step.name))
-    if any(failed):
-        raise ConfigurationError(
-            f"Expected the training step {step.name} to work on every worker. Received: worker "
-            f"{failed.index(1)}, on which it does not"
-            f"{f' ({verified.reason})' if verified.reason else ''}. Use fast='off'."
-        )
-
-
 @contextlib.contextmanager
 def _progress(config: TrainConfig, cluster: "Cluster | None") -> "Iterator[Watcher]":
     from trainer.reporting.progress import progress
@@ -404,7 +299,7 @@ def _progress(config: TrainConfig, cluster: "Cluster | None") -> "Iterator[Watch
 
 
 def _announce(
-    config: TrainConfig, digits: "Digits", assembly: _Assembly, watcher: "Watcher"
+    config: TrainConfig, digits: "Digits", assembly: "Assembly", watcher: "Watcher"
 ) -> None:
     schedule = "" if config.schedule == "constant" else f" ({config.schedule})"
     watcher.say(
@@ -419,103 +314,6 @@ def _announce(
     for notice in (assembly.strategy.notice, assembly.step.reason):
         if notice:
             watcher.say(notice, "notice")
-
-
-class _Session:
-    """What a run does between the calls of its step: it resumes, reports, and saves."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        assembly: _Assembly,
-        watcher: "Watcher",
-        signals: Signals,
-        link: "Link | None",
-    ) -> None:
-        from trainer.distributed.collectives import Workers
-        from trainer.training.checkpoint import Checkpoints
-
-        self.config = config
-        self.manifest = assembly.manifest
-        self.watcher = watcher
-        self.signals = signals
-        self.link = link
-        self.workers = Workers(assembly.strategy.strategy)
-        self.ring = assembly.strategy.ring
-        self.first_sums = 0  # elements that the ring must have summed after the first call
-        self.checkpoints = Checkpoints(config.output_dir, keep=config.keep_checkpoints)
-        self.checkpointer: Checkpointer | None = None
-
-    @property
-    def last_checkpoint(self) -> "Position | None":
-        """The position of the last checkpoint that this run has saved."""
-        if self.checkpointer and self.checkpointer.count:
-            return self.checkpointer.saved
-        return None
-
-    def begin(self, model: "keras.Model") -> "Position":
-        """Restores the unfinished run, if there is one."""
-        from trainer.training.checkpoint import Checkpointer
-        from trainer.training.resume import resume
-
-        position, self.manifest = resume(
-            self.checkpoints,
-            model,
-            self.manifest,
-            policy=self.config.resume,
-            finished_run=artifacts.read_manifest(self.config.output_dir).get("run"),
-            workers=self.workers,
-            notify=lambda text: self.watcher.say(text, "notice"),
-        )
-        self.checkpointer = Checkpointer(
-            self.checkpoints,
-            self.manifest,
-            position,
-            every=self.config.checkpoint_every,
-            stop=lambda: self.signals.received,
-            workers=self.workers,
-        )
-        if self.ring:
-            parameters = sum(math.prod(weight.shape) for weight in model.trainable_weights)
-            self.first_sums = self.ring.summed + parameters
-        return dataclasses.replace(position)
-
-    def callbacks(self, digits: "Digits") -> list["keras.callbacks.Callback"]:
-        """Returns the callbacks that the configuration asks for."""
-        if not self.config.tensorboard or self.workers.index:
-            return []
-        from trainer.models import optimizers
-        from trainer.reporting.tensorboard import EpochEvents
-
-        return [
-            EpochEvents(
-                self.config.output_dir,
-                learning_rate=optimizers.learning_rate_by_epoch(self.config, len(digits.x_train)),
-                before=lambda: self.checkpointer.saved.history if self.checkpointer else {},
-            )
-        ]
-
-    def after_call(self, position: "Position") -> None:
-        """Reports the step to the parent process, and saves a checkpoint if one is due."""
-        self._report(position)
-        self._check_ring()
-        if self.checkpointer:  # Since begin.
-            self.checkpointer.after_call(position)
-        self._report(position)  # Saving to a slow disk is not a step that hangs.
-
-    def _check_ring(self) -> None:
-        """Reports once, after the first call of the step, if the gradients bypassed the ring."""
-        if self.ring and self.ring.summed < self.first_sums:
-            self.watcher.say(
-                "The gradients are not summed by the ring of collectives='ring', but by "
-                "TensorFlow's own collectives: the weights are right, the speed is theirs",
-                "notice",
-            )
-        self.ring = None
-
-    def _report(self, position: "Position") -> None:
-        if self.link:
-            self.link.report_step(position.epoch + 1, position.step)
 
 
 def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "Watcher") -> None:
