@@ -168,7 +168,7 @@ def test_sums_are_taken_by_tensorflow_without_a_copy():
 
 @pytest.mark.parametrize("late", range(3))
 def test_workers_join_in_any_order(late, monkeypatch):
-    calling, call = threading.Semaphore(0), ring_module._call
+    calling, call = threading.Semaphore(0), ring_module._connect_to
 
     def announced(address, index):
         calling.release()
@@ -179,7 +179,7 @@ def test_workers_join_in_any_order(late, monkeypatch):
             for _ in range(2):
                 assert calling.acquire(timeout=60)
 
-    monkeypatch.setattr(ring_module, "_call", announced)
+    monkeypatch.setattr(ring_module, "_connect_to", announced)
     results = together(3, lambda ring: ring.sum([np.ones(7)])[0].tolist(), before=before)
     assert results == [[3.0] * 7] * 3
 

@@ -63,7 +63,7 @@ def test_where_it_was_not_compiled_keras_step_is_used_and_the_user_is_told(monke
     ("cached", "name", "value", "reason"),
     [
         ("_library", "_instructions", lambda path: None.x, "does not work with this TensorFlow"),
-        ("_difference", "TOLERANCE", 0.0, "something else on this processor"),
+        ("_difference", "TOLERANCE", 0.0, "gives wrong results on this processor"),
     ],
 )
 def test_where_it_does_not_work_keras_step_is_used_and_the_user_is_told(
