@@ -174,17 +174,16 @@ def _flags(kind: type, message: str) -> str:
     """Returns the flags of the fields that an error message names, to be appended to it.
 
     >>> from trainer.config import TrainConfig
-    >>> _flags(TrainConfig, "Received: batch_size=100. Use 96."), _flags(TrainConfig, "No data.")
+    >>> _flags(TrainConfig, "Received: batch_size=100."), _flags(TrainConfig, "in /a/output_dir/b")
     (' (--batch-size)', '')
     """
-    names = [field.name for field in dataclasses.fields(kind)]
-    about = [
-        name
-        for name in names
-        if re.search(rf"\b{name}=" if "_" not in name else rf"\b{name}\b", message)
-    ]
-    flags = [f"--{name.replace('_', '-')}" for name in about]
-    flags = [flag for flag in flags if flag not in message]
+    flags = []
+    for name in (field.name for field in dataclasses.fields(kind)):
+        # A name of one word may be a word of the sentence; any may be a part of a path.
+        end = r"(?![\w/-])" if "_" in name else "="
+        flag = f"--{name.replace('_', '-')}"
+        if re.search(rf"(?<![\w/.-]){name}{end}", message) and flag not in message:
+            flags.append(flag)
     return f" ({', '.join(flags)})" if flags else ""
 
 

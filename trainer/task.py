@@ -46,15 +46,23 @@ def train(config: TrainConfig, flags: Sequence[str]) -> None:
         return
     from trainer.distributed import supervisor
     from trainer.distributed.worker import Link
+    from trainer.log_lines import json_line
 
     if link := Link.find(os.environ):
         link.run(lambda: run.train(config, cluster=workers, link=link, job=job))
     else:
+
+        def notify(text: str) -> None:
+            if config.log_format == "json":
+                text = json_line("notice", text, severity="WARNING", worker=workers.index)
+            print(text, file=sys.stderr, flush=True)
+
         supervisor.run(
             [sys.executable, "-m", "trainer.task", *flags],
             workers,
             startup_timeout=config.startup_timeout,
             step_timeout=config.step_timeout,
+            notify=notify,
         )
 
 

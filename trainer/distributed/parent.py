@@ -84,6 +84,7 @@ class Parent:
         startup_timeout: Seconds that the workers wait for one another.
         step_timeout: Seconds without progress after which the run ends; None: the default of
             ``step_deadline``.
+        notify: Called with a sentence for the user.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Parent:
         cluster: Cluster,
         startup_timeout: float,
         step_timeout: float | None,
+        notify: Callable[[str], None],
     ) -> None:
         self.cluster = cluster
+        self.notify = notify
         self.startup_timeout = startup_timeout
         self.step_timeout = step_timeout
         self.worker = WorkerProcess(command)

@@ -28,7 +28,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from trainer import errors
@@ -59,6 +59,7 @@ def run(
     *,
     startup_timeout: float,
     step_timeout: float | None = None,
+    notify: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> None:
     """Runs one worker of a run in a child process, until all of them have ended.
 
@@ -68,6 +69,8 @@ def run(
         startup_timeout: Seconds to wait for the other workers.
         step_timeout: Seconds without progress after which the run has hung; None: a multiple of the
             longest step (``parent.step_deadline``).
+        notify: Called with what there is to tell beside the error: its traceback, and for whom
+            worker 0 waits.
 
     Raises:
         StoppedError: A peer was lost or did not join, the run hung, or a signal stopped it.
@@ -77,11 +80,11 @@ def run(
     parent = _Chief if cluster.is_chief else _Other
 
     async def supervise() -> End:
-        return await parent(command, cluster, startup_timeout, step_timeout).run()
+        return await parent(command, cluster, startup_timeout, step_timeout, notify).run()
 
     code, text, details = asyncio.run(supervise())
     if details:
-        print(details, file=sys.stderr, flush=True)
+        notify(details)
     if code == INTERRUPTED:
         raise KeyboardInterrupt(text)
     if code:
@@ -327,7 +330,7 @@ class _Chief(Parent):
             done = verdict.code == 0
             seconds = self.startup_timeout if done else 0 if self.running else TELL_TIMEOUT
             if done:
-                self._print_waiting(seconds)
+                self._notify_of_waiting(seconds)
                 if self.running:  # Else it still is.
                     await self._open()
         until = self.loop.time() + seconds
@@ -335,13 +338,11 @@ class _Chief(Parent):
             await asyncio.sleep(HEARTBEAT_INTERVAL / 10)
         self.finish(*self.own_end(verdict))
 
-    def _print_waiting(self, seconds: float) -> None:
+    def _notify_of_waiting(self, seconds: float) -> None:
         lost = [self.cluster.name(index) for index in self.others if index not in self.told]
-        print(
+        self.notify(
             f"The model is saved. Waiting up to {seconds:g} s to tell {', '.join(lost)}, lost at "
-            "the very end; Ctrl-C ends that.",
-            file=sys.stderr,
-            flush=True,
+            "the very end; Ctrl-C ends that."
         )
 
 
