@@ -2,7 +2,6 @@
 
 import ast
 import json
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -94,39 +93,46 @@ TWO = json.dumps(
 )
 
 
-@pytest.mark.parametrize(
-    ("settings", "prepare", "environ", "refused"),
-    [
-        ({}, "", {"TF_CONFIG": TWO}, "with 2 workers"),
-        ({"strategy": "multiworker"}, "", {}, "Received: none described"),
-        ({"step_timeout": 5}, "", {}, "step_timeout=5 and one process"),
-        ({"collectives": "ring"}, "", {}, "ring"),
-        ({"gpus": 64}, "", {}, "gpus=64|--gpus 64"),
-        (
-            {"threads": 1},
-            "from trainer.runtime import set_threads, tf; set_threads(2); tf.constant(0) + 0",
-            {},
-            "Expected to set threads=1",
-        ),
-        ({"train_limit": 60_001}, "", {}, "train_limit=60001"),
-        ({"batch_size": 257}, "", {}, "batch_size=257"),
-    ],
-)
-def test_what_fit_cannot_honour_it_refuses(command, tmp_path, settings, prepare, environ, refused):
-    command.env |= environ
-    called = call(
-        command,
-        "import trainer\n"
-        f"{prepare}\n"
-        "try:\n"
-        f"    trainer.fit(trainer.TrainConfig(**{ {**SMALL, 'output_dir': 'out', **settings} }))\n"
-        "except trainer.errors.TrainerError as error:\n"
-        "    print(error)\n",
-    )
+# In one process: each is refused before anything of TensorFlow is set.
+REFUSED = [
+    ({"strategy": "multiworker"}, "Received: none described"),
+    ({"step_timeout": 5}, "step_timeout=5 and one process"),
+    ({"collectives": "ring"}, "Received: one process"),
+    ({"gpus": 64}, "gpus=64"),
+    ({"threads": 1}, "Expected to set threads=1"),
+    ({"train_limit": 60_001}, "train_limit=60001"),
+    ({"batch_size": 257}, "batch_size=257"),
+]
+REFUSE = """
+import json, sys
+import trainer
+from trainer.runtime import set_threads, tf
+set_threads(2)
+tf.constant(0) + 0  # TensorFlow runs, with two threads.
+for settings in json.loads(sys.argv[1]):
+    try:
+        trainer.fit(trainer.TrainConfig(**{"threads": 2, **settings}))
+    except trainer.errors.TrainerError as error:
+        print(error)
+"""
+
+
+def test_what_fit_cannot_honour_it_refuses(command, tmp_path):
+    asked = [{**SMALL, "output_dir": "out", **settings} for settings, _ in REFUSED]
+    called = call(command, REFUSE, json.dumps(asked))
     assert called.returncode == 0, called.stderr
-    assert re.search(refused, called.stdout)
-    assert called.stdout.count("\n") == 1
-    assert not (tmp_path / "out" / "mnist.h5").exists()
+    lines = called.stdout.splitlines()
+    for (settings, part), line in zip(REFUSED, lines, strict=True):
+        assert part in line, settings
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_fit_is_no_worker_of_several(command, tmp_path):
+    command.env["TF_CONFIG"] = TWO
+    called = call(command, FIT, json.dumps({**SMALL, "output_dir": "out"}))
+    assert "ConfigurationError: Expected one process" in called.stderr
+    assert "with 2 workers" in called.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_of_a_described_cluster_can_be_asked_to_train_alone(command):
