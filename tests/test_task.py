@@ -211,7 +211,10 @@ BEFORE = [{"importing": "tensorflow"}, {"calling": "trainer.distributed.strategy
 @pytest.mark.parametrize("point", BEFORE)
 @pytest.mark.parametrize(
     ("number", "code", "says"),
-    [(signal.SIGINT, 130, "interrupted."), (signal.SIGTERM, 75, "stopped by SIGTERM.")],
+    [
+        (signal.SIGINT, 130, "interrupted."),
+        pytest.param(signal.SIGTERM, 75, "stopped by SIGTERM.", marks=pytest.mark.full),
+    ],
 )
 def test_a_signal_before_the_first_step_is_one_line(command, tmp_path, point, number, code, says):
     pause = Pause(folder=tmp_path / "pause", **point)
@@ -233,8 +236,18 @@ DURING = [
 ]
 
 
-@pytest.mark.parametrize("point", DURING)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "point"),
+    [
+        (signal.SIGINT, DURING[1]),
+        (signal.SIGTERM, DURING[2]),
+        *(
+            pytest.param(number, point, marks=pytest.mark.full)
+            for number in (signal.SIGINT, signal.SIGTERM)
+            for point in DURING
+        ),
+    ],
+)
 def test_a_signal_during_training_is_75_and_leaves_a_checkpoint(command, tmp_path, point, number):
     pause = Pause(folder=tmp_path / "pause", **point)
     run = command.start(*SMALL, "--steps-per-execution", 1, "--output-dir", "out", hooks=[pause])
@@ -252,7 +265,9 @@ def test_a_signal_during_training_is_75_and_leaves_a_checkpoint(command, tmp_pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
 def test_a_second_signal_ends_at_once_and_says_what_is_left(command, tmp_path, number):
     pause = Pause(folder=tmp_path / "pause", after_step=(1, 2))
     flags = (*SMALL, "--checkpoint-every", 1, "--steps-per-execution", 1, "--output-dir", "out")
@@ -429,13 +444,6 @@ def assert_old_or_new_model_loads(command, tmp_path, trained, point):
     assert {path.name for path in out.iterdir()} == FILES
     assert manifest(out)["config"]["seed"] == 1
     assert_loads(out)
-
-
-@pytest.mark.parametrize("point", [IN_THE_SAVE[1], IN_THE_SAVE[5]])
-def test_killed_while_it_saves_the_old_model_or_the_new_one_loads(
-    command, tmp_path, trained, point
-):
-    assert_old_or_new_model_loads(command, tmp_path, trained, point)
 
 
 @pytest.mark.full

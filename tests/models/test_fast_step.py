@@ -107,7 +107,14 @@ def test_gradients_are_the_models_own(mnist, digits, n, steps):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("adadelta", 1.0), ("adam", 1e-3), ("sgd", 0.1)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate"),
+    [
+        ("adadelta", 1.0),
+        pytest.param("adam", 1e-3, marks=pytest.mark.full),
+        pytest.param("sgd", 0.1, marks=pytest.mark.full),
+    ],
+)
 def test_in_float64_the_loss_curve_is_the_models_own(digits, float64, optimizer, rate):
     options = {"optimizer": optimizer, "learning_rate": rate}
     with_model, with_fast = with_the_fast_masks(build(**options)), build(**options)

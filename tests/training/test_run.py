@@ -1,13 +1,14 @@
 """The library's calls: they do what the command does, or say why not."""
 
 import ast
+import functools
 import json
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from support import ROOT, outcome
+from support import ROOT, Command, outcome
 
 from trainer.training.session import Session
 
@@ -46,17 +47,32 @@ def call(command, program, *arguments):
     )
 
 
+@pytest.fixture(scope="module")
+def by_command(tmp_path_factory):
+    """Gives the folder of a run of the command, with ``TF_ENABLE_ONEDNN_OPTS`` or without."""
+
+    @functools.cache
+    def with_onednn(value=None):
+        folder = tmp_path_factory.mktemp("command")
+        command = Command(folder, folder)
+        if value:
+            command.env["TF_ENABLE_ONEDNN_OPTS"] = value
+        done = command.run(*flags(SMALL))
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    return with_onednn
+
+
 # Without oneDNN the operations are others: those that TensorFlow has where a processor has AVX2
 # alone, unless it is switched on.
-@pytest.mark.parametrize("onednn", [None, "0"])
-def test_fit_ends_with_the_same_files_as_the_command(command, tmp_path, onednn):
+@pytest.mark.parametrize("onednn", [None, pytest.param("0", marks=pytest.mark.full)])
+def test_fit_ends_with_the_same_files_as_the_command(command, by_command, tmp_path, onednn):
     if onednn:
         command.env["TF_ENABLE_ONEDNN_OPTS"] = onednn
-    done = command.run(*flags(SMALL), "--output-dir", "command")
-    assert done.returncode == 0, done.stderr
     called = call(command, FIT, json.dumps({**SMALL, "output_dir": "call"}))
     assert called.returncode == 0, called.stderr
-    assert outcome(tmp_path / "call") == outcome(tmp_path / "command")
+    assert outcome(tmp_path / "call") == outcome(by_command(onednn))
     manifest = json.loads((tmp_path / "call" / "mnist.json").read_text())
     assert manifest["environment"]["TF_ENABLE_ONEDNN_OPTS"] == (onednn or "1")
     assert (
@@ -65,9 +81,7 @@ def test_fit_ends_with_the_same_files_as_the_command(command, tmp_path, onednn):
     )
 
 
-def test_fit_resumes_the_run_that_the_command_left(command, tmp_path):
-    done = command.run(*flags(SMALL), "--output-dir", "whole")
-    assert done.returncode == 0, done.stderr
+def test_fit_resumes_the_run_that_another_process_left(command, by_command, tmp_path):
     settings = {**SMALL, "output_dir": "out", "steps_per_execution": 1}
     stopped = call(
         command,
@@ -82,7 +96,7 @@ def test_fit_resumes_the_run_that_the_command_left(command, tmp_path):
     called = call(command, FIT, json.dumps({**settings, "resume": "must"}))
     assert called.returncode == 0, called.stderr
     assert "at epoch 1, step 3" in called.stdout
-    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "out") == outcome(by_command())
 
 
 TWO = json.dumps(
@@ -183,22 +197,22 @@ def test_importing_the_library_changes_one_variable(command):
     assert changed - expected == {"TF_ENABLE_ONEDNN_OPTS"}
 
 
-def test_evaluate_and_load_model_say_what_the_commands_say(command, trained):
+def test_evaluate_and_load_model_say_what_the_commands_say(command, weak_model_file):
     called = call(
         command,
         "import sys, trainer\n"
         "data = trainer.load_data('bundled').first(10, 500)\n"
         "scores = trainer.evaluate(trainer.load_model(sys.argv[1]), data)\n"
         "print(scores.accuracy)\n",
-        trained / "mnist.h5",
+        weak_model_file,
     )
     assert called.returncode == 0, called.stderr
     command.program = ["-m", "trainer.evaluate"]
-    done = command.run(trained / "mnist.h5", "--test-limit", 500, "--json")
+    done = command.run(weak_model_file, "--test-limit", 500, "--json")
     assert json.loads(done.stdout)["accuracy"] == float(called.stdout)
 
 
-def test_arrays_of_the_callers_are_trained_on(command, tmp_path):
+def test_arrays_of_the_callers_are_trained_on(command, by_command, tmp_path):
     called = call(
         command,
         "import trainer\n"
@@ -207,9 +221,7 @@ def test_arrays_of_the_callers_are_trained_on(command, tmp_path):
         "trainer.fit(trainer.TrainConfig(**settings, output_dir='arrays'), data)\n",
     )
     assert called.returncode == 0, called.stderr
-    done = command.run(*flags(SMALL), "--output-dir", "named")
-    assert done.returncode == 0, done.stderr
-    assert outcome(tmp_path / "arrays") == outcome(tmp_path / "named")
+    assert outcome(tmp_path / "arrays") == outcome(by_command())
 
 
 def test_the_package_says_what_is_public():
