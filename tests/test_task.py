@@ -50,6 +50,7 @@ def test_a_run_ends_with_the_files_and_says_so(command, tmp_path, tmp_path_facto
     assert set(made["versions"]) == {"digits-trainer", "python", "tensorflow", "keras", "numpy"}
 
 
+@pytest.mark.full
 def test_the_seed_alone_decides_the_weights(command, tmp_path):
     runs = [
         command.start(*SMALL, "--seed", seed, "--threads", 1, "--output-dir", name)

@@ -206,7 +206,8 @@ def test_the_step_can_be_compiled_for_a_device_with_static_shapes_only(mnist):
     assert sums[0] == 8
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [1, 2])
 def test_images_on_the_devices_train_the_same_bits(replicas, devices):
     # As on GPUs; with a batch that is not full.
     data = {"examples": 300, "batch_size": 64}
@@ -216,7 +217,8 @@ def test_images_on_the_devices_train_the_same_bits(replicas, devices):
     assert host == there
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_step_that_xla_compiles_computes_the_same(replicas, devices):
     data = {"examples": 24, "batch_size": 8}
     plain, compiled = (
