@@ -109,22 +109,62 @@ def test_a_configuration_becomes_json_with_the_rate_it_used():
     assert fields["learning_rate"] == 1.0
 
 
+V2 = "sys/fs/cgroup/cpu.max"
+V1 = ("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "sys/fs/cgroup/cpu/cpu.cfs_period_us")
+NESTED_V2 = {"proc/self/cgroup": "0::/user.slice/run.scope\n", V2: "max 100000\n"}
+NESTED_V1 = {"proc/self/cgroup": "5:memory:/\n4:cpu,cpuacct:/slurm/job_1/step_0\n0::/\n"}
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu.max": "50000 100000\n"}, 1),
-        ({"cpu.max": "100001 100000\n"}, 2),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
-        ({"cpu.max": "nonsense\n"}, None),
+        ({V2: "max 100000\n"}, None),
+        ({V2: "50000 100000\n"}, 1),
+        ({V2: "100001 100000\n"}, 2),
+        ({V2: "100000 0\n"}, None),
+        (dict(zip(V1, ("-1\n", "100000\n"), strict=True)), None),
+        (dict(zip(V1, ("100000\n", "100000\n"), strict=True)), 1),
+        ({V2: "nonsense\n"}, None),
+        ({V2: "200000 100000\n", "proc/self/cgroup": "nonsense\n"}, 2),
         ({}, None),
+        # The smallest of the quotas from the process' group up to the root.
+        ({**NESTED_V2, "sys/fs/cgroup/user.slice/run.scope/cpu.max": "150000 100000\n"}, 2),
+        (
+            {
+                **NESTED_V2,
+                "sys/fs/cgroup/user.slice/cpu.max": "300000 100000\n",
+                "sys/fs/cgroup/user.slice/run.scope/cpu.max": "max 100000\n",
+            },
+            3,
+        ),
+        (
+            {
+                **NESTED_V2,
+                V2: "200000 100000\n",
+                "sys/fs/cgroup/user.slice/cpu.max": "300000 100000\n",
+            },
+            2,
+        ),
+        (
+            {
+                **NESTED_V1,
+                "sys/fs/cgroup/cpu/slurm/job_1/cpu.cfs_quota_us": "400000\n",
+                "sys/fs/cgroup/cpu/slurm/job_1/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu/slurm/job_1/step_0/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/slurm/job_1/step_0/cpu.cfs_period_us": "100000\n",
+            },
+            4,
+        ),
+        # Not a group of this process.
+        ({**NESTED_V2, "sys/fs/cgroup/system.slice/cpu.max": "100000 100000\n"}, None),
+        # The host's path in a container: nothing of it exists below the mount.
+        ({"proc/self/cgroup": "0::/docker/1f2e\n", V2: "200000 100000\n"}, 2),
     ],
 )
-def test_a_containers_quota_limits_the_threads(tmp_path, monkeypatch, files, expected):
+def test_the_smallest_cpu_quota_limits_the_threads(tmp_path, monkeypatch, files, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert available_cpus(tmp_path) == (expected or 8)
 

@@ -8,8 +8,8 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,25 +21,19 @@ ALIGNMENT = 64  # bytes; EIGEN_MAX_ALIGN_BYTES of TensorFlow's builds
 _M_ARENA_MAX = -8  # of <malloc.h>
 
 
-def available_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Counts the CPUs this process may use: its affinity, and its container's quota rounded up.
+def available_cpus(root: Path = Path("/")) -> int:
+    """Counts the CPUs this process may use: its affinity, and its control groups' quota rounded up.
+
+    A quota of any group from the process' own up to the mounted root holds: that of a systemd slice
+    or of a container around it, too. Versions 2 and 1 are understood (``man 7 cgroups``).
 
     Args:
-        cgroup: Where the control group file system is mounted; version 2 (``cpu.max``) and
-            version 1 (``cpu/cpu.cfs_quota_us``) are understood.
+        root: The folder in which ``proc`` and ``sys`` are mounted.
 
     Returns:
         At least 1.
     """
-    count = affinity_cpus()
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota, period = " ".join((cgroup / name).read_text() for name in files).split()
-        except (OSError, ValueError):
-            continue
-        if quota not in ("max", "-1"):
-            count = min(count, math.ceil(int(quota) / int(period)))
-    return max(count, 1)
+    return max(1, min([affinity_cpus(), *map(math.ceil, _cpu_quotas(root))]))
 
 
 def affinity_cpus() -> int:
@@ -47,6 +41,33 @@ def affinity_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS and Windows have no affinity to ask for.
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """Yields the quota, in CPUs, of each control group of this process that has one."""
+    mount = root / "sys/fs/cgroup"
+    paths = {"": "/", "cpu": "/"}  # by controller; version 2 names none
+    try:
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            paths |= dict.fromkeys(controllers.split(","), path)
+    except (OSError, ValueError):
+        pass  # The groups at the mounts are left.
+    for files, folder, path in (
+        (["cpu.max"], mount, paths[""]),
+        (["cpu.cfs_quota_us", "cpu.cfs_period_us"], mount / "cpu", paths["cpu"]),
+    ):
+        # Without a cgroup namespace the path is the host's, of which nothing exists below a
+        # container's mount; the mount itself is the container's group then.
+        group = PurePosixPath(path.lstrip("/"))
+        for name in (group, *group.parents):
+            try:
+                text = " ".join((folder / name / file).read_text() for file in files)
+                quota, period = text.split()
+                if quota not in ("max", "-1"):
+                    yield int(quota) / int(period)
+            except (OSError, ValueError, ZeroDivisionError):
+                continue
 
 
 def processor() -> str:
