@@ -40,7 +40,9 @@ class Command:
         self.env = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("TF_", "KERAS_", "PYTHON", "XLA_", "TFDS_", "TRAINER_", "TPU_"))
+            if not name.startswith(
+                ("TF_", "KERAS_", "PYTHON", "XLA_", "TFDS_", "TRAINER_", "TPU_", "SLURM_")
+            )
         }
         self.env |= {"PYTHONPATH": str(ROOT), "KERAS_HOME": str(home)}
 

@@ -70,9 +70,9 @@ def fit(
     if config.strategy != "one" and (workers := cluster.resolve(os.environ)):
         raise ConfigurationError(
             "Expected one process: several workers need the parent processes that python -m "
-            "trainer.task and python -m trainer.launch start. Received: TF_CONFIG or "
-            f"TRAINER_WORKERS with {len(workers.workers)} workers. Use one of those commands, or "
-            "strategy='one' to train in this process alone."
+            "trainer.task and python -m trainer.launch start. Received: TF_CONFIG, "
+            f"TRAINER_WORKERS or a Slurm step with {len(workers.workers)} workers. Use one of "
+            "those commands, or strategy='one' to train in this process alone."
         )
     # None is for the pod of a Job that has finished already.
     trained = cast("run.Run", run.train(config, data=data, callbacks=callbacks))

@@ -125,9 +125,9 @@ class TrainConfig:
 
     strategy: Strategy = dataclasses.field(default="auto", metadata=MAY_DIFFER)
     """The tf.distribute strategy. auto: multiworker
-    where TF_CONFIG or TRAINER_WORKERS names several
-    workers, else tpu, mirrored (several GPUs) or one
-    device, whichever is available."""
+    where TF_CONFIG, TRAINER_WORKERS or Slurm names
+    several workers, else tpu, mirrored (several GPUs)
+    or one device, whichever is available."""
 
     collectives: Collectives = dataclasses.field(default="tensorflow", metadata=MAY_DIFFER)
     """What all-reduces gradients over several workers.

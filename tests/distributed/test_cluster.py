@@ -62,6 +62,30 @@ TWO = {"worker": ["a:1", "b:2"]}
             ("chief.d:2222", "w-0.d:2222", "w-1.d:2222"),
             2,
         ),
+        (indexed("1", "[2001:db8::{index}]"), tuple(f"[2001:db8::{i}]:2222" for i in range(3)), 1),
+        (tf_config({**TWO, "ps": []}, {"type": "worker", "index": 1}), ("a:1", "b:2"), 1),
+        (
+            tf_config({"master": ["c:1"], "worker": ["a:1"]}, {"type": "master", "index": 0}),
+            ("c:1", "a:1"),
+            0,
+        ),
+        # As Kubeflow's TFJob writes it.
+        (
+            {
+                "TF_CONFIG": json.dumps(
+                    {
+                        "cluster": {
+                            "chief": ["digits-chief-0.research.svc:2222"],
+                            "worker": ["digits-worker-0.research.svc:2222"],
+                        },
+                        "task": {"type": "worker", "index": 0},
+                        "environment": "cloud",
+                    }
+                )
+            },
+            ("digits-chief-0.research.svc:2222", "digits-worker-0.research.svc:2222"),
+            1,
+        ),
         # TF_CONFIG is the one that counts where both are there.
         (
             {**indexed("2"), **tf_config(TWO, {"type": "worker", "index": 1})},
@@ -81,6 +105,9 @@ def test_workers_are_found(environ, workers, index):
     "environ",
     [
         {},
+        {"TF_CONFIG": "{}"},  # what TensorFlow takes it for where it is not set
+        {"TF_CONFIG": '{"cluster": {}}'},
+        {"TF_CONFIG": "{}", "TRAINER_WORKERS": "2"},
         {"JOB_COMPLETION_INDEX": "3"},  # an Indexed Job whose pods do not train together
         tf_config({"worker": ["a:1"]}, {"type": "worker", "index": 0}),
         tf_config({"chief": ["a:1"]}, {"type": "chief", "index": 0}),
@@ -102,15 +129,19 @@ TASK = {"type": "worker", "index": 0}
         ({"TF_CONFIG": "{worker"}, "TF_CONFIG: expected JSON. Received: '{worker'"),
         ({"TF_CONFIG": "[]"}, "expected an object with cluster and task. Received: []"),
         ({"TF_CONFIG": "3"}, "expected an object with cluster and task. Received: 3"),
-        ({"TF_CONFIG": "{}"}, "expected cluster to be an object like"),
-        (tf_config({}), "expected cluster to be an object like"),
+        ({"TF_CONFIG": "[" * 100_000}, "TF_CONFIG: expected JSON. Received: '[["),
+        ({"TF_CONFIG": '{"task": {}}'}, "expected cluster to be an object like"),
         (tf_config(["a:1"]), "expected cluster to be an object like"),
-        (tf_config({"worker": []}, TASK), "cluster.worker to be a list of addresses. Received: []"),
+        (tf_config({"worker": []}, TASK), "of one of the jobs . Received"),
+        (tf_config({"worker": {}}, TASK), "cluster.worker to be a list of addresses. Received: {}"),
         (tf_config({"worker": "a:1"}, TASK), "to be a list of addresses. Received: 'a:1'"),
-        (tf_config({"worker": ["a:1", 2]}, TASK), "addresses like host:2222. Received: 2"),
-        (tf_config({"worker": ["a:1", "b"]}, TASK), "like host:2222. Received: 'b'"),
-        (tf_config({"worker": ["a:1", ":2"]}, TASK), "like host:2222. Received: ':2'"),
-        (tf_config({"worker": ["a:1", "b:0"]}, TASK), "like host:2222. Received: 'b:0'"),
+        (
+            tf_config({"worker": ["a:1", 2]}, TASK),
+            "addresses like host:2222, or [2001:db8::1]:2222. Received: 2",
+        ),
+        (tf_config({"worker": ["a:1", "b"]}, TASK), "Received: 'b'"),
+        (tf_config({"worker": ["a:1", ":2"]}, TASK), "Received: ':2'"),
+        (tf_config({"worker": ["a:1", "b:0"]}, TASK), "Received: 'b:0'"),
         (tf_config({"worker": ["a:1", "b:65536"]}, TASK), "Received: 'b:65536'"),
         (tf_config({"worker": ["a:1", "http://b:2"]}, TASK), "Received: 'http://b:2'"),
         (
@@ -124,7 +155,25 @@ TASK = {"type": "worker", "index": 0}
         ),
         (tf_config({**TWO, "ps": ["c:1"]}, TASK), "Received: 'ps'. There are no parameter servers"),
         (tf_config({**TWO, "evaluator": ["c:1"]}, TASK), "'evaluator'. All workers evaluate"),
-        (tf_config({**TWO, "master": ["c:1"]}, TASK), "the jobs chief and worker. Received: 'mast"),
+        (tf_config({**TWO, "leader": ["c:1"]}, TASK), "the jobs chief and worker. Received: 'lead"),
+        (
+            tf_config({"chief": ["c:1"], "master": ["m:1"], **TWO}, TASK),
+            "expected one chief. Received: 2. Name the others as workers.",
+        ),
+        # Kubeflow's TFJob gives its evaluator the cluster of the others.
+        (
+            tf_config({"chief": ["c:1"], **TWO}, {"type": "evaluator", "index": 0}),
+            "All workers evaluate: leave the evaluator out",
+        ),
+        *(
+            (tf_config({"worker": ["a:1", address]}, TASK), f"Received: '{address}'")
+            for address in (
+                *("::1:2222", "[::1:2222", "[a]:2222", "[]:2222", "a b:2222", "a@b:2222"),
+                *("b:\uff12", "b:+2", "b:123456"),
+            )
+        ),
+        (tf_config(TWO, {"type": ["worker"], "index": 0}), "of one of the jobs worker. Received:"),
+        (tf_config(TWO, {"type": "worker", "index": "1" * 5000}), "for worker. Received: '111"),
         ({"TF_CONFIG": json.dumps({"cluster": TWO})}, "expected task to be an object like"),
         (tf_config(TWO), "expected task to be an object like"),
         (tf_config(TWO, ["worker", 0]), "expected task to be an object like"),
@@ -153,7 +202,9 @@ TASK = {"type": "worker", "index": 0}
         (indexed("0", "digits"), "Expected TRAINER_HOSTS to be one pattern or two"),
         (indexed("0", "a-{index},b"), "Expected TRAINER_HOSTS to be one pattern or two"),
         (indexed("0", "a,b-{index},c-{index}"), "TRAINER_HOSTS to be one pattern or two"),
-        (indexed("0", "a-0,a-{index}"), "Received: 'a-0:2222' twice"),
+        (indexed("0", "a-0,a-{index}"), "TRAINER_HOSTS: expected an address of its own for every "),
+        (indexed("0", "::{index}"), "TRAINER_HOSTS: expected addresses like host:2222, or [2001:"),
+        (indexed("0", TRAINER_PORT="9" * 5000), "TRAINER_PORT to be a whole number from 1 to"),
     ],
 )
 def test_a_malformed_description_is_named(environ, message):
@@ -168,12 +219,12 @@ def test_an_address_is_split():
 
 
 def test_the_command_refuses_it_in_one_line(command):
-    command.env["TF_CONFIG"] = "{}"
+    command.env["TF_CONFIG"] = "[]"
     done = command.run()
     assert done.returncode == 78
     assert done.stdout == ""
     assert done.stderr.startswith(
-        "python -m trainer.task: error: TF_CONFIG: expected cluster to be"
+        "python -m trainer.task: error: TF_CONFIG: expected an object with"
     )
     assert done.stderr.count("\n") == 1
     assert list(command.folder.iterdir()) == []

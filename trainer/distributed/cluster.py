@@ -4,10 +4,12 @@
     cluster.workers, cluster.index       # ("host0:2222", "host1:2222"), 1
 
 Worker 0 is the chief, the only one that writes files. ``TF_CONFIG`` describes the workers as
-TensorFlow does (https://www.tensorflow.org/guide/distributed_training#tf_config). Without it, these
-variables do, which a Kubernetes Indexed Job can set to the same values in all its pods:
+TensorFlow does (https://www.tensorflow.org/guide/distributed_training#tf_config): ``{}`` describes
+none, and ``master`` is an older name of ``chief``. Without it, these variables do, which an Indexed
+Job of Kubernetes can set to the same values in all its pods:
 
-    TRAINER_WORKERS        number of workers: 3; or of the pods of two Jobs: 1+2
+    TRAINER_WORKERS        number of workers: 3; or of the pods of two Jobs: 1+2. With 1 this
+                           process trains alone
     TRAINER_HOSTS          pattern of the host names, {index} being a pod's completion index. Two
                            patterns, separated by a comma, where the workers are pods of two Jobs:
                            that of the chief, and that of the others
@@ -15,15 +17,23 @@ variables do, which a Kubernetes Indexed Job can set to the same values in all i
                            Job of the others; default 0
     TRAINER_PORT           port of every worker; default 2222
     JOB_COMPLETION_INDEX   set by Kubernetes
+
+Without those, the tasks that Slurm's ``srun`` has started together are the workers
+(``trainer.distributed.slurm``).
 """
 
 import dataclasses
+import ipaddress
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
+from trainer.distributed import slurm
 from trainer.errors import ConfigurationError
 
 DEFAULT_PORT = 2222  # as in TensorFlow's examples
+
+_NO_EVALUATOR = "All workers evaluate: leave the evaluator out, or name it as a worker."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,44 +84,54 @@ def resolve(environ: Mapping[str, str]) -> Cluster | None:
         cluster = _from_tf_config(environ["TF_CONFIG"])
     elif "TRAINER_WORKERS" in environ:
         cluster = _from_indexed_job(environ)
+    elif slurm.is_step(environ):
+        addresses, index = slurm.step_tasks(environ)
+        cluster = Cluster(_checked(addresses, "SLURM_STEP_NODELIST"), index)
     else:
         return None
-    return cluster if len(cluster.workers) > 1 else None
+    return cluster if cluster and len(cluster.workers) > 1 else None
 
 
-def _from_tf_config(text: str) -> Cluster:
+def _from_tf_config(text: str) -> Cluster | None:
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _malformed("JSON", f"{text[:80]!r} ({error})") from None
+    if config in ({}, {"cluster": {}}):  # As if it were not set, for TensorFlow too.
+        return None
     if not isinstance(config, dict):
         raise _malformed("an object with cluster and task", text[:80])
     jobs = config.get("cluster")
-    if not isinstance(jobs, dict) or not jobs:
+    if not isinstance(jobs, dict):
         raise _malformed('cluster to be an object like {"worker": ["host:port"]}', f"{jobs!r}")
+    jobs = {job: addresses for job, addresses in jobs.items() if addresses != []}
     for job, addresses in jobs.items():
-        if job not in ("chief", "worker"):
+        if job not in ("chief", "master", "worker"):
             remedy = {
                 "ps": "There are no parameter servers here: name them as workers.",
-                "evaluator": "All workers evaluate: leave it out, or name it as a worker.",
+                "evaluator": _NO_EVALUATOR,
             }.get(job)
             raise _malformed("the jobs chief and worker", f"{job!r}", remedy)
-        if not isinstance(addresses, list) or not addresses:
+        if not isinstance(addresses, list):
             raise _malformed(f"cluster.{job} to be a list of addresses", f"{addresses!r}")
-    chiefs, others = jobs.get("chief", []), jobs.get("worker", [])
+    chiefs = [*jobs.get("chief", []), *jobs.get("master", [])]
     if len(chiefs) > 1:
         raise _malformed("one chief", f"{len(chiefs)}", "Name the others as workers.")
-    workers = _checked([*chiefs, *others])
+    workers = _checked([*chiefs, *jobs.get("worker", [])], "TF_CONFIG")
 
     task = config.get("task")
-    if not isinstance(task, dict) or task.get("type") not in jobs:
+    task = task if isinstance(task, dict) else {}
+    job = task.get("type")
+    if not isinstance(job, str) or job not in jobs:
         raise _malformed(
             'task to be an object like {"type": "worker", "index": 0}, '
             f"of one of the jobs {', '.join(jobs)}",
-            f"{task!r}",
+            f"{config.get('task')!r}",
+            # Kubeflow's TFJob leaves the evaluator out of the cluster that it describes to it.
+            _NO_EVALUATOR if job == "evaluator" else None,
         )
-    job, index = task["type"], task.get("index")
-    if isinstance(index, str) and index.isdecimal():  # TensorFlow accepts it, too.
+    index = task.get("index")
+    if isinstance(index, str) and _is_whole(index):  # TensorFlow accepts it, too.
         index = int(index)
     last = len(jobs[job]) - 1
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index <= last:
@@ -119,12 +139,14 @@ def _from_tf_config(text: str) -> Cluster:
     return Cluster(workers, index + (len(chiefs) if job == "worker" else 0))
 
 
-def _from_indexed_job(environ: Mapping[str, str]) -> Cluster:
+def _from_indexed_job(environ: Mapping[str, str]) -> Cluster | None:
     jobs = environ["TRAINER_WORKERS"].split("+")
     count = sum(_whole({"TRAINER_WORKERS": pods}, "TRAINER_WORKERS", 1) for pods in jobs)
+    if count == 1:
+        return None
     port = _whole(environ, "TRAINER_PORT", 1, 65535, default=DEFAULT_PORT)
     offset = _whole(environ, "TRAINER_INDEX_OFFSET", 0, default=0)
-    index = offset + _whole(environ, "JOB_COMPLETION_INDEX", 0, default=0 if count == 1 else None)
+    index = offset + _whole(environ, "JOB_COMPLETION_INDEX", 0)
     if index >= count:
         raise ConfigurationError(
             f"Expected a worker's number from 0 to {count - 1}. Received: {index}, of "
@@ -144,17 +166,35 @@ def _from_indexed_job(environ: Mapping[str, str]) -> Cluster:
             f"digits-worker-{{index}}.digits. Received: {hosts!r}."
         )
     names += [patterns[-1].replace("{index}", str(number)) for number in rest]
-    return Cluster(_checked([f"{name}:{port}" for name in names]), index)
+    return Cluster(_checked([f"{name}:{port}" for name in names], "TRAINER_HOSTS"), index)
 
 
-def _checked(addresses: list) -> tuple[str, ...]:
+def _checked(addresses: Sequence, variable: str) -> tuple[str, ...]:
     for address in addresses:
-        host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
-        if not host or "/" in host or not port.isdecimal() or not 1 <= int(port) <= 65535:
-            raise _malformed("addresses like host:2222", f"{address!r}")
+        if not isinstance(address, str) or not _is_address(address):
+            raise _malformed(
+                "addresses like host:2222, or [2001:db8::1]:2222", f"{address!r}", name=variable
+            )
         if addresses.count(address) > 1:
-            raise _malformed("an address of its own for every worker", f"{address!r} twice")
+            expected = "an address of its own for every worker"
+            raise _malformed(expected, f"{address!r} twice", name=variable)
     return tuple(addresses)
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    if not _is_whole(port) or not 1 <= int(port) <= 65535:
+        return False
+    if host.startswith("[") and host.endswith("]"):
+        try:
+            return bool(ipaddress.IPv6Address(host[1:-1]))
+        except ValueError:
+            return False
+    return re.fullmatch(r"[\w.-]+", host, re.ASCII) is not None
+
+
+def _is_whole(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,9}", text) is not None
 
 
 def _whole(
@@ -167,7 +207,7 @@ def _whole(
     value = environ.get(name)
     if value is None and default is not None:
         return default
-    if value is None or not value.isdecimal() or not least <= int(value) <= (most or int(value)):
+    if value is None or not _is_whole(value) or not least <= int(value) <= (most or int(value)):
         span = f"from {least} to {most}" if most else f"of at least {least}"
         raise ConfigurationError(
             f"Expected {name} to be a whole number {span}. "
@@ -181,8 +221,10 @@ def _whole(
     return int(value)
 
 
-def _malformed(expected: str, received: str, remedy: str | None = None) -> ConfigurationError:
+def _malformed(
+    expected: str, received: str, remedy: str | None = None, *, name: str = "TF_CONFIG"
+) -> ConfigurationError:
     return ConfigurationError(
-        f"TF_CONFIG: expected {expected}. Received: {received}. "
+        f"{name}: expected {expected}. Received: {received[:200]}. "
         f"{remedy or 'Correct it, or unset it to train alone.'}"
     )

@@ -119,7 +119,7 @@ def _resolve(kind: Strategy, cluster: Cluster | None, gpus: int | None, seen: in
     if cluster and kind not in ("auto", "multiworker"):
         raise ConfigurationError(
             f"Expected one worker for strategy={kind!r}. Received: {len(cluster.workers)}. "
-            "Use strategy='multiworker', or unset TF_CONFIG and TRAINER_WORKERS to train alone."
+            "Use strategy='multiworker'; to train alone, unset TF_CONFIG and set TRAINER_WORKERS=1."
         )
     if kind == "multiworker" and not cluster:
         raise ConfigurationError(
