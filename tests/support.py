@@ -12,12 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.local import free_ports
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 ROOT = Path(__file__).parents[1]
 
@@ -235,3 +239,39 @@ def outcome(folder: Path) -> tuple[str, dict]:
     history = json.loads((folder / "history.json").read_text())
     history.pop("seconds")
     return manifest["model"]["sha256"], history
+
+
+def fuzz(examples: int, property_: Callable[..., object], *strategies: "SearchStrategy") -> None:
+    """Calls a function with arguments that hypothesis draws: the same in every run.
+
+    What went wrong once is a test of its own: nothing is remembered between runs.
+    """
+    import hypothesis
+
+    settings = hypothesis.settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    settings(hypothesis.given(*strategies)(property_))()
+
+
+def damaged(contents: Sequence[bytes]) -> "SearchStrategy":
+    """Returns a strategy for damaged copies of files: bytes changed, moved, cut out or put in."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def damage(draw: Callable) -> bytes:
+        content = draw(st.sampled_from(contents))
+        for _ in range(draw(st.integers(0, 4))):
+            # The structure is at the ends.
+            at = draw(st.integers(0, 300) | st.integers(-600, -1) | st.integers(0, len(content)))
+            start = at % (len(content) + 1)
+            end = start + draw(st.integers(0, 8) | st.integers(0, len(content)))
+            odd = st.sampled_from([b"", b"\xff" * 4, bytes(4), b"\x80", b"[", content[:40]])
+            content = content[:start] + draw(st.binary(max_size=8) | odd) + content[end:]
+        return content
+
+    return damage()

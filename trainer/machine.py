@@ -3,6 +3,7 @@
 Importing it loads neither NumPy nor TensorFlow.
 """
 
+import contextlib
 import ctypes
 import math
 import os
@@ -43,10 +44,39 @@ def affinity_cpus() -> int:
     return os.cpu_count() or 1  # macOS and Windows have no affinity to ask for.
 
 
+def total_memory(root: Path = Path("/")) -> int | None:
+    """Returns the bytes of memory this process may use: the machine's, or what its control groups
+    limit it to; None where the system does not tell.
+
+    Args:
+        root: The folder in which ``proc`` and ``sys`` are mounted.
+    """
+    try:
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf.
+        return None
+    limits = _group_settings(root, "memory", ["memory.max"], ["memory.limit_in_bytes"])
+    return min([installed, *(int(limit) for limit in limits if limit.isdecimal())])
+
+
 def _cpu_quotas(root: Path) -> Iterator[float]:
     """Yields the quota, in CPUs, of each control group of this process that has one."""
+    files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+    for text in _group_settings(root, "cpu", ["cpu.max"], files):
+        with contextlib.suppress(ValueError, ZeroDivisionError):
+            quota, period = text.split()
+            if quota not in ("max", "-1"):
+                yield int(quota) / int(period)
+
+
+def _group_settings(
+    root: Path, controller: str, version2: list[str], version1: list[str]
+) -> Iterator[str]:
+    """Yields the text of these files, joined, in each control group of this process that has them:
+    its own and those around it, of either version.
+    """
     mount = root / "sys/fs/cgroup"
-    paths = {"": "/", "cpu": "/"}  # by controller; version 2 names none
+    paths = {"": "/", controller: "/"}  # by controller; version 2 names none
     try:
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -54,20 +84,15 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
     except (OSError, ValueError):
         pass  # The groups at the mounts are left.
     for files, folder, path in (
-        (["cpu.max"], mount, paths[""]),
-        (["cpu.cfs_quota_us", "cpu.cfs_period_us"], mount / "cpu", paths["cpu"]),
+        (version2, mount, paths[""]),
+        (version1, mount / controller, paths[controller]),
     ):
         # Without a cgroup namespace the path is the host's, of which nothing exists below a
         # container's mount; the mount itself is the container's group then.
         group = PurePosixPath(path.lstrip("/"))
         for name in (group, *group.parents):
-            try:
-                text = " ".join((folder / name / file).read_text() for file in files)
-                quota, period = text.split()
-                if quota not in ("max", "-1"):
-                    yield int(quota) / int(period)
-            except (OSError, ValueError, ZeroDivisionError):
-                continue
+            with contextlib.suppress(OSError, ValueError):
+                yield " ".join((folder / name / file).read_text().strip() for file in files)
 
 
 def processor() -> str:

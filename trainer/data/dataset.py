@@ -10,6 +10,8 @@
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -20,6 +22,7 @@ IMAGE_SHAPE = (28, 28)
 NUM_CLASSES = 10
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+PAIRS = (("x_train", "y_train"), ("x_test", "y_test"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +46,9 @@ class Digits:
     y_test: np.ndarray
 
     def __post_init__(self) -> None:
-        for part in ("train", "test"):
-            images, labels = f"x_{part}", f"y_{part}"
-            _check_images(images, getattr(self, images))
-            _check_labels(labels, getattr(self, labels))
-            if len(getattr(self, images)) != len(getattr(self, labels)):
-                raise DataError(
-                    f"Expected one label for each image. Received: {len(getattr(self, images))} "
-                    f"images in {images} and {len(getattr(self, labels))} labels in {labels}."
-                )
+        check_specs({name: getattr(self, name) for name in ARRAYS})
+        for images, labels in PAIRS:
+            _check_range(labels, getattr(self, labels))
             object.__setattr__(self, images, _aligned(getattr(self, images)))
             object.__setattr__(self, labels, _aligned(getattr(self, labels).astype(np.uint8)))
 
@@ -87,6 +84,62 @@ class Digits:
         )
 
 
+class Spec(Protocol):
+    """Shape and dtype of an array, or of one that is still in its file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The array's."""
+
+
+def check_specs(specs: Mapping[str, Spec]) -> None:
+    """Checks what of the four arrays can be checked before they are read.
+
+    Args:
+        specs: Arrays, or their shapes and dtypes, by the names in ``ARRAYS``.
+
+    Raises:
+        DataError: One has another shape or dtype, or there are not as many labels as images.
+    """
+    for images, labels in PAIRS:
+        _check_images(images, specs[images])
+        _check_labels(labels, specs[labels])
+        if specs[images].shape[0] != specs[labels].shape[0]:
+            raise DataError(
+                f"Expected one label for each image. Received: {specs[images].shape[0]} images in "
+                f"{images} and {specs[labels].shape[0]} labels in {labels}."
+            )
+
+
+def _check_images(name: str, images: Spec) -> None:
+    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or images.shape[0] < 1:
+        raise DataError(
+            f"Expected {name} as uint8 of shape (n, 28, 28) with n of at least 1. "
+            f"Received: {images.dtype} of shape {images.shape}."
+        )
+
+
+def _check_labels(name: str, labels: Spec) -> None:
+    # By kind: to NumPy a timedelta64 is an integer, too.
+    if labels.dtype.kind not in "iu" or len(labels.shape) != 1:
+        raise DataError(
+            f"Expected {name} as integers of shape (n,). "
+            f"Received: {labels.dtype} of shape {labels.shape}."
+        )
+
+
+def _check_range(name: str, labels: np.ndarray) -> None:
+    if len(labels) and not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
+        raise DataError(
+            f"Expected labels from 0 to {NUM_CLASSES - 1} in {name}. "
+            f"Received: labels from {labels.min()} to {labels.max()}."
+        )
+
+
 def _aligned(array: np.ndarray) -> np.ndarray:
     """Returns the array, or an aligned copy, whose memory TensorFlow can use without copying."""
     if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
@@ -94,24 +147,3 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     aligned = aligned_empty(array.shape, array.dtype)
     aligned[...] = array
     return aligned
-
-
-def _check_images(name: str, images: np.ndarray) -> None:
-    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or not len(images):
-        raise DataError(
-            f"Expected {name} as uint8 of shape (n, 28, 28) with n of at least 1. "
-            f"Received: {images.dtype} of shape {images.shape}."
-        )
-
-
-def _check_labels(name: str, labels: np.ndarray) -> None:
-    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-        raise DataError(
-            f"Expected {name} as integers of shape (n,). "
-            f"Received: {labels.dtype} of shape {labels.shape}."
-        )
-    if len(labels) and not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
-        raise DataError(
-            f"Expected labels from 0 to {NUM_CLASSES - 1} in {name}. "
-            f"Received: labels from {labels.min()} to {labels.max()}."
-        )
