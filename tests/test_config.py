@@ -1,8 +1,9 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
 
 from trainer.config import TrainConfig
@@ -52,6 +53,22 @@ def test_the_default_is_the_recipe():
         ("dense_dropout", True),
         ("augment", "elastic"),
         ("data", ""),
+        ("data", 3),
+        ("data", b"digits.npz"),
+        ("data", "a\0b"),
+        ("output_dir", 3),
+        ("output_dir", None),
+        ("output_dir", "a\0b"),
+        ("epochs", np.array([3])),
+        ("epochs", np.float64(3)),
+        ("epochs", np.True_),
+        ("optimizer", np.array(["adam", "sgd"])),
+        ("optimizer", ["adam"]),
+        pytest.param("learning_rate", 10**400, id="learning_rate-of-400-digits"),
+        ("learning_rate", np.float32("nan")),
+        ("report", "no"),
+        ("jit_compile", 1),
+        ("deterministic", None),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_expected(field, value):
@@ -107,6 +124,46 @@ def test_a_configuration_becomes_json_with_the_rate_it_used():
     fields = TrainConfig().as_dict()
     assert json.loads(json.dumps(fields)) == fields  # a checkpoint's are compared with a run's
     assert fields["learning_rate"] == 1.0
+
+
+class Inside:
+    """A path of another library, as ``upath.UPath`` and ``py.path.local`` are."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return self.path
+
+
+def test_numbers_of_numpy_and_paths_of_any_kind_are_pythons_own():
+    given = TrainConfig(
+        epochs=np.int64(3),
+        batch_size=np.uint8(64),
+        seed=np.int32(7),
+        learning_rate=np.float32(0.5),
+        dense_dropout=np.float64(0.25),
+        optimizer=np.str_("adam"),
+        report=np.False_,
+        data=Path("digits.npz"),
+        output_dir=Inside(b"out/\xff"),
+    )
+    assert given == TrainConfig(
+        epochs=3,
+        batch_size=64,
+        seed=7,
+        learning_rate=0.5,
+        dense_dropout=0.25,
+        optimizer="adam",
+        report=False,
+        data="digits.npz",
+        output_dir=Path("out/\udcff"),
+    )
+    recorded = json.loads(json.dumps(given.as_dict()))
+    assert TrainConfig(**recorded) == given
+    assert {type(value) for value in recorded.values()} <= {int, float, bool, str, type(None)}
+    assert TrainConfig(data=PurePosixPath("a")).data == "a"
+    assert TrainConfig(output_dir="out").output_dir == Path("out")
 
 
 V2 = "sys/fs/cgroup/cpu.max"

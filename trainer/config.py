@@ -7,8 +7,9 @@ that are left to the recipe.
 """
 
 import dataclasses
-import math
+import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, get_args
@@ -225,12 +226,16 @@ class TrainConfig:
     decides by TF_CPP_MIN_LOG_LEVEL.)"""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         _check_choice("recipe", self.recipe, get_args(Recipe))
         # Resolved here, so that what is recorded about a run is what it used.
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is None and name != "learning_rate":
                 object.__setattr__(self, name, value)
-        object.__setattr__(self, "output_dir", Path(self.output_dir))
+        object.__setattr__(self, "data", _path("data", self.data, remedy="Use 'bundled'."))
+        folder = _path("output_dir", self.output_dir, remedy="Leave it out for the current folder.")
+        object.__setattr__(self, "output_dir", Path(folder))
         for name, choices in (
             ("optimizer", Optimizer),
             ("schedule", Schedule),
@@ -267,8 +272,7 @@ class TrainConfig:
         if (
             not isinstance(self.learning_rate, int | float)
             or isinstance(self.learning_rate, bool)
-            or not math.isfinite(self.learning_rate)
-            or self.learning_rate <= 0
+            or not 0 < self.learning_rate <= sys.float_info.max  # As of NaN, too.
         ):
             raise UsageError(
                 "learning_rate must be a finite number above 0. "
@@ -278,7 +282,13 @@ class TrainConfig:
             )
         for name in ("label_smoothing", "pooling_dropout", "dense_dropout"):
             _check_share(name, getattr(self, name), remedy=self._remedy(name))
-        if not isinstance(self.data, str) or not self.data:
+        for name in ("jit_compile", "deterministic", "report", "tensorboard", "tensorflow_logs"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UsageError(
+                    f"{name} must be True or False. Received: {name}={value!r}. Leave it out for "
+                    "the default."
+                )
+        if not self.data:
             raise UsageError(
                 f"data must name a source. Received: data={self.data!r}. Use bundled, the default."
             )
@@ -300,8 +310,26 @@ def fixed_fields() -> tuple[str, ...]:
     )
 
 
+def _plain(value: object) -> object:
+    """Returns a NumPy scalar as Python's own, which JSON can hold; anything else as it is."""
+    numpy = sys.modules.get("numpy")  # Not imported for this: it takes a tenth of a second.
+    return value.item() if numpy and isinstance(value, numpy.generic) else value
+
+
+def _path(name: str, value: object, *, remedy: str) -> str:
+    """Returns a path as a string, in which bytes that are not UTF-8 are surrogates, as everywhere
+    in Python.
+    """
+    path = None
+    if isinstance(value, str | os.PathLike):
+        path = os.fsdecode(value)
+    if path is None or "\0" in path:
+        raise UsageError(f"{name} must be a string or a path. Received: {name}={value!r}. {remedy}")
+    return path
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise UsageError(f"{name} must be one of {', '.join(choices)}. Received: {name}={value!r}.")
 
 
