@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+from support import ROOT
 
 from trainer import cli
 from trainer.config import TrainConfig
@@ -93,3 +94,40 @@ def test_help_loads_nothing_that_takes_its_time(command, name):
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert {"tyro", "trainer.cli"} <= loaded
     assert not loaded & HEAVY
+
+
+# What Python, NumPy and this package import before the data is read.
+SHADOWING = ("dataclasses", "random", "tyro", "numpy", "keras", "tensorflow")
+
+
+@pytest.mark.parametrize("program", [["-m", "trainer.task"], ["-P", "-m", "trainer.task"]])
+def test_modules_of_the_current_folder_are_not_imported(command, tmp_path, program):
+    for name in SHADOWING:
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the user's own')\n")
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "__init__.py").write_text("raise SystemExit('the user's own')\n")
+    command.program = program
+    done = command.run("--data", "nowhere.npz")
+    assert (done.returncode, done.stdout) == (66, "")
+    assert done.stderr.startswith("python -m trainer.task: error: Expected a data source")
+
+
+def test_workers_import_nothing_from_the_current_folder_where_their_launcher_does_not(
+    command, tmp_path
+):
+    # Python itself imports it before any module that is run by -m.
+    (tmp_path / "operator.py").write_text("raise SystemExit('the user's own')\n")
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__init__.py").write_text("raise SystemExit('the user's own')\n")
+    command.program = ["-P", "-m", "trainer.launch"]  # As digits-launch is.
+    done = command.run("--workers", 2, "--", "--data", "nowhere.npz")
+    assert done.returncode == 66, done.stderr
+    assert "the user's own" not in done.stderr
+
+
+def test_a_package_in_the_current_folder_is_found_by_its_workers(command):
+    command.folder = ROOT
+    del command.env["PYTHONPATH"]
+    command.program = ["-m", "trainer.launch"]
+    done = command.run("--workers", 2, "--", "--data", "nowhere.npz")
+    assert done.returncode == 66, done.stderr

@@ -7,6 +7,8 @@ import pty
 import select
 import shutil
 import signal
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -385,6 +387,52 @@ def test_a_signal_while_the_report_is_drawn_costs_the_report_alone(
     assert stdout.splitlines()[-2].startswith("test accuracy ")
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
     assert_loads(tmp_path / "out")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
+@pytest.mark.parametrize("log_format", ["json", pytest.param("plain", marks=pytest.mark.full)])
+def test_a_full_disk_under_stdout_costs_the_log_alone(command, tmp_path, log_format):
+    with Path("/dev/full").open("w") as full:
+        done = command.run(
+            *SMALL,
+            *("--log-format", log_format, "--output-dir", "out"),
+            capture_output=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert done.returncode == 0
+    assert done.stderr == (
+        "stdout cannot be written (No space left on device): what it cannot take is dropped\n"
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+@pytest.mark.full
+def test_closed_streams_end_no_run(command, tmp_path):
+    program = ["sh", "-c", 'exec "$0" "$@" >&- 2>&-', *command.argv(*SMALL)]
+    done = subprocess.run(program, cwd=tmp_path, env=command.env, check=False, timeout=300)
+    assert done.returncode == 0
+    assert_loads(tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGHUP, 1), (signal.SIGTERM, 30)])
+def test_a_hangup_and_a_storm_of_signals_end_with_75_and_resume(command, tmp_path, number, times):
+    flags = (*SMALL, "--steps-per-execution", 1)
+    pause = Pause(folder=tmp_path / "pause", after_step=(1, 1))
+    run = command.start(*flags, hooks=[pause])
+    pause.wait(run)
+    for _ in range(times):
+        run.send_signal(number)
+    if times == 1:
+        pause.wait(run, seen=number.name)
+        pause.go()
+    _, stderr = run.communicate(timeout=300)
+    assert run.returncode == 75, stderr
+    assert f"stopped by {number.name}" in stderr
+    assert stderr.count("\n") == 1
+    if times == 1:  # Of several, the second ends the run before it saves.
+        assert "Resuming the unfinished run" in command.run(*flags, "--resume", "must").stdout
 
 
 @pytest.mark.full

@@ -13,8 +13,8 @@ TensorFlow sets TF_ENABLE_ONEDNN_OPTS=1 before it imports it, unless the variabl
 the last bits of results, so it is the same here and in ``python -m trainer.task``. ``fit`` sets
 TensorFlow's threads (``config.threads``), its use of TensorFloat-32 (``config.precision``), its
 visible GPUs and memory growth (``config.gpus``), and with ``config.deterministic`` op determinism,
-for the whole process; while it trains in the main thread, it handles SIGINT and SIGTERM. It changes
-nothing else in the process.
+for the whole process; while it trains in the main thread, it handles SIGINT,
+SIGTERM and SIGHUP. It changes nothing else in the process.
 """
 
 import os
@@ -22,6 +22,13 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
+
+# ``python -m trainer.task``, of which Python makes "-m" until the module is found, puts the current
+# folder first in the path, and so a user's random.py or keras.py before Python's and Keras' own. It
+# has found this package; nothing else is to be taken from there, pathlib included. (PYTHONSAFEPATH
+# and -P do the same, and earlier.)
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:  # noqa: PTH109
+    del sys.path[0]
 
 from trainer.config import TrainConfig
 

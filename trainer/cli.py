@@ -18,6 +18,8 @@ from typing import TypeVar
 
 from trainer import machine
 from trainer.errors import StoppedError, TrainerError, UsageError
+from trainer.log_lines import DroppingStream, Severity, json_line
+from trainer.signals import TERMINATING
 
 Config = TypeVar("Config")
 
@@ -50,34 +52,42 @@ def run(
         0, or the exit code of the error; 130 after Ctrl-C; 141 if the reader of stdout is gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # A file name may be valid in no encoding.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        config = parse(prog, kind, arguments)
-        _prepare_process(config)
-        command(config)
-        if sys.stdout:
-            sys.stdout.flush()
-    except TrainerError as error:
-        label = "" if isinstance(error, StoppedError) else "error: "
-        text = label + " ".join(str(error).split()) + _flags(kind, str(error))
-        code = error.exit_code
-    except KeyboardInterrupt as interrupt:
-        reason = f" {interrupt}" if str(interrupt) else ""
-        text, code = f"interrupted.{reason}", INTERRUPTED
-    except BrokenPipeError:  # The reader has closed the pipe: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED
-    else:
-        return 0
+        try:
+            config = parse(prog, kind, arguments)
+            _prepare_process(config)
+            command(config)
+            if sys.stdout:
+                sys.stdout.flush()
+        except TrainerError as error:
+            label = "" if isinstance(error, StoppedError) else "error: "
+            text = label + " ".join(str(error).split()) + _flags(kind, str(error))
+            return _report(prog, text, error.exit_code, arguments, worker)
+        except BrokenPipeError:  # The reader has closed the pipe: | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return CLOSED
+    except KeyboardInterrupt as interrupt:  # While it reports an error, too.
+        reason = str(interrupt)
+        if reason in TERMINATING:
+            return _report(prog, f"stopped by {reason}.", StoppedError.exit_code, arguments, worker)
+        text = f"interrupted. {reason}" if reason not in ("", "SIGINT") else "interrupted."
+        return _report(prog, text, INTERRUPTED, arguments, worker)
+    return 0
+
+
+def _report(
+    prog: str, text: str, code: int, arguments: Sequence[str], worker: Callable[[], int]
+) -> int:
+    """Writes how a command ended, in one line; returns its exit code."""
     line = f"{prog}: {text}"
     write_termination_message(line)
     if _logs_json(arguments):
-        from trainer.log_lines import Severity, json_line
-
         severity: Severity = "WARNING" if code in (StoppedError.exit_code, INTERRUPTED) else "ERROR"
         line = json_line("error", line, severity=severity, worker=worker(), exit_code=code)
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=DroppingStream(sys.stderr), flush=True)
     return code
 
 
@@ -91,6 +101,14 @@ def split(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
     if "--" not in arguments:
         return arguments, []
     return arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+
+
+def module_command(name: str) -> list[str]:
+    """Returns the command that runs a module of this package in a Python of its own. That imports
+    nothing from the current folder (``-P``), unless this package is there.
+    """
+    safe = [] if Path(__file__).parents[1] == Path.cwd() else ["-P"]
+    return [sys.executable, *safe, "-m", name]
 
 
 def write_termination_message(text: str) -> None:
@@ -158,6 +176,22 @@ def _one_line(box: str, prog: str) -> str:
 def _choices(listed: re.Match) -> str:
     """Sorts the choices, which tyro 1.0 lists in the order of a set, and leaves out None."""
     return ", ".join(sorted(set(listed[0].split(", ")) - {"'None'"}))
+
+
+def _open_closed_streams() -> None:
+    """Opens each standard stream that is closed (``>&-``) on the null device. The next file to be
+    opened, such as a checkpoint, would get its number otherwise, and what TensorFlow logs.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        number = ("stdin", "stdout", "stderr").index(name)
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # The lowest number that is free: this one.
+            os.set_inheritable(null, True)
+            if getattr(sys, name) is None:
+                stream = open(null, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+                setattr(sys, name, stream)
 
 
 def _prepare_process(config: object) -> None:

@@ -17,6 +17,7 @@ from trainer.config import TrainConfig
 from trainer.distributed.local import LocalWorkers, share_gpus
 from trainer.errors import StoppedError, TrainerError, UsageError
 from trainer.machine import available_cpus
+from trainer.signals import Signals
 
 PROG = "python -m trainer.launch"
 
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch(config, flags)
 
     try:
-        return cli.run(PROG, LaunchConfig, command, own)
+        with Signals(until_exit=argv is None):
+            return cli.run(PROG, LaunchConfig, command, own)
     except _WorkersFailed as failure:  # They have printed their errors.
         return failure.code
 
@@ -75,7 +77,7 @@ def launch(config: LaunchConfig, flags: Sequence[str]) -> None:
         ConfigurationError: There are fewer GPUs than workers.
     """
     task = cli.parse(TASK, TrainConfig, flags)
-    command = [sys.executable, "-m", "trainer.task", *flags]
+    command = [*cli.module_command("trainer.task"), *flags]
     if not any(flag.split("=")[0] == "--threads" for flag in flags):
         command += ["--threads", str(max(1, available_cpus() // config.workers))]
     variables = share_gpus(config.workers, task.gpus)

@@ -14,6 +14,7 @@ from trainer import cli
 from trainer.config import TrainConfig
 from trainer.distributed import cluster
 from trainer.errors import ConfigurationError
+from trainer.signals import Signals
 
 PROG = cli.TASK
 JOB = "TRAINER_JOB_UID"  # In a pod: the UID of its Job.
@@ -22,17 +23,24 @@ JOB = "TRAINER_JOB_UID"  # In a pod: the UID of its Job.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (``trainer.errors`` lists them)."""
     flags = list(sys.argv[1:] if argv is None else argv)
-    return cli.run(
-        PROG, TrainConfig, lambda config: train(config, flags), flags, worker=_worker_index
-    )
+    with Signals(until_exit=argv is None) as signals:
+
+        def command(config: TrainConfig) -> None:
+            try:
+                train(config, flags, signals)
+            finally:
+                signals.ignore()
+
+        return cli.run(PROG, TrainConfig, command, flags, worker=_worker_index)
 
 
-def train(config: TrainConfig, flags: Sequence[str]) -> None:
+def train(config: TrainConfig, flags: Sequence[str], signals: Signals) -> None:
     """Trains in this process; or as one of several workers, in a child that this one watches.
 
     Args:
         config: The configuration of the run.
         flags: The flags it was parsed from, for the child.
+        signals: Entered; they stop the run.
 
     Raises:
         TrainerError: Any error that a user can cause or meet; ``trainer.errors`` lists them.
@@ -42,23 +50,23 @@ def train(config: TrainConfig, flags: Sequence[str]) -> None:
     job = os.environ.get(JOB)
     workers = cluster.resolve(os.environ)
     if workers is None:
-        run.train(config, job=job)
+        run.train(config, job=job, signals=signals)
         return
     from trainer.distributed import supervisor
     from trainer.distributed.worker import Link
-    from trainer.log_lines import json_line
+    from trainer.log_lines import DroppingStream, json_line
 
     if link := Link.find(os.environ):
-        link.run(lambda: run.train(config, cluster=workers, link=link, job=job))
+        link.run(lambda: run.train(config, cluster=workers, link=link, job=job, signals=signals))
     else:
 
         def notify(text: str) -> None:
             if config.log_format == "json":
                 text = json_line("notice", text, severity="WARNING", worker=workers.index)
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=DroppingStream(sys.stderr), flush=True)
 
         supervisor.run(
-            [sys.executable, "-m", "trainer.task", *flags],
+            [*cli.module_command("trainer.task"), *flags],
             workers,
             startup_timeout=config.startup_timeout,
             step_timeout=config.step_timeout,

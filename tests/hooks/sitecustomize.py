@@ -134,7 +134,7 @@ def told_of_signals(say):
             signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             handlers[number] = signal.getsignal(number)
         for number in handlers:
             signal.signal(number, receive)

@@ -23,6 +23,7 @@ from typing import TextIO, cast
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.worker import die_with_parent
 from trainer.errors import ConfigurationError, StoppedError
+from trainer.signals import stop_signals
 
 FAILURE_TIMEOUT = 20.0  # Seconds that the others have to end by themselves after a failure.
 STOP_TIMEOUT = 10.0  # Seconds from SIGTERM to SIGKILL.
@@ -30,7 +31,7 @@ STOP_TIMEOUT = 10.0  # Seconds from SIGTERM to SIGKILL.
 
 class LocalWorkers:
     """Starts workers on this machine, and kills them at the end of the context. Each line that they
-    write is copied to this process' output. SIGINT and SIGTERM are forwarded to all.
+    write is copied to this process' output. SIGINT, SIGTERM and SIGHUP are forwarded to all.
 
     Args:
         command: The command of each worker, which reads the cluster from TF_CONFIG.
@@ -58,8 +59,7 @@ class LocalWorkers:
         self._copies: list[threading.Thread] = []
 
     def __enter__(self) -> "LocalWorkers":
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        self._handlers = {number: signal.signal(number, self._receive) for number in stop_signals()}
         addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(len(self.variables)))
         for index, variables in enumerate(self.variables):
             process = subprocess.Popen(

@@ -8,6 +8,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from types import FrameType
 from typing import NamedTuple, cast
 
 from trainer.cli import INTERRUPTED
@@ -15,6 +16,7 @@ from trainer.distributed.cluster import Cluster
 from trainer.distributed.messages import send
 from trainer.distributed.worker import Outcome, WorkerProcess
 from trainer.errors import StoppedError
+from trainer.signals import stop_signals
 
 HEARTBEAT_INTERVAL = 1.0  # Seconds.
 HEARTBEAT_TIMEOUT = 10.0  # Seconds without a heartbeat after which a peer is lost.
@@ -111,8 +113,10 @@ class Parent:
 
     async def run(self) -> End:
         """Returns how this worker ends, when it does."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.loop.add_signal_handler(number, self.on_signal, number)
+        # Not the loop's add_signal_handler, at whose end a signal has its default action again.
+        numbers = stop_signals()
+        for number in numbers:
+            signal.signal(number, self._receive)
         await self.worker.connect()
         try:
             for part in (self._follow_worker(), self._watch(), self.meet()):
@@ -123,6 +127,8 @@ class Parent:
                 task.cancel()
             await asyncio.gather(*self.tasks, return_exceptions=True)
             self.worker.close()
+            for number in numbers:  # How this worker ends is decided.
+                signal.signal(number, signal.SIG_IGN)
 
     # What differs between worker 0 and the others.
 
@@ -236,6 +242,9 @@ class Parent:
     def _limit_step(self, seconds: float, last: str) -> None:
         text = f"no step ended for {seconds:g} s after {last} (step_timeout). {RESUME_HINT}"
         self.set_deadline("step", seconds, lambda: self.on_hang(text))
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.loop.call_soon_threadsafe(self.on_signal, signal.Signals(number))
 
     def on_signal(self, number: signal.Signals) -> None:
         """Forwards a signal to the worker process, which stops after the step on which all workers

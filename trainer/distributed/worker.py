@@ -34,6 +34,7 @@ from typing import Literal, NamedTuple, NoReturn
 from trainer.cli import INTERRUPTED
 from trainer.distributed.messages import encode, receive, send
 from trainer.errors import ConfigurationError, StoppedError, TrainerError
+from trainer.signals import stop_signals
 
 _VARIABLE = "TRAINER_PARENT_FD"  # The child's file descriptor of the connection.
 
@@ -271,6 +272,9 @@ def _explain(returncode: int) -> Outcome:
         text = f"it ended with exit code {returncode} and no report"
         return Outcome(returncode or 1, text, "crashed")
     number = signal.Signals(-returncode)
+    if number in stop_signals():  # It handles them as soon as it has begun.
+        code = INTERRUPTED if number == signal.SIGINT else StoppedError.exit_code
+        return Outcome(code, f"stopped by {number.name} before it had begun", "named")
     # TensorFlow aborts (SIGABRT) in some cases where a peer is lost; SIGKILL comes from the
     # kernel's out-of-memory killer or from an operator.
     return Outcome(

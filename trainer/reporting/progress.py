@@ -8,16 +8,15 @@ Each watcher is a Keras callback that writes to stdout.
 
 import contextlib
 import html
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 
 from trainer.config import LogFormat
-from trainer.log_lines import Severity, json_line
+from trainer.log_lines import DroppingStream, Severity, json_line
 from trainer.reporting.bar import Bar, format_duration, format_metrics, format_progress
 from trainer.runtime import keras
 
@@ -42,18 +41,19 @@ def progress(
         batch_size: Images per step, for the number of images a second.
         worker: Index of this worker. Worker 0, the chief, reports for all; the others write only
             how they ended.
-        stream: Where to write; None means stdout.
+        stream: Where to write; None means stdout. What it cannot take is dropped.
         clock: Monotonic time in seconds, for rates and durations.
         wall_clock: Unix time in seconds, for the timestamps of JSON lines.
     """
-    stream = stream or sys.stdout
+    to_stdout = stream is None
+    stream = cast("TextIO", DroppingStream(stream or sys.stdout, "stdout"))
     if log_format == "json":
         lines = JsonLines(batch_size, stream, clock, worker=worker, wall_clock=wall_clock)
     else:
         lines = PlainLines(batch_size, stream, clock)
     if worker:
         yield Quiet(lines)
-    elif log_format == "auto" and stream is sys.stdout and Console().is_jupyter:
+    elif log_format == "auto" and to_stdout and Console().is_jupyter:
         with Notebook(batch_size, stream, clock) as notebook:
             yield notebook
     elif log_format == "auto" and Console(file=stream).is_terminal:
@@ -156,12 +156,8 @@ class PlainLines(Watcher):
         self.write(message)
 
     def write(self, line: str) -> None:
-        """Writes a line and flushes it. A reader that has gone away does not end the training."""
-        try:
-            print(line, file=self.stream, flush=True)
-        except BrokenPipeError:
-            # What is still in the buffer would raise again when the process ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        """Writes a line and flushes it."""
+        print(line, file=self.stream, flush=True)
 
 
 class JsonLines(PlainLines):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from trainer import cli, files
 from trainer.config import TrainConfig
 from trainer.errors import StoppedError, UsageError
-from trainer.signals import Signals
+from trainer.signals import TERMINATING, Signals
 from trainer.training import artifacts
 
 if TYPE_CHECKING:
@@ -59,11 +59,12 @@ def train(
     link: "Link | None" = None,
     job: str | None = None,
     callbacks: Sequence["keras.callbacks.Callback"] = (),
+    signals: Signals | None = None,
 ) -> Run | None:
     """Trains a model as configured, shows the progress, and saves model, history and manifest.
 
-    While it runs in the main thread, the first SIGINT or SIGTERM ends it after the current call of
-    the step, with a checkpoint.
+    While it runs in the main thread, the first SIGINT, SIGTERM or SIGHUP ends it after the current
+    call of the step, with a checkpoint.
 
     Args:
         config: The configuration of the run.
@@ -73,6 +74,7 @@ def train(
         link: To the parent process, which each of several workers has.
         job: UID of the Kubernetes Job whose pod this is; None outside one.
         callbacks: Keras callbacks, called as in ``loop.fit``.
+        signals: Those that the caller has entered; None: they are handled here.
 
     Returns:
         What was trained; None where an earlier pod of the same Job had finished the run.
@@ -88,7 +90,8 @@ def train(
             f"it. Received: step_timeout={config.step_timeout} and one process. Leave it out."
         )
     remains = _Remains(config)
-    with Signals() as signals, contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
+        signals = signals or held.enter_context(Signals())
         try:
             if chief:
                 wait = TERMINATION_SECONDS if job else 0
@@ -148,8 +151,8 @@ def train(
             _report_result(config, description, watcher)
             return Run(model, history, description)
         except KeyboardInterrupt as interrupt:  # Before the first step, or a second signal.
-            if str(interrupt) == "SIGTERM":
-                raise StoppedError(f"stopped by SIGTERM. {remains}") from None
+            if str(interrupt) in TERMINATING:
+                raise StoppedError(f"stopped by {interrupt}. {remains}") from None
             raise KeyboardInterrupt(str(remains)) from None
 
 
