@@ -15,13 +15,41 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from trainer import machine
 from trainer.config import Precision
 from trainer.errors import ConfigurationError
+from trainer.log_lines import DroppingStream
 
 _ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
+
+# Environment variables that choose other kernels, instructions or roundings: of XLA, TensorFlow
+# 2.21, oneDNN (each also under its old name, DNNL_) and CUDA. Not those of threads, which
+# ``set_threads`` overrides.
+_DECIDE_BITS = (
+    "XLA_FLAGS",
+    "TF_XLA_FLAGS",
+    "TF_DETERMINISTIC_OPS",
+    "TF_CUDNN_DETERMINISTIC",
+    "TF_CUDNN_USE_AUTOTUNE",
+    "TF_CUDNN_DISABLE_CONV_1X1_OPTIMIZATION",
+    "TF_CONV2D_USE_FP16_ACCUMULATE",
+    "TF_FP16_MATMUL_USE_FP32_COMPUTE",
+    "TF_MATMUL_AUTOTUNE_ENABLE",
+    "TF_USE_CUBLASLT",
+    "TF_USE_DEEP_CONV2D",
+    "TF_ENABLE_MAXPOOL_NANPROP",
+    "TF_ENABLE_ZENDNN_OPTS",
+    "TF_SET_ONEDNN_FPMATH_MODE",
+    *(
+        f"{prefix}_{name}"
+        for prefix in ("ONEDNN", "DNNL")
+        for name in ("MAX_CPU_ISA", "CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE")
+    ),
+    "NVIDIA_TF32_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
 
 
 @contextlib.contextmanager
@@ -29,10 +57,11 @@ def _silent_import() -> Iterator[None]:
     """If TF_CPP_MIN_LOG_LEVEL is 3, captures what is written to stderr, by C++ too, and shows it
     only if an error follows: TensorFlow 2.21 logs about the processor before it reads the variable.
     """
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "3" or "tensorflow" in sys.modules:
+    quiet = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3" and "tensorflow" not in sys.modules
+    if not quiet or sys.stderr is None:
         yield
         return
-    sys.stderr.flush()
+    DroppingStream(sys.stderr).flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as kept:
         os.dup2(kept.fileno(), 2)
@@ -40,7 +69,8 @@ def _silent_import() -> Iterator[None]:
             yield
         except Exception:
             kept.seek(0)
-            os.write(stderr, kept.read())
+            with contextlib.suppress(OSError):
+                os.write(stderr, kept.read())
             raise
         finally:
             os.dup2(stderr, 2)
@@ -91,13 +121,25 @@ if keras.backend.backend() != "tensorflow":
 
 __all__ = [
     "ONEDNN",
+    "deciding_variables",
     "keras",
+    "keras_defaults",
     "release_memory",
     "set_deterministic",
     "set_precision",
     "set_threads",
     "tf",
 ]
+
+
+def deciding_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns those variables of an environment that affect the bits of a result, beside
+    TF_ENABLE_ONEDNN_OPTS.
+
+    >>> deciding_variables({"XLA_FLAGS": "--xla_cpu_enable_fast_math", "HOME": "/home/a"})
+    {'XLA_FLAGS': '--xla_cpu_enable_fast_math'}
+    """
+    return {name: environ[name] for name in _DECIDE_BITS if name in environ}
 
 
 def set_threads(threads: int) -> None:
@@ -140,3 +182,23 @@ def set_precision(precision: Precision) -> None:
     precision is set in the model: ``models.cnn.build``.
     """
     tf.config.experimental.enable_tensor_float_32_execution(precision != "float32")
+
+
+@contextlib.contextmanager
+def keras_defaults() -> Iterator[None]:
+    """Keras as it is without ~/.keras/keras.json and a global dtype policy: in float32, which a
+    run's precision starts from, and with its own epsilon. Afterwards both are as before.
+    """
+    config = keras.config
+    before = config.floatx(), config.epsilon(), config.dtype_policy()
+    _configure_keras("float32", 1e-7, "float32")
+    try:
+        yield
+    finally:
+        _configure_keras(*before)
+
+
+def _configure_keras(floatx: str, epsilon: float, policy: str | keras.DTypePolicy) -> None:
+    keras.config.set_floatx(floatx)
+    keras.config.set_epsilon(epsilon)
+    keras.config.set_dtype_policy(policy)

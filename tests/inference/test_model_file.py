@@ -60,6 +60,18 @@ def test_it_predicts_what_keras_predicts(files, mnist):
     )
 
 
+def test_keras_global_dtype_policy_decides_nothing_about_the_model(cnn, files):
+    from trainer.runtime import keras
+
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        loaded = model_file.load(files / "mnist.h5")
+        assert keras.config.dtype_policy().name == "mixed_float16"
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert {layer.dtype_policy.name for layer in loaded.layers} == {"float32"}
+
+
 def test_weights_of_float64_are_read_as_float32(cnn, files, tmp_path):
     (tmp_path / "x.h5").write_bytes((files / "mnist.h5").read_bytes())
     with h5py.File(tmp_path / "x.h5", "r+") as file:

@@ -141,6 +141,153 @@ def test_another_model_and_other_data_need_no_change():
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-5, atol=1e-6)
 
 
+# What Keras' fit does with a model, and this loop must do too, or refuse.
+
+
+def regression(optimizer, **options):
+    """A small model whose gradients are below 6e-8, the least number of float16."""
+    built = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(8, kernel_initializer=keras.initializers.GlorotUniform(seed=1)),
+            keras.layers.Dense(1, kernel_initializer=keras.initializers.GlorotUniform(seed=2)),
+        ]
+    )
+    built.compile(optimizer=optimizer, loss="mse", **options)
+    built.optimizer.build(built.trainable_variables)
+    return built
+
+
+def regression_data(size=1.0):
+    x = np.random.default_rng(0).normal(0, size, (64, 4)).astype(np.float32)
+    return x, np.zeros((64, 1), np.float32)
+
+
+def assert_fits_as_keras(optimizer, x, y, *, rtol=1e-5):
+    """Both train an epoch; returns how far the weights have moved."""
+    ours, theirs = regression(optimizer()), regression(optimizer())
+    first = ours.get_weights()
+    fit(ours, x, y, loss=keras.losses.mean_squared_error, metrics={}, preprocess=None)
+    order = epoch_order(len(x), 0, 0)
+    theirs.fit(x[order], y[order], batch_size=32, shuffle=False, verbose=0)
+    for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol)
+    return max(np.abs(a - b).max() for a, b in zip(ours.get_weights(), first, strict=True))
+
+
+@pytest.fixture
+def mixed_float16():
+    keras.config.set_dtype_policy("mixed_float16")
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+def test_float16_is_trained_with_the_loss_scaled_as_keras_scales_it(mixed_float16):
+    # Without it the gradients, of 1e-8, are 0 in float16, and the weights stay as they are.
+    x, y = regression_data(1e-4)
+    moved = assert_fits_as_keras(lambda: keras.optimizers.SGD(1e6), x, y, rtol=1e-2)
+    assert moved > 1e-3
+
+
+def test_a_constant_loss_scale_is_honoured():
+    def optimizer():
+        return keras.optimizers.SGD(0.1, loss_scale_factor=1024.0)
+
+    assert assert_fits_as_keras(optimizer, *regression_data()) > 1e-3
+
+
+def test_float16_without_loss_scaling_is_refused(mixed_float16):
+    network = regression(keras.optimizers.SGD(0.1), auto_scale_loss=False)
+    with pytest.raises(ValueError, match=r"Received: SGD and dense\w* in float16\. Use keras"):
+        fit(network, *regression_data(), preprocess=None)
+
+
+def test_an_average_of_the_weights_that_the_optimizer_keeps_replaces_them_at_the_end():
+    def optimizer():
+        return keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
+
+    assert_fits_as_keras(optimizer, *regression_data())
+
+
+def test_a_training_step_of_the_models_own_is_refused():
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            return {}
+
+    with pytest.raises(ValueError, match=r"Keras' own train_step\. Received: Own with"):
+        fit(Own(), *regression_data(), preprocess=None)
+
+
+@pytest.mark.parametrize(
+    "reduction",
+    [
+        "sum_over_batch_size",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("mean", "mean_with_sample_weight")
+        ),
+    ],
+)
+def test_a_loss_object_is_the_function_that_it_stands_for(few, reduction):
+    histories = []
+    for loss in (
+        keras.losses.CategoricalCrossentropy(label_smoothing=0.1, reduction=reduction),
+        model.loss(0.1),
+    ):
+        network = cnn()
+        # The last batch is filled up: a mean over it would count what has weight 0.
+        test = (few.x_test, few.y_test)
+        histories.append(
+            fit(network, few.x_train, few.y_train, test=test, loss=loss, metrics={"same": loss})
+        )
+        histories[-1].pop("seconds")
+    assert histories[0] == histories[1]
+    assert histories[0]["same"] == histories[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("functions", "received"),
+    [
+        (
+            {"metrics": {"auc": keras.metrics.AUC()}},
+            "for auc. Received: AUC, a metric with a state",
+        ),
+        ({"loss": keras.losses.Huber(reduction="sum")}, "for loss. Received: Huber with the reduc"),
+        ({"loss": "mse"}, "for loss. Received: 'mse'. Use the function"),
+        ({"metrics": {"loss": model.LOSS}}, "Expected metrics of other names"),
+    ],
+)
+def test_what_is_no_mean_over_examples_is_refused(few, functions, received):
+    with pytest.raises(TypeError, match=received):
+        fit(cnn(), few.x_train, few.y_train, **functions)
+
+
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        tf.reduce_mean,
+        lambda values: values[:, None],  # times the weights it would be of shape (32, 32)
+    ],
+)
+def test_a_function_of_another_shape_is_refused(few, shaped):
+    with pytest.raises(ValueError, match=r"one value per example for loss, of shape \(32,\)"):
+        fit(cnn(), few.x_train, few.y_train, loss=lambda y, output: shaped(model.LOSS(y, output)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float64", marks=pytest.mark.full)])
+def test_keras_global_dtype_decides_nothing_about_a_model_that_is_built(few, dtype):
+    histories = []
+    for floatx in ("float32", dtype):
+        network = cnn()
+        keras.config.set_floatx(floatx)
+        try:
+            histories.append(fit(network, few.x_train, few.y_train))
+        finally:
+            keras.config.set_floatx("float32")
+        histories[-1].pop("seconds")
+    assert histories[0] == histories[1]
+
+
 def test_a_loss_that_is_not_finite_names_epoch_and_step(few):
     network = cnn()
     network.weights[-1].assign(np.full(10, np.nan, np.float32))
@@ -167,6 +314,19 @@ class Record(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
         self.seen = []
+        self.began = []
+
+    def on_train_begin(self, logs=None):
+        self.first_params = dict(self.params)  # As ProgbarLogger reads them.
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.began.append(("train", batch))
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self.began.append(("test", batch))
+
+    def on_train_end(self, logs=None):
+        assert set(logs) == {"loss", "accuracy", "val_loss", "val_accuracy"}
 
     def on_epoch_begin(self, epoch, logs=None):
         self.seen.append(("epoch", epoch))
@@ -194,8 +354,8 @@ def test_callbacks_are_called_as_keras_calls_them(few):
         steps_per_execution=3,
         callbacks=[record],
     )
-    assert record.params["epochs"] == 2
-    assert record.params["steps"] == 8
+    assert record.params == record.first_params == {"verbose": 0, "epochs": 2, "steps": 8}
+    assert record.began == 2 * [("train", 0), ("train", 3), ("train", 6), ("test", 0), ("test", 3)]
     epoch = [("train", 2), ("train", 5), ("train", 7), ("test", 2), ("test", 3)]
     assert record.seen == [
         ("epoch", 0),

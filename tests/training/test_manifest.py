@@ -5,6 +5,7 @@ import pytest
 
 from trainer.config import TrainConfig
 from trainer.training.manifest import RunManifest
+from trainer.training.resume import changed_environment
 
 
 def describe(mnist, **changes):
@@ -50,3 +51,37 @@ def test_workers_may_differ_in_what_decides_nothing(mnist):
     other = TrainConfig(threads=3, output_dir="elsewhere", log_format="json", data="a/copy")
     theirs = describe(mnist, config=other)
     assert theirs.shared_by_workers() == describe(mnist).shared_by_workers()
+
+
+DECIDING = ("XLA_FLAGS", "TF_DETERMINISTIC_OPS", "ONEDNN_MAX_CPU_ISA", "NVIDIA_TF32_OVERRIDE")
+
+
+@pytest.fixture
+def no_variables(monkeypatch):
+    for name in DECIDING:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_variables")
+@pytest.mark.parametrize("name", DECIDING)
+def test_a_variable_that_decides_bits_is_recorded_and_a_resume_under_another_says_so(
+    mnist, monkeypatch, name
+):
+    without = describe(mnist)
+    monkeypatch.setenv(name, "1")
+    under = describe(mnist)
+    assert without.environment["variables"] == {}
+    assert under.environment["variables"] == {name: "1"}
+    assert changed_environment(without.as_dict(), under) == [f"{name} is 1 and was not set"]
+    assert changed_environment(under.as_dict(), without) == [f"{name} is not set and was 1"]
+    assert changed_environment(under.as_dict(), under) == []
+    monkeypatch.setenv(name, "2")
+    assert changed_environment(under.as_dict(), describe(mnist)) == [f"{name} is 2 and was 1"]
+
+
+def test_a_checkpoint_that_recorded_no_variables_is_resumed_without_a_notice(mnist, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    manifest = describe(mnist)
+    earlier = manifest.as_dict()
+    del earlier["environment"]["variables"]
+    assert changed_environment(earlier, manifest) == []

@@ -224,6 +224,22 @@ def test_arrays_of_the_callers_are_trained_on(command, by_command, tmp_path):
     assert outcome(tmp_path / "arrays") == outcome(by_command())
 
 
+def test_keras_json_and_a_global_dtype_policy_decide_nothing(command, by_command, tmp_path):
+    (command.home / "keras.json").write_text(json.dumps({"floatx": "float16", "epsilon": 0.1}))
+    called = call(
+        command,
+        "import keras, trainer\n"
+        "keras.config.set_dtype_policy('mixed_float16')\n"
+        f"settings = {SMALL}\n"
+        "model, _ = trainer.fit(trainer.TrainConfig(**settings))\n"
+        "assert {layer.compute_dtype for layer in model.layers} == {'float32'}\n"
+        "assert keras.config.floatx() == 'float16' and keras.config.epsilon() == 0.1\n"
+        "assert keras.config.dtype_policy().name == 'mixed_float16'\n",
+    )
+    assert called.returncode == 0, called.stderr
+    assert outcome(tmp_path) == outcome(by_command())
+
+
 def test_the_package_says_what_is_public():
     done = subprocess.run(
         [sys.executable, "-c", "import trainer; print(*trainer.__all__)"],

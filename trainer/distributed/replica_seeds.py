@@ -24,7 +24,7 @@ def separate_seeds(model: keras.Model) -> None:
         model: Any Keras model; nested layers are found through their ``layers`` attribute. A
             second call changes nothing.
     """
-    for layer in _layers(model):
+    for layer in all_layers(model):
         for generator in vars(layer).values():
             if isinstance(generator, keras.random.SeedGenerator) and not isinstance(
                 generator.next, _ReplicaSeed
@@ -32,8 +32,10 @@ def separate_seeds(model: keras.Model) -> None:
                 generator.next = _ReplicaSeed(generator.next)
 
 
-def _layers(layer: keras.Layer) -> list:
-    return [layer, *(inner for child in getattr(layer, "layers", []) for inner in _layers(child))]
+def all_layers(layer: keras.Layer) -> list[keras.Layer]:
+    """Returns a layer or model and the layers in it, nested ones too, by their ``layers``."""
+    inner = (nested for child in getattr(layer, "layers", []) for nested in all_layers(child))
+    return [layer, *inner]
 
 
 class _ReplicaSeed:

@@ -64,7 +64,8 @@ def load(path: Path, *, threads: int | None = None) -> "keras.Sequential":
 
         if threads is not None:
             runtime.set_threads(threads)
-        model = cnn.build(optimizer="adadelta", learning_rate=1.0, seed=0)
+        with runtime.keras_defaults():
+            model = cnn.build(optimizer="adadelta", learning_rate=1.0, seed=0)
         try:
             with child.deadline(DEADLINE):
                 arrays = _receive(child, model)

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from trainer.distributed.collectives import Workers
-from trainer.distributed.replica_seeds import separate_seeds
+from trainer.distributed.replica_seeds import all_layers, separate_seeds
 from trainer.errors import NotFiniteError
 from trainer.runtime import keras, tf
 from trainer.training.position import Position
 
 SECONDS_PER_CALL = 1.0  # Long enough to hide the overhead of a call, short enough for progress.
+
+_MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")  # of keras.losses.Loss
 
 _REMEDY = "Use a smaller learning_rate; the files of an earlier run are unchanged."
 
@@ -50,22 +52,30 @@ def fit(
     """Trains a model, and evaluates it after each epoch.
 
     Args:
-        model: Built, and compiled with its optimizer, in the strategy's scope.
+        model: Built, and compiled with its optimizer, in the strategy's scope. With layers that
+            compute in float16 the optimizer must scale the loss, as ``compile`` sees to under the
+            policy mixed_float16, and the strategy have one replica. Of ``compile`` nothing else is
+            used: loss and metrics are the arguments here.
         train_data: Returns the batches of an epoch, which is counted from 0: a data set of known
             cardinality with elements ``(x, y, sample_weight)``, all of the same shapes,
-            sample_weight float32 (n,).
+            sample_weight float32 (n,). Loss and metrics are means weighted by it, so class weights
+            are given there.
         validation_data: The same for evaluation.
         strategy: Splits each batch, which is a global one, among its replicas.
-        loss: Returns one value per example, (n,), from ``y`` and the model's output.
-        metrics: Functions like ``loss``, by name.
+        loss: Returns one value per example, (n,), from ``y`` and the model's output; or a
+            ``keras.losses.Loss`` that takes the mean over a batch.
+        metrics: The same by name. A ``keras.metrics.Metric`` keeps a state of its own, and is
+            refused.
         epochs: Number of epochs.
         preprocess: Applied to ``(x, y)`` on the device, inside the step.
         forward: Called in place of ``model``, as ``forward(x, training=True)``, and equivalent to
             it; None: ``model`` itself.
         jit_compile: Whether to compile the forward and backward pass of a step with XLA.
         steps_per_execution: Number of steps in a call; None: as many as take about a second.
-        callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` are called once
-            per call, with the number of its last step, counted from 0, and the means so far.
+        callbacks: Keras callbacks. ``on_train_batch_begin`` and ``on_test_batch_begin`` are called
+            once per call, with the number of its first step, counted from 0;
+            ``on_train_batch_end`` and ``on_test_batch_end`` with that of its last step and the
+            means so far. Their ``params`` are ``epochs``, ``steps`` and ``verbose``, 0.
         position: Where to resume; None: at the beginning. The variables must be as they were there.
         after_call: Called with the position after each call, each call of an evaluation, and each
             epoch; what it raises ends the run.
@@ -78,28 +88,46 @@ def fit(
     Raises:
         NotFiniteError: The loss or a weight became NaN or infinite; the message names epoch and
             step. ``after_call`` is not called with such a position.
-        ValueError: The cardinality of a data set is not known.
+        ValueError: The cardinality of a data set is not known; the model has a training step of its
+            own, or computes in float16 without what that needs; a loss or metric returns another
+            shape than (n,).
+        TypeError: A loss or metric is no function, or an object with another mean.
     """
+    _check_model(model, strategy)
     separate_seeds(model)
-    functions = {"loss": loss, **metrics}
+    functions = _functions(loss, metrics)
     prepare = preprocess or (lambda x, y: (x, y))
     forward = forward or model
-    train_step = _train_step(model, forward, functions, prepare, jit_compile)
-    train = _compile(train_step, len(functions), strategy)
-    test = _compile(_test_step(forward, functions, prepare), len(functions), strategy)
+    dtype = _sums_dtype(model)
+    train_step = _train_step(model, forward, functions, prepare, dtype, jit_compile)
+    train = _compile(train_step, len(functions), dtype, strategy)
+    test = _compile(_test_step(forward, functions, prepare, dtype), len(functions), dtype, strategy)
     position = position or Position()
     listeners = keras.callbacks.CallbackList(list(callbacks), model=model)
+
+    def set_params(batches: tf.data.Dataset) -> None:
+        steps = int(batches.cardinality())
+        listeners.set_params({"verbose": 0, "epochs": epochs, "steps": steps})
+
+    set_params(train_data(min(position.epoch, epochs - 1)))  # on_train_begin may read them.
     model.stop_training = False
+    logs: dict[str, float] = {}
     listeners.on_train_begin()
     while position.epoch < epochs and not model.stop_training:
         start = clock() - position.seconds
         batches = train_data(position.epoch)
-        listeners.set_params({"epochs": epochs, "steps": int(batches.cardinality())})
+        set_params(batches)
         listeners.on_epoch_begin(position.epoch)
         where = f"in epoch {position.epoch + 1}"
         totals = _Totals(functions, position.totals)
         for rows in _calls(
-            train, batches.skip(position.step), strategy, steps_per_execution, clock
+            train,
+            batches.skip(position.step),
+            strategy,
+            steps_per_execution,
+            clock,
+            first=position.step,
+            begin=listeners.on_train_batch_begin,
         ):
             totals.add(rows, where, position.step)
             position.step += len(rows)
@@ -111,7 +139,14 @@ def fit(
             after_call(position)
         test_totals = _Totals(functions)
         listeners.on_test_begin()
-        for rows in _calls(test, validation_data, strategy, steps_per_execution, clock):
+        for rows in _calls(
+            test,
+            validation_data,
+            strategy,
+            steps_per_execution,
+            clock,
+            begin=listeners.on_test_batch_begin,
+        ):
             test_totals.add(rows, f"{where}'s evaluation")
             listeners.on_test_batch_end(test_totals.steps - 1, test_totals.means())
             after_call(position)
@@ -127,7 +162,8 @@ def fit(
             epoch=position.epoch + 1, steps=position.steps, history=position.history
         )
         after_call(position)
-    listeners.on_train_end()
+    model.optimizer.finalize_variable_values(model.trainable_variables)  # Their moving average.
+    listeners.on_train_end(logs)
     return position.history
 
 
@@ -144,14 +180,89 @@ def evaluate(
 
     Raises:
         NotFiniteError: The loss is NaN or infinite.
-        ValueError: The cardinality of the data set is not known.
+        ValueError: The cardinality of the data set is not known, or a loss or metric returns
+            another shape than (n,).
+        TypeError: A loss or metric is no function, or an object with another mean.
     """
-    functions = {"loss": loss, **metrics}
-    step = _test_step(model, functions, preprocess or (lambda x, y: (x, y)))
+    functions = _functions(loss, metrics)
+    dtype = _sums_dtype(model)
+    step = _test_step(model, functions, preprocess or (lambda x, y: (x, y)), dtype)
     totals = _Totals(functions)
-    for rows in _calls(_compile(step, len(functions), strategy), data, strategy, None):
+    call = _compile(step, len(functions), dtype, strategy)
+    for rows in _calls(call, data, strategy, None):
         totals.add(rows, "in the evaluation")
     return totals.means()
+
+
+def _check_model(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+    """Raises ``ValueError`` for a model that would silently be trained otherwise than it says."""
+    for name in ("train_step", "compute_loss"):
+        if getattr(type(model), name) is not getattr(keras.Model, name):
+            raise ValueError(
+                f"Expected a model with Keras' own {name}. Received: {type(model).__name__} with "
+                "one of its own, which this loop does not call. Use preprocess, loss and add_loss "
+                "in its place."
+            )
+    optimizer = model.optimizer
+    if optimizer is None:
+        raise ValueError("Expected a compiled model. Received: one without an optimizer.")
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if scales and strategy.num_replicas_in_sync > 1:
+        # Each would judge by its own gradients whether they are finite, and skip the update alone.
+        raise ValueError(
+            "Expected an optimizer that all replicas apply alike. Received: LossScaleOptimizer and "
+            f"{strategy.num_replicas_in_sync} replicas. Use the policy mixed_bfloat16."
+        )
+    halves = [
+        layer.name
+        for layer in all_layers(model)
+        if layer.compute_dtype == "float16" and not getattr(layer, "layers", None)
+    ]
+    if halves and not scales and not optimizer.loss_scale_factor:
+        raise ValueError(
+            "Expected an optimizer that scales the loss, for layers that compute in float16, in "
+            f"which small gradients are 0. Received: {type(optimizer).__name__} and {halves[0]} in "
+            "float16. Use keras.optimizers.LossScaleOptimizer, or the policy mixed_bfloat16."
+        )
+
+
+def _functions(loss: PerExample, metrics: Mapping[str, PerExample]) -> dict[str, PerExample]:
+    """Returns loss and metrics by name, as functions of one value per example."""
+    if "loss" in metrics:
+        raise TypeError("Expected metrics of other names than loss. Received: one named loss.")
+    given = {"loss": loss, **metrics}
+    return {name: _per_example(name, function) for name, function in given.items()}
+
+
+def _per_example(name: str, function: PerExample) -> PerExample:
+    if isinstance(function, keras.losses.Loss) and function.reduction in _MEANS:
+
+        def values(y: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
+            # As Loss.__call__ does, but for the mean.
+            return function.call(tf.cast(y, function.dtype), tf.cast(output, function.dtype))
+
+        return values
+    if isinstance(function, keras.losses.Loss):
+        received = f"{type(function).__name__} with the reduction {function.reduction!r}"
+    elif isinstance(function, keras.metrics.Metric):
+        received = f"{type(function).__name__}, a metric with a state of its own"
+    elif not callable(function):
+        received = repr(function)
+    else:
+        return function
+    raise TypeError(
+        "Expected a function that returns one value per example, like "
+        f"keras.metrics.categorical_accuracy, for {name}. Received: {received}. Use the function "
+        "in keras.losses or keras.metrics."
+    )
+
+
+def _sums_dtype(model: keras.Model) -> str:
+    """Returns the dtype in which values are added up: float32 where they have a lower precision,
+    whatever ``keras.config.floatx()`` is.
+    """
+    double = any(variable.dtype == "float64" for variable in model.trainable_variables)
+    return "float64" if double else "float32"
 
 
 def _check_weights(model: keras.Model, where: str) -> None:
@@ -173,6 +284,7 @@ def _train_step(
     forward: Callable[..., tf.Tensor],
     functions: Mapping[str, PerExample],
     preprocess: Preprocess,
+    dtype: str,
     jit_compile: bool = False,
 ) -> Callable[..., tf.Tensor]:
     def gradients(
@@ -180,10 +292,11 @@ def _train_step(
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         replica = tf.distribute.get_replica_context()
         with tf.GradientTape() as tape:
-            sums = _sums(functions, y, forward(x, training=True), sample_weight)
+            sums = _sums(functions, y, forward(x, training=True), sample_weight, dtype)
             objective = sums[1] / tf.cast(examples, sums.dtype)
             if model.losses:  # Regularization: once a batch, so each replica adds its share.
                 objective += tf.add_n(model.losses) / replica.num_replicas_in_sync
+            objective = model.optimizer.scale_loss(objective)  # As it is, for most optimizers.
         return sums, tape.gradient(objective, model.trainable_variables)
 
     if jit_compile:  # Not the update: replicas synchronize there.
@@ -203,12 +316,13 @@ def _test_step(
     forward: Callable[..., tf.Tensor],
     functions: Mapping[str, PerExample],
     preprocess: Preprocess,
+    dtype: str,
 ) -> Callable[..., tf.Tensor]:
     def step(
         x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
     ) -> tf.Tensor:
         x, y = preprocess(x, y)
-        return _sums(functions, y, forward(x, training=False), sample_weight)
+        return _sums(functions, y, forward(x, training=False), sample_weight, dtype)
 
     return step
 
@@ -218,16 +332,27 @@ def _sums(
     y: tf.Tensor,
     output: tf.Tensor,
     sample_weight: tf.Tensor,
+    dtype: str,
 ) -> tf.Tensor:
     """Returns the sum of the weights, then the weighted sum of each function."""
-    dtype = keras.config.floatx()  # Also where the output has a lower precision.
     weight = tf.cast(sample_weight, dtype)
-    values = [weight * tf.cast(function(y, output), dtype) for function in functions.values()]
+    values = []
+    for name, function in functions.items():
+        value = function(y, output)
+        if not value.shape.is_compatible_with(weight.shape):  # A product of them may exist.
+            raise ValueError(
+                f"Expected one value per example for {name}, of shape {weight.shape}. Received: "
+                f"shape {value.shape}. Return the values of a batch, not their mean."
+            )
+        values.append(weight * tf.cast(value, dtype))
     return tf.stack([tf.reduce_sum(value) for value in (weight, *values)])
 
 
 def _compile(
-    step: Callable[..., tf.Tensor], functions: int, strategy: tf.distribute.Strategy
+    step: Callable[..., tf.Tensor],
+    functions: int,
+    dtype: str,
+    strategy: tf.distribute.Strategy,
 ) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
     """Compiles several steps into one ``tf.function``, which returns their sums, one row a step.
 
@@ -256,7 +381,7 @@ def _compile(
             here = strategy.experimental_local_results(sums)
             return number + 1, rows.write(number, tf.add_n(here))
 
-        rows = tf.TensorArray(keras.config.floatx(), steps, element_shape=(1 + functions,))
+        rows = tf.TensorArray(dtype, steps, element_shape=(1 + functions,))
         _, rows = tf.while_loop(lambda number, rows: number < steps, one, (0, rows))
         return workers.sum(rows.stack())
 
@@ -269,13 +394,18 @@ def _calls(
     strategy: tf.distribute.Strategy,
     steps_per_execution: int | None,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    first: int = 0,
+    begin: Callable[[int], object] = lambda number: None,
 ) -> Iterator[np.ndarray]:
     """Iterates over a data set once; yields the sums of each call's steps, (steps, 1 + functions).
+    Before each call, ``begin`` is called with the number of its first step, counted from ``first``.
 
     Raises:
         ValueError: The cardinality of the data set is not known.
     """
     remaining = int(data.cardinality())
+    end = first + remaining
     if remaining < 0:
         raise ValueError(f"Expected a data set of known cardinality. Received: {remaining}.")
     with tf.device("CPU:0"):
@@ -285,6 +415,7 @@ def _calls(
     while remaining:
         # The clocks of workers differ, and all must run the same number of steps.
         steps = min(workers.first(steps), remaining)
+        begin(end - remaining)
         start = clock()
         rows = call(iterator, tf.constant(steps)).numpy()
         seconds = clock() - start

@@ -4,6 +4,7 @@ It is part of mnist.json and of each checkpoint; workers compare theirs before t
 """
 
 import dataclasses
+import os
 import platform
 import uuid
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import numpy as np
 import trainer
 from trainer import machine
 from trainer.config import TrainConfig, fixed_fields
-from trainer.runtime import ONEDNN, keras, tf
+from trainer.runtime import ONEDNN, deciding_variables, keras, tf
 
 if TYPE_CHECKING:
     from trainer.data.dataset import Digits
@@ -31,7 +32,8 @@ class RunManifest:
             ``train_examples`` and ``test_examples``.
         versions: Versions of Python and of the packages that compute.
         environment: What else the last bits of results depend on: processor, threads, oneDNN,
-            collectives, the training step, and the numbers of workers and replicas.
+            other environment variables that are set, collectives, the training step, and the
+            numbers of workers and replicas.
     """
 
     run: str
@@ -85,6 +87,7 @@ class RunManifest:
                 "processor": machine.processor(),
                 "threads": config.threads,
                 "TF_ENABLE_ONEDNN_OPTS": ONEDNN,
+                "variables": deciding_variables(os.environ),
                 "step": step,
                 "collectives": config.collectives,
                 "workers": workers,

@@ -154,13 +154,20 @@ def check_same_run(state: dict, manifest: RunManifest, *, where: str) -> None:
 
 def changed_environment(state: dict, manifest: RunManifest) -> list[str]:
     """Describes which versions or settings that affect last bits changed since a checkpoint."""
-    ours = manifest.as_dict()
-    return [
-        f"{name} is {ours[part].get(name)} and was {value}"
-        for part in ("versions", "environment")
-        for name, value in state[part].items()
-        if value != ours[part].get(name)
-    ]
+    changes = []
+    for part in ("versions", "environment"):
+        ours, theirs = manifest.as_dict()[part], dict(state[part])
+        # A checkpoint of an earlier version of this package has not recorded them.
+        if (variables := theirs.pop("variables", None)) is not None:
+            names = sorted({*variables, *ours["variables"]})
+            theirs |= {name: variables.get(name, "not set") for name in names}
+            ours |= {name: ours["variables"].get(name, "not set") for name in names}
+        changes += [
+            f"{name} is {ours.get(name)} and was {value}"
+            for name, value in theirs.items()
+            if value != ours.get(name)
+        ]
+    return changes
 
 
 def _broadcast(state: dict | None, model: keras.Model, workers: Workers) -> dict | None:

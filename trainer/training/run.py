@@ -107,6 +107,7 @@ def train(
             from trainer.training.session import Session
 
             _configure_tensorflow(config)
+            held.enter_context(runtime.keras_defaults())
             watcher = held.enter_context(_progress(config, cluster))
             if link:
                 held.enter_context(peer_errors())
