@@ -14,7 +14,7 @@ from trainer.data import pipeline
 from trainer.distributed import strategy
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.collectives import Workers
-from trainer.distributed.strategy import _has_tpu, check_batch_size, create
+from trainer.distributed.strategy import _has_tpu, bypass_proxy, check_batch_size, create
 from trainer.errors import ConfigurationError, UsageError
 from trainer.models import cnn
 from trainer.runtime import keras, tf
@@ -227,6 +227,20 @@ def test_a_step_that_xla_compiles_computes_the_same(replicas, devices):
     )
     np.testing.assert_allclose(compiled["losses"], plain["losses"], rtol=1e-12)
     assert plain["val_loss"] == pytest.approx(compiled["val_loss"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("environ", "hosts"),
+    [
+        ({}, "a.b,::1"),
+        ({"no_proxy": "example.com"}, "example.com,a.b,::1"),
+        ({"no_proxy": "example.com", "no_grpc_proxy": "a.b,c"}, "a.b,c,::1"),
+    ],
+)
+def test_no_proxy_stands_between_workers_and_downloads_keep_theirs(environ, hosts):
+    changed = dict(environ)
+    bypass_proxy(("a.b:2222", "a.b:2223", "[::1]:2222"), changed)
+    assert changed == {**environ, "no_grpc_proxy": hosts}
 
 
 def test_alone_there_is_nothing_to_exchange():

@@ -12,12 +12,12 @@ import dataclasses
 import os
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from trainer.config import Collectives, Strategy
 from trainer.distributed import ring
-from trainer.distributed.cluster import Cluster
+from trainer.distributed.cluster import Cluster, split_address
 from trainer.distributed.ring import Ring
 from trainer.errors import ConfigurationError, UsageError
 from trainer.runtime import tf
@@ -211,6 +211,7 @@ def _multiworker(cluster: Cluster, gpus: Sequence, collectives: Collectives) -> 
         num_accelerators={"GPU": len(gpus)},
         rpc_layer="grpc",
     )
+    bypass_proxy(cluster.workers, os.environ)
     # Before TensorFlow's server listens at the port.
     connected = ring.connect(cluster) if collectives == "ring" else None
     kinds = tfd.experimental.CommunicationImplementation
@@ -236,6 +237,19 @@ def _multiworker(cluster: Cluster, gpus: Sequence, collectives: Collectives) -> 
         notice,
         connected,
     )
+
+
+def bypass_proxy(workers: Sequence[str], environ: MutableMapping[str, str]) -> None:
+    """Has gRPC connect to the workers themselves where the environment names a proxy.
+
+    It asks ``grpc_proxy``, ``https_proxy`` and ``http_proxy`` for one, even for 127.0.0.1, and
+    leaves out the hosts in ``no_grpc_proxy``, or in ``no_proxy`` where that is not set
+    (https://grpc.github.io/grpc/core/md_doc_environment_variables.html). Nothing but gRPC reads
+    ``no_grpc_proxy``: downloads still go through the proxy.
+    """
+    hosts = [split_address(address)[0] for address in workers]
+    present = environ.get("no_grpc_proxy", environ.get("no_proxy", ""))
+    environ["no_grpc_proxy"] = ",".join(dict.fromkeys([*filter(None, present.split(",")), *hosts]))
 
 
 def _mirrored(gpus: Sequence) -> StrategyChoice:
