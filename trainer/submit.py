@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trainer import cli
 from trainer.config import TrainConfig
+from trainer.data import sources
 from trainer.errors import UsageError
 from trainer.files import lock_output_dir
 from trainer.k8s import manifests
@@ -112,12 +113,18 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
         StoppedError: A signal was received; the run continues without this command.
         TrainerError: The run failed; the exit code is that of its pod.
     """
-    _check(config, flags)
+    data = _check(config, flags).data
     name = config.attach or config.name or f"digits-{secrets.token_hex(3)}"
     objects = []
     if not config.attach:
         objects = manifests.build(
-            name, image=config.image, workers=config.workers, gpus=config.gpus, flags=flags
+            name,
+            image=config.image,
+            workers=config.workers,
+            gpus=config.gpus,
+            flags=flags,
+            token=secrets.token_hex(32),
+            downloads=sources.downloads(data),
         )
     if config.dry_run:
         for one in objects if config.namespace else ():
@@ -144,8 +151,8 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
                 run.start(objects)
 
 
-def _check(config: SubmitConfig, flags: Sequence[str]) -> None:
-    """Checks both sets of flags before anything is started."""
+def _check(config: SubmitConfig, flags: Sequence[str]) -> TrainConfig:
+    """Checks both sets of flags before anything is started, and returns the training's."""
     for flag in flags:
         word = flag.split("=")[0].replace("_", "-")  # The parser accepts both.
         if word in _SET_BY_MANIFESTS:
@@ -154,12 +161,13 @@ def _check(config: SubmitConfig, flags: Sequence[str]) -> None:
                 "flags of the training. --output-dir is the folder on this machine, --gpus the "
                 "number of GPUs per pod; the log format is always json."
             )
-    cli.parse(cli.TASK, TrainConfig, flags)
+    task = cli.parse(cli.TASK, TrainConfig, flags)
     if config.attach and (flags or config.name or config.dry_run):
         raise UsageError(
             "Expected --attach without --name, --dry-run and flags of the training: the run has "
             f"started. Received: {' '.join(flags) or '--name or --dry-run'}. Leave them out."
         )
+    return task
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from namespaces import ROOT
 SMALL = ("--epochs=2", "--train-limit=1024", "--test-limit=200")
 # Long enough to do something to it meanwhile.
 SLOW = ("--epochs=2", "--train-limit=6000", "--test-limit=200", "--checkpoint-every=1s")
-OBJECTS = "jobs,pods,services,networkpolicies,persistentvolumeclaims"
+OBJECTS = "jobs,pods,services,networkpolicies,secrets,persistentvolumeclaims"
 
 
 class Submit:
@@ -90,7 +90,15 @@ def left(namespace):
 
     def settled():
         found[:] = namespace.get(OBJECTS)["items"]
-        return not any("deletionTimestamp" in one["metadata"] for one in found)
+        uids = {one["metadata"]["uid"] for one in found}
+        # What belongs to a Job that is gone is deleted in the background.
+        orphans = [
+            one
+            for one in found
+            for owner in one["metadata"].get("ownerReferences", [])
+            if owner["uid"] not in uids
+        ]
+        return not orphans and not any("deletionTimestamp" in one["metadata"] for one in found)
 
     namespace.wait(settled)
     return [f"{one['kind']}/{one['metadata']['name']}" for one in found]

@@ -25,6 +25,7 @@ ONE_JOB = ("base", "gpu", "tpu", "kueue")
 TWO_JOBS = ("multiworker", "multiworker-gpu")
 OVERLAYS = (*ONE_JOB, *TWO_JOBS, "jobset", "kubeflow")
 CUSTOM = ("JobSet", "ClusterTrainingRuntime", "TrainJob")  # validated by the Jobs they contain
+SHARED = "0f" * 32  # the workers' secret
 WRITTEN_OUT = ("gpu", "multiworker", "multiworker-gpu")  # copied into the wheel
 
 STOPPED = StoppedError.exit_code
@@ -184,16 +185,49 @@ def test_selectors_match_the_pods_of_the_run(name):
         for (kind, _), one in objects.items()
         if kind in ("Service", "NetworkPolicy")
     ]
-    rule = objects["NetworkPolicy", "digits"]["spec"]["ingress"][0]
-    selectors.append(rule["from"][0]["podSelector"]["matchLabels"])
     pods = pods_of(objects).values()
     for pod in pods:
         (spread,) = pod["spec"]["topologySpreadConstraints"]
         selectors.append(spread["labelSelector"]["matchLabels"])
-        assert rule["ports"][0]["port"] == container_of(pod)["ports"][0]["containerPort"]
     for selector in selectors:
         assert "app.kubernetes.io/instance" in selector
         assert all(pod["metadata"]["labels"].items() >= selector.items() for pod in pods)
+
+
+SEVERAL_WORKERS = (*TWO_JOBS, "jobset", "kubeflow")
+
+
+@pytest.mark.parametrize("name", SEVERAL_WORKERS)
+def test_only_the_runs_own_pods_reach_one_another_at_any_port(name):
+    objects = render(name)
+    policy = objects["NetworkPolicy", "digits"]["spec"]
+    assert sorted(policy["policyTypes"]) == ["Egress", "Ingress"]
+    (ingress,) = policy["ingress"]
+    own, dns = policy["egress"]
+    # Without "ports" a rule is for all: NCCL's connections have ports that the system chooses.
+    assert ingress == {"from": own["to"]}
+    assert own == {"to": [{"podSelector": policy["podSelector"]}]}
+    assert {(one["protocol"], one["port"]) for one in dns["ports"]} >= {("UDP", 53), ("TCP", 53)}
+    labels = policy["podSelector"]["matchLabels"].items()
+    assert all(pod["metadata"]["labels"].items() >= labels for pod in pods_of(objects).values())
+    # It shares the run's other labels.
+    fetch = render("fetch")["Pod", "digits-fetch"]
+    assert not fetch["metadata"]["labels"].items() >= labels
+
+
+@pytest.mark.parametrize("name", SEVERAL_WORKERS)
+def test_all_workers_mount_the_same_secret_which_may_be_missing(name):
+    for pod in pods_of(render(name)).values():
+        (volume,) = (one for one in pod["spec"]["volumes"] if one["name"] == "token")
+        assert volume["secret"]["secretName"] == "digits-token"
+        assert volume["secret"]["optional"] is True
+        # fsGroup makes it the user's who trains.
+        assert volume["secret"]["defaultMode"] == 0o440
+        container = container_of(pod)
+        (mount,) = (one for one in container["volumeMounts"] if one["name"] == "token")
+        (file,) = (one for one in container["env"] if one["name"] == "TRAINER_TOKEN_FILE")
+        assert file["value"] == f"-{mount['mountPath']}/token"
+        assert mount["readOnly"] is True
 
 
 # The end of a run.
@@ -445,6 +479,9 @@ OPENINGS = {name: K8S / name / "kustomization.yaml" for name in OVERLAYS if name
 def test_an_opening_comment_has_the_commands(name):
     comment = opening(OPENINGS.get(name, K8S / name))
     assert re.search(rf"#   kubectl apply -[kf] k8s/{re.escape(name)}\n", comment)
+    if name in SEVERAL_WORKERS:
+        assert "kubectl create secret generic digits-token --from-literal=token=" in comment
+        assert re.search(r"kubectl delete .* secret/digits-token\n", comment)
     for command in (
         r"get [^,\n]* --watch",
         r"logs -f job/digits",
@@ -504,15 +541,31 @@ def test_a_run_with_default_options_is_the_manifest(options, file):
     assert by_name(manifests.build("digits", **options)) == by_name(expected)
 
 
+def test_a_worker_alone_has_no_secret():
+    assert by_name(manifests.build("digits", token=SHARED)).keys() == {
+        ("PersistentVolumeClaim", "digits"),
+        ("Job", "digits"),
+    }
+
+
+@pytest.mark.parametrize("downloads", [False, True])
+def test_pods_that_download_their_data_reach_the_internet(downloads):
+    objects = by_name(manifests.build("digits", workers=2, downloads=downloads))
+    egress = objects["NetworkPolicy", "digits"]["spec"]["egress"]
+    anywhere = {one["port"] for rule in egress if "to" not in rule for one in rule["ports"]}
+    assert anywhere & {80, 443} == ({80, 443} if downloads else set())
+
+
 def test_a_run_has_its_own_name_image_numbers_and_flags():
     objects = manifests.build(
-        "mine", image="registry/x:1", workers=5, gpus=2, flags=["--epochs", "3"]
+        "mine", image="registry/x:1", workers=5, gpus=2, flags=["--epochs", "3"], token=SHARED
     )
     found = by_name(objects)
     assert set(found) == {
         ("PersistentVolumeClaim", "mine"),
         ("Service", "mine"),
         ("NetworkPolicy", "mine"),
+        ("Secret", "mine-token"),
         ("Job", "mine"),
         ("Job", "mine-workers"),
     }
@@ -526,5 +579,13 @@ def test_a_run_has_its_own_name_image_numbers_and_flags():
         environ = {entry["name"]: entry.get("value") for entry in trainer["env"]}
         assert environ["TRAINER_WORKERS"] == "1+4"
         assert environ["TRAINER_HOSTS"] == "mine-{index}.mine,mine-workers-{index}.mine"
+        # Its own secret is there, or the pod must not run.
+        assert not environ["TRAINER_TOKEN_FILE"].startswith("-")
+        volumes = job["spec"]["template"]["spec"]["volumes"]
+        (volume,) = (one["secret"] for one in volumes if one["name"] == "token")
+        assert (volume["secretName"], volume.get("optional")) == ("mine-token", None)
+    assert found["Secret", "mine-token"]["stringData"] == {"token": SHARED}
+    labels = found["Secret", "mine-token"]["metadata"]["labels"]
+    assert labels["app.kubernetes.io/instance"] == "mine"
     # No name of the manifests' run is left; digits-trainer is the program's.
     assert "digits" not in manifests.dump(objects).replace("digits-trainer", "")

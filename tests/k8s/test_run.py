@@ -27,6 +27,8 @@ COMPLETE = [{"type": "Complete", "status": "True"}]
 FAILED = [{"type": "Failed", "status": "True", "reason": "PodFailurePolicy", "message": "policy"}]
 WORKERS = ("Job", "mine-workers")
 CLAIM = ("PersistentVolumeClaim", "mine")
+SECRET = ("Secret", "mine-token")
+SHARED = "0f" * 32
 
 
 class Server:
@@ -55,6 +57,9 @@ class Server:
         kind, name = manifest["kind"], manifest["metadata"]["name"]
         if kind == self.refused:
             raise ConfigurationError("exceeded quota")
+        if (kind, name) in self.objects:
+            self.objects[kind, name]["metadata"] |= manifest["metadata"]
+            return
         self.created.append((kind, name))
         self.add(kind, name, manifest)
         if kind == "Job":
@@ -79,8 +84,12 @@ class Server:
         return [one for (of, _), one in self.objects.items() if of == kind]
 
     def delete(self, kind, name):
-        if self.objects.pop((kind, name), None):
+        if gone := self.objects.pop((kind, name), None):
             self.deleted.append((kind, name))
+            for key, one in list(self.objects.items()):  # as the garbage collector does
+                owners = one["metadata"].get("ownerReferences", [])
+                if gone["metadata"]["uid"] in [owner["uid"] for owner in owners]:
+                    self.delete(*key)
 
     def changes(self, kind, **selectors):
         yield Change(
@@ -133,7 +142,7 @@ def run(tmp_path, monkeypatch):
 
 
 def objects(workers=1):
-    return manifests.build("mine", workers=workers)
+    return manifests.build("mine", workers=workers, token=SHARED)
 
 
 def run_objects(keys):
@@ -146,12 +155,24 @@ def test_a_complete_run_leaves_its_files_here_and_nothing_in_the_cluster(run, tm
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == FILES
     created = run_objects(server.created)
     assert sorted(created) == sorted(
-        [CLAIM, *((kind, "mine") for kind in ("Job", "NetworkPolicy", "Service")), WORKERS]
+        [
+            *(CLAIM, WORKERS, SECRET),
+            *((kind, "mine") for kind in ("Job", "NetworkPolicy", "Service")),
+        ]
     )
     assert {kind for kind, _ in created[-2:]} == {"Job"}
     deleted = run_objects(server.deleted)
     assert sorted(deleted) == sorted(created)
     assert deleted[-1] == CLAIM
+
+
+def test_the_secret_of_a_run_is_its_jobs(run):
+    server = Server(conditions=[])
+    with pytest.raises(StoppedError):
+        run(server, stop="SIGINT").start(objects(workers=2))
+    assert server.objects[SECRET]["metadata"]["ownerReferences"] == [
+        {"apiVersion": "batch/v1", "kind": "Job", "name": "mine", "uid": "mine"}
+    ]
 
 
 def test_keep_deletes_nothing(run):

@@ -85,6 +85,11 @@ def load(source: str) -> Digits:
         return Digits(**arrays)
 
 
+def downloads(source: str) -> bool:
+    """Tells whether ``load`` needs a network for a source."""
+    return source == "keras" or source.startswith("tfds:") or "://" in source
+
+
 def _load_bundled() -> Digits:
     with importlib.resources.as_file(
         importlib.resources.files("trainer.data") / "assets" / "mnist.npz"

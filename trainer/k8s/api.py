@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 from trainer.errors import ConfigurationError, TrainerError
 from trainer.k8s.manifests import MISSING
 
-Kind = Literal["Event", "Job", "NetworkPolicy", "PersistentVolumeClaim", "Pod", "Service"]
+Kind = Literal["Event", "Job", "NetworkPolicy", "PersistentVolumeClaim", "Pod", "Secret", "Service"]
 
 # By kind: the API class of the client, and the noun in its methods' names.
 _METHODS: dict[Kind, tuple[str, str]] = {
@@ -29,6 +29,7 @@ _METHODS: dict[Kind, tuple[str, str]] = {
     "NetworkPolicy": ("NetworkingV1Api", "network_policy"),
     "PersistentVolumeClaim": ("CoreV1Api", "persistent_volume_claim"),
     "Pod": ("CoreV1Api", "pod"),
+    "Secret": ("CoreV1Api", "secret"),
     "Service": ("CoreV1Api", "service"),
 }
 

@@ -28,9 +28,11 @@ def build(
     workers: int = 1,
     gpus: int = 0,
     flags: Sequence[str] = (),
+    token: str | None = None,
+    downloads: bool = False,
 ) -> list[dict]:
     """Returns the objects of a run: a PersistentVolumeClaim, a Job, and for several workers a
-    second Job, a headless Service and a NetworkPolicy.
+    second Job, a headless Service, a NetworkPolicy and a Secret.
 
     Args:
         name: Name of the run, a prefix of the name of each object.
@@ -38,6 +40,9 @@ def build(
         workers: Number of pods that train together.
         gpus: GPUs per pod.
         flags: Further flags of ``python -m trainer.task``.
+        token: The secret by which several workers know one another; None: that of the Secret
+            NAME-token, if there is one.
+        downloads: Whether the pods need the internet, for their data.
 
     Returns:
         Manifests as the API server takes them, in the order to apply them in.
@@ -65,7 +70,12 @@ def build(
                     variable["value"] = f"1+{workers - 1}"
             if job["metadata"]["name"] == workers_job(name):
                 job["spec"] |= {"completions": workers - 1, "parallelism": workers - 1}
-    # Jobs last: a pod needs its volume and its network.
+    if workers > 1 and token:
+        objects.append(_own_secret(objects, name, token))
+    for one in objects:
+        if one["kind"] == "NetworkPolicy" and downloads:
+            one["spec"]["egress"].append({"ports": [{"port": port} for port in (80, 443)]})
+    # Jobs last: a pod needs its volume, its network and its secret.
     return sorted(objects, key=lambda one: one["kind"] == "Job")
 
 
@@ -97,9 +107,33 @@ def workers_job(name: str) -> str:
     return f"{name}-workers"
 
 
+def secret_name(name: str) -> str:
+    """Returns the name of the Secret of a run of several workers."""
+    return f"{name}-token"
+
+
 def dump(objects: Sequence[dict]) -> str:
     """Returns objects as YAML for ``kubectl apply -f -``."""
     return _yaml().safe_dump_all(objects, sort_keys=False)
+
+
+def _own_secret(objects: Sequence[dict], name: str, token: str) -> dict:
+    """Returns the Secret of a run, and has its pods require it."""
+    for job in (one for one in objects if one["kind"] == "Job"):
+        pod = job["spec"]["template"]["spec"]
+        for volume in pod["volumes"]:
+            volume.get("secret", {}).pop("optional", None)
+        for variable in pod["containers"][0]["env"]:
+            if variable["name"] == "TRAINER_TOKEN_FILE":
+                variable["value"] = variable["value"].removeprefix("-")
+    (claim,) = (one for one in objects if one["kind"] == "PersistentVolumeClaim")
+    labels = dict(claim["metadata"]["labels"])
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": secret_name(name), "labels": labels},
+        "stringData": {"token": token},
+    }
 
 
 def _load(kind: str, name: str) -> list[dict]:

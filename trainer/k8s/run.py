@@ -138,12 +138,22 @@ class ClusterRun:
                     one["metadata"].setdefault("labels", {}).update(_MANAGED_BY)
                     created.append(key)
                     self.server.apply(one)
+            self._hand_over_secret(objects)
         except BaseException:  # also a second Ctrl-C
             for key in created:
                 with contextlib.suppress(TrainerError):  # The first error explains this one.
                     self.server.delete(*key)
             raise
         return created
+
+    def _hand_over_secret(self, objects: Sequence[dict]) -> None:
+        """Makes the Job the owner of the run's Secret, which is then deleted with it."""
+        for one in objects:
+            if one["kind"] == "Secret" and (job := self.server.get("Job", self.name)):
+                reference = {key: job[key] for key in ("apiVersion", "kind")}
+                reference |= {key: job["metadata"][key] for key in ("name", "uid")}
+                one["metadata"]["ownerReferences"] = [reference]
+                self.server.apply(one)
 
     def _follow(self, image: str, *, keep_claim: bool, past_events: bool = True) -> None:
         """Follows the run to its end, then fetches its files or raises its error."""
