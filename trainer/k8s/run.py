@@ -150,9 +150,9 @@ class ClusterRun:
         """Makes the Job the owner of the run's Secret, which is then deleted with it."""
         for one in objects:
             if one["kind"] == "Secret" and (job := self.server.get("Job", self.name)):
-                reference = {key: job[key] for key in ("apiVersion", "kind")}
-                reference |= {key: job["metadata"][key] for key in ("name", "uid")}
-                one["metadata"]["ownerReferences"] = [reference]
+                owner = {"apiVersion": "batch/v1", "kind": "Job", "name": self.name}
+                owner["uid"] = job["metadata"]["uid"]
+                one["metadata"]["ownerReferences"] = [owner]
                 self.server.apply(one)
 
     def _follow(self, image: str, *, keep_claim: bool, past_events: bool = True) -> None:
