@@ -1,8 +1,10 @@
 """Every way to describe workers, and every way to get it wrong, with its message."""
 
 import json
+import string
 
 import pytest
+from support import fuzz
 
 from trainer.distributed.cluster import resolve, split_address
 from trainer.errors import ConfigurationError
@@ -228,3 +230,51 @@ def test_the_command_refuses_it_in_one_line(command):
     )
     assert done.stderr.count("\n") == 1
     assert list(command.folder.iterdir()) == []
+
+
+VARIABLES = (
+    *("TRAINER_WORKERS", "TRAINER_HOSTS", "TRAINER_INDEX_OFFSET", "TRAINER_PORT"),
+    *("JOB_COMPLETION_INDEX", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NODEID", "SLURM_LOCALID"),
+    *("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
+)
+
+
+@pytest.mark.parametrize("examples", [200, pytest.param(5_000, marks=pytest.mark.full)])
+def test_any_environment_describes_workers_or_is_refused_in_one_line(examples):
+    from hypothesis import strategies as st
+
+    names = st.sampled_from(["cluster", "task", "type", "index", "chief", "master", "worker", "ps"])
+    scalars = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(max_size=8)
+    usual = st.sampled_from(["a:1", "b:2", "[::1]:3", "::1:4", "chief", "worker", "evaluator", "0"])
+    values = st.recursive(
+        scalars | usual,
+        lambda value: st.lists(value, max_size=3) | st.dictionaries(names, value, max_size=3),
+        max_leaves=12,
+    )
+    addresses = st.lists(usual, max_size=3)
+    config = st.fixed_dictionaries(
+        {
+            "cluster": st.dictionaries(names, addresses | values, max_size=3),
+            "task": st.fixed_dictionaries({"type": usual | values, "index": st.integers(-1, 3)}),
+        }
+    )
+    texts = st.sampled_from(["0", "1", "2", "1+1", "2(x2)", "n[1-2]", "n[1", "a{index}", "a,b"])
+    texts |= st.text("01259-+,()[]{}x" + string.ascii_lowercase, max_size=8)
+    environments = st.dictionaries(st.sampled_from(VARIABLES), texts) | st.builds(
+        lambda text: {"TF_CONFIG": text},
+        st.text() | st.builds(json.dumps, config | values, indent=st.none() | st.just(1)),
+    )
+
+    def resolve_or_refuse(environ: dict[str, str]) -> None:
+        try:
+            cluster = resolve(environ)
+        except ConfigurationError as error:
+            text = str(error)
+            assert text.isprintable()
+            assert len(text) < 1000
+            return
+        if cluster is not None:
+            assert 0 <= cluster.index < len(cluster.workers) > 1
+            assert resolve({"TF_CONFIG": cluster.tf_config}) == cluster
+
+    fuzz(examples, resolve_or_refuse, environments)

@@ -100,7 +100,7 @@ def _from_tf_config(text: str) -> Cluster | None:
     if config in ({}, {"cluster": {}}):  # As if it were not set, for TensorFlow too.
         return None
     if not isinstance(config, dict):
-        raise _malformed("an object with cluster and task", text[:80])
+        raise _malformed("an object with cluster and task", json.dumps(config))
     jobs = config.get("cluster")
     if not isinstance(jobs, dict):
         raise _malformed('cluster to be an object like {"worker": ["host:port"]}', f"{jobs!r}")
@@ -163,7 +163,7 @@ def _from_indexed_job(environ: Mapping[str, str]) -> Cluster | None:
     if len(patterns) > 2 or not all(patterns) or (len(rest) > 1 and "{index}" not in patterns[-1]):
         raise ConfigurationError(
             "Expected TRAINER_HOSTS to be one pattern or two like digits-chief-0.digits,"
-            f"digits-worker-{{index}}.digits. Received: {hosts!r}."
+            f"digits-worker-{{index}}.digits. Received: {hosts[:200]!r}."
         )
     names += [patterns[-1].replace("{index}", str(number)) for number in rest]
     return Cluster(_checked([f"{name}:{port}" for name in names], "TRAINER_HOSTS"), index)
@@ -211,7 +211,7 @@ def _whole(
         span = f"from {least} to {most}" if most else f"of at least {least}"
         raise ConfigurationError(
             f"Expected {name} to be a whole number {span}. "
-            f"Received: {'nothing' if value is None else repr(value)}. "
+            f"Received: {'nothing' if value is None else repr(value[:80])}. "
             + (
                 "Kubernetes sets it in a Job with completionMode: Indexed."
                 if name == "JOB_COMPLETION_INDEX"
