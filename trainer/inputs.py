@@ -41,7 +41,7 @@ def open_file(path: Path) -> io.BufferedReader:
         _check(path.stat())  # First, because opening some devices has effects, as a tape's.
         descriptor = os.open(path, _FLAGS)
     except ValueError as error:  # A null character, or a letter that no name can have.
-        raise OSError(errno.EINVAL, "a name that no file can have") from error
+        raise FileNotFoundError(errno.ENOENT, "a name that no file can have") from error
     try:
         _check(os.fstat(descriptor))  # Another file may have taken its place.
         return os.fdopen(descriptor, "rb")

@@ -145,8 +145,9 @@ def test_devices_and_sockets_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
 def test_a_name_that_no_file_can_have_is_refused(name):
-    with pytest.raises(InputError, match="Expected a readable file at"):
+    with pytest.raises(InputError, match=r"name too long|which does not exist") as caught:
         sources.load(name)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.skipif(

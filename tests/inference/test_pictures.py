@@ -1,6 +1,8 @@
 """Pictures of all kinds."""
 
 import io
+import os
+from pathlib import Path
 
 import foreign
 import numpy as np
@@ -146,5 +148,13 @@ def test_what_cannot_be_read_is_an_input_error(tmp_path):
         pictures.open_image(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match="a folder without images"):
         pictures.open_image(tmp_path)
-    with pytest.raises(InputError, match="embedded null"):
+    with pytest.raises(InputError, match="a name that no file can have"):
         pictures.open_image(tmp_path / "a\0b")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes.")
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(InputError, match=r"not a regular file\. Give its content on"):
+            pictures.open_image(path)

@@ -6,7 +6,8 @@
 
 Image decoders are written in C, and a picture of 40 million pixels takes up to 0.7 GB while it is
 decoded: here that is another process's memory, which is limited; one that crashes or hangs is a
-picture that cannot be read, and the next has a new process.
+picture that cannot be read, and the next has a new process. It is given a picture's content, and
+can open no file.
 """
 
 import contextlib
@@ -17,14 +18,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from trainer.errors import DataError, TrainerError
-from trainer.inference import sandbox
+from trainer.inference import pictures, restrictions, sandbox
 from trainer.inference.digit import MAX_DIGITS, SIZE, Digit, DigitCount
 from trainer.inference.pictures import LONGEST
 
 MEMORY = 900_000_000  # Bytes of data of one process; code is not counted.
 DEADLINE = 60.0  # Seconds for one picture.
+CPU_SECONDS = 120  # Of processor time for one; some decoders use several threads.
 MAX_PROCESSES = 4  # Each may take that memory.
 MODULE = "trainer.inference.decoders"  # What a process runs.
 
@@ -72,11 +75,10 @@ class _Decoder:
     def decode(self, source: Path | bytes, name: str, digits: DigitCount) -> Decoded:
         child = self._child = self._child or sandbox.Child(MODULE)
         name = sandbox.printable(name)
-        content = source if isinstance(source, bytes) else b""
-        path = None if isinstance(source, bytes) else str(source)
+        content = source if isinstance(source, bytes) else pictures.read_file(source, name)
         try:
             with child.deadline(DEADLINE):
-                request = {"path": path, "bytes": len(content), "name": name, "digits": digits}
+                request = {"bytes": len(content), "name": name, "digits": digits}
                 child.send(request, content)
                 return _receive(child)
         except sandbox.ProtocolError as error:
@@ -117,17 +119,18 @@ def _serve() -> None:
     """Answers the requests of the parent until it ends."""
     channel = sandbox.enter(data=MEMORY)
 
-    from trainer.inference import pictures, segmentation
+    from trainer.inference import segmentation
 
+    _read_first()
+    restrictions.apply()
     with contextlib.suppress(sandbox.ProtocolError):  # The parent has ended.
         while True:
             request = channel.receive()
-            content = channel.read(request["bytes"])
-            path, name = request["path"], request["name"]
+            content = io.BytesIO(channel.read(request["bytes"]))
+            name = request["name"]
+            sandbox.allow_cpu(CPU_SECONDS)
             try:
-                picture = pictures.open_image(
-                    io.BytesIO(content) if path is None else Path(path), name
-                )
+                picture = pictures.open_image(content, name)
                 digits = segmentation.find(picture, digits=request["digits"], name=name)
             except TrainerError as error:
                 channel.send_error(error)
@@ -135,6 +138,17 @@ def _serve() -> None:
             answer = [{"box": digit.box, "several": digit.several} for digit in digits]
             pixels = [digit.pixels.tobytes() for digit in digits]
             channel.send({"shape": picture.shape, "digits": answer}, picture.tobytes(), *pixels)
+
+
+def _read_first() -> None:
+    """Reads a picture made here: Pillow and scikit-image import much of themselves at first use."""
+    from trainer.inference import segmentation
+
+    sheet = np.full((40, 60), 255, np.uint8)
+    sheet[8:32, 12:16] = sheet[8:32, 40:44] = 0
+    Image.fromarray(sheet).save(content := io.BytesIO(), "PNG")
+    content.seek(0)
+    segmentation.find(pictures.open_image(content), digits="many")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from trainer import inputs
 from trainer.errors import DataError, InputError
 
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "HEIF")
@@ -39,24 +40,8 @@ def open_image(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
         DataError: It is not an image, truncated, damaged, or larger than 40 million pixels.
     """
     name = name or str(source)
-    try:
-        if isinstance(source, Path) and not (source.is_file() or source.is_dir()):
-            source.stat()  # Raises FileNotFoundError where there is nothing.
-            # Reading a pipe could take forever.
-            raise OSError(
-                errno.EINVAL, "a pipe or device, no file. Give it on standard input, as -"
-            )
-        with (
-            contextlib.nullcontext(source) if hasattr(source, "read") else source.open("rb") as file
-        ):
-            content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character.
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, IsADirectoryError):
-            reason = "a folder without images"
-        raise InputError(f"Expected an image at {name}. Received: {reason}.") from error
-    if len(content) > MAX_BYTES:
-        raise DataError(_expected(name, f"more than {MAX_BYTES:,} bytes. Make it smaller"))
+    content = read_file(source, name) if isinstance(source, Path) else source.read(MAX_BYTES + 1)
+    _check_size(content, name)
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             width, height = image.size
@@ -80,6 +65,36 @@ def open_image(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
         raise DataError(
             _expected(name, f"a truncated or damaged file ({reason}). Fetch or make it again")
         ) from error
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """Reads the content of a picture's file.
+
+    Args:
+        path: The file.
+        name: The picture's name in errors.
+
+    Raises:
+        InputError: The file is missing or cannot be read.
+        DataError: It is larger than 64 MB.
+    """
+    try:
+        with inputs.open_file(path) as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, IsADirectoryError):
+            reason = "a folder without images"
+        elif error.errno == errno.EINVAL:
+            reason += ". Give its content on standard input, as -"
+        raise InputError(f"Expected an image at {name}. Received: {reason}.") from error
+    _check_size(content, name)
+    return content
+
+
+def _check_size(content: bytes, name: str) -> None:
+    if len(content) > MAX_BYTES:
+        raise DataError(_expected(name, f"more than {MAX_BYTES:,} bytes. Make it smaller"))
 
 
 def _expected(name: str, received: str) -> str:

@@ -3,20 +3,21 @@
     sandbox.Child("trainer.inference.read_hdf5", "mnist.h5")
 
 The origin of the file is unknown, and HDF5's C library has crashed on damaged ones: so this process
-has little memory and little time, opens no other file (no external link, no external storage), and
-runs nothing that is in it. It sends ``{"shapes": [...], "config": bytes}``, the model's
-configuration, which is JSON, and the arrays, little-endian float32; or an error whose message is
-what was received in place of a model. ``model_file`` starts it.
+has little memory and little time, can open no other file and start nothing (``restrictions``), and
+follows no external link or external storage. It sends ``{"shapes": [...], "config": bytes}``, the
+model's configuration, which is JSON, and the arrays, little-endian float32; or an error whose
+message is what was received in place of a model. ``model_file`` starts it.
 """
 
+import io
 import math
-import os
-import stat
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer import inputs
 from trainer.errors import DataError, InputError, TrainerError
-from trainer.inference import sandbox
+from trainer.inference import restrictions, sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +36,7 @@ def main() -> None:
     """Sends the arrays of the file that the first argument names."""
     channel = sandbox.enter(address_space=MEMORY, cpu_seconds=SECONDS)
     try:
-        config, arrays = _read(sys.argv[1])
+        config, arrays = _read(Path(sys.argv[1]))
     except TrainerError as error:
         # A name in the file may be long.
         channel.send_error(type(error)(str(error)[:300]))
@@ -44,14 +45,14 @@ def main() -> None:
     channel.send(header, config, *(array.data for array in arrays))
 
 
-def _read(path: str) -> "tuple[bytes, list[np.ndarray]]":
-    """Returns a file's configuration and its arrays."""
+def _read(path: Path) -> "tuple[bytes, list[np.ndarray]]":
+    """Returns a file's configuration and its arrays. This process can open no other file then."""
     import h5py
 
     try:
-        if stat.S_ISFIFO(os.stat(path).st_mode):  # noqa: PTH116
-            raise InputError("a pipe, no file")  # Opening it could take forever.
-        with open(path, "rb") as file:  # noqa: PTH123  (unbuffered reads are h5py's)
+        with inputs.open_file(path) as file:
+            _read_first()
+            restrictions.apply()
             if file.read(8) != b"\x89HDF\r\n\x1a\n":
                 raise DataError("a file that is not HDF5")
             with h5py.File(file, "r") as opened:
@@ -69,6 +70,20 @@ def _read(path: str) -> "tuple[bytes, list[np.ndarray]]":
     if len(text) > MAX_CONFIG:
         raise DataError(f"a configuration of {len(text):,} bytes")
     return text, arrays
+
+
+def _read_first() -> None:
+    """Reads a file made here: what h5py imports at first use is imported then."""
+    import h5py
+    import numpy as np
+
+    with h5py.File(io.BytesIO(), "w") as file:
+        file.attrs["layer_names"] = np.array([b"a"])
+        file.attrs["model_config"] = "{}"
+        group = file.create_group("a")
+        group.attrs["weight_names"] = ["w"]
+        group.create_dataset("w", data=np.zeros((2, 2), ">f8"), chunks=True, compression="gzip")
+        list(_weights(file))
 
 
 def _weights(file: "h5py.File") -> "Iterator[np.ndarray]":

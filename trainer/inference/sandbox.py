@@ -6,12 +6,14 @@
 
 A message is a length of four bytes, a JSON object of that length, and the raw bytes it announces:
 nothing in it can run code in whoever reads it. The parent checks all that it receives, because a
-file may have taken over the process that read it. The limits are on memory, processor time and
-time, not on what the child may open.
+file may have taken over the process that read it. That process has none of the parent's secrets in
+its environment, limits on memory, processor time and time, and, once it has imported what it needs,
+nothing that it could open (``restrictions``).
 """
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,7 +25,20 @@ from typing import BinaryIO, cast
 
 from trainer.errors import DataError, InputError, TrainerError
 
+try:
+    import resource
+except ImportError:  # Windows has no limits.
+    resource = None  # type: ignore[assignment]
+
 MAX_HEADER = 2**20  # Bytes of a message's JSON: twice the longest path, each letter escaped.
+
+# What a Python needs to start and to find its packages. No tokens, proxies, or LD_PRELOAD.
+ENVIRONMENT = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT"),
+    *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"),  # Where libpython may lie.
+    *("PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE", "PYTHONUTF8"),
+    *("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"),
+)
 
 _ERRORS = {error.exit_code: error for error in (DataError, InputError)}
 
@@ -116,7 +131,7 @@ class Child(Channel):
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # Warnings of Pillow's and HDF5's libraries.
             env={
-                **os.environ,
+                **{name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
                 "PYTHONPATH": os.pathsep.join(filter(None, paths)),
                 "PYTHONWARNINGS": "ignore",
                 # NumPy's threads would take the memory that the process is allowed.
@@ -181,9 +196,7 @@ def enter(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(sys.stdin.buffer, os.fdopen(os.dup(1), "wb"))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # A library's print is no message.
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no limits.
-        import resource
-
+    if resource:
         for kind, limit in (
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_DATA, data),
@@ -191,8 +204,19 @@ def enter(
             (resource.RLIMIT_CPU, cpu_seconds),
         ):
             if limit is not None:
-                resource.setrlimit(kind, (limit, limit))
+                with contextlib.suppress(ValueError, OSError):  # macOS has some of them.
+                    resource.setrlimit(kind, (limit, limit))
     return channel
+
+
+def allow_cpu(seconds: int) -> None:
+    """Limits the processor time that this process may still take."""
+    if resource:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        limit = math.ceil(usage.ru_utime + usage.ru_stime) + seconds
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
 
 def integers(value: object, *, count: int | None = None, most: int = 2**63) -> tuple[int, ...]:
