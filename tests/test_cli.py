@@ -60,6 +60,16 @@ def test_an_error_ends_in_its_line_and_code(capsys):
     assert capsys.readouterr().err == "prog: error: Expected this. Received: that.\n"
 
 
+def test_a_name_that_no_encoding_has_is_reported_with_backslashes(tmp_path, monkeypatch, capsys):
+    def fail(config):
+        raise DataError("Expected a file. Received: out/\udcff.")
+
+    monkeypatch.setenv("TRAINER_TERMINATION_LOG", str(tmp_path / "termination-log"))
+    assert cli.run("prog", TrainConfig, fail, []) == 65
+    line = "prog: error: Expected a file. Received: out/\\udcff.\n"
+    assert (tmp_path / "termination-log").read_text() == capsys.readouterr().err == line
+
+
 def test_a_bug_keeps_its_traceback():
     def fail(config):
         raise ZeroDivisionError

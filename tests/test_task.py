@@ -424,15 +424,27 @@ def test_a_hangup_and_a_storm_of_signals_end_with_75_and_resume(command, tmp_pat
     pause.wait(run)
     for _ in range(times):
         run.send_signal(number)
-    if times == 1:
-        pause.wait(run, seen=number.name)
-        pause.go()
+    pause.wait(run, seen=number.name)
+    pause.go()
     _, stderr = run.communicate(timeout=300)
     assert run.returncode == 75, stderr
     assert f"stopped by {number.name}" in stderr
     assert stderr.count("\n") == 1
-    if times == 1:  # Of several, the second ends the run before it saves.
+    if times == 1:  # Of several, a second may end the run before it saves.
         assert "Resuming the unfinished run" in command.run(*flags, "--resume", "must").stdout
+
+
+@pytest.mark.full
+def test_images_that_look_unusual_are_trained_on_with_a_notice(command, tmp_path, mnist):
+    first = mnist.first(256, 100)
+    inverted = {name: 255 - getattr(first, name) for name in ("x_train", "x_test")}
+    data = save_npz(tmp_path / "a.npz", **inverted, y_train=first.y_train, y_test=first.y_test)
+    done = command.run(*SMALL, "--data", data, "--log-format", "json", "--output-dir", "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    notices = [
+        line for line in map(json.loads, done.stdout.splitlines()) if "notice" in line.values()
+    ]
+    assert "The training images look inverted" in notices[-1]["message"]
 
 
 @pytest.mark.full

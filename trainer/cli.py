@@ -117,7 +117,7 @@ def write_termination_message(text: str) -> None:
     """
     if path := os.environ.get("TRAINER_TERMINATION_LOG"):
         with contextlib.suppress(OSError):
-            Path(path).write_text(f"{text}\n", encoding="utf-8")
+            Path(path).write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def parse(prog: str, kind: type[Config], argv: Sequence[str]) -> Config:

@@ -331,3 +331,12 @@ def test_the_page_describes_the_run_in_its_folder(command, tmp_path):
     assert f"{manifest['metrics']['val_loss']:.4f}" in text
     assert manifest["model"]["sha256"] in text
     assert str(path) in text
+
+
+def test_a_name_that_no_encoding_has_is_in_the_page_with_backslashes(digits):
+    images, labels, probabilities = digits
+    manifest = {**MANIFEST, "data": {**MANIFEST["data"], "source": "digits\udcff.npz"}}
+    report = html.render(
+        manifest, HISTORY, images=images, labels=labels, probabilities=probabilities
+    )
+    assert rb"digits\udcff.npz" in report.page

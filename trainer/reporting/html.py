@@ -74,7 +74,8 @@ def render(
         figures=_figures(manifest, history, found),
         **_tables(manifest, history, found),
     )
-    return Report(page.encode(), drawn["curves"])
+    # A file name may be valid in no encoding.
+    return Report(page.encode("utf-8", "backslashreplace"), drawn["curves"])
 
 
 def _sentences(manifest: dict, history: Mapping, found: Scores) -> dict[str, str]:

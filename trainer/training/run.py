@@ -305,6 +305,8 @@ def _progress(config: TrainConfig, cluster: "Cluster | None") -> "Iterator[Watch
 def _announce(
     config: TrainConfig, digits: "Digits", assembly: "Assembly", watcher: "Watcher"
 ) -> None:
+    from trainer.data import plausibility
+
     schedule = "" if config.schedule == "constant" else f" ({config.schedule})"
     watcher.say(
         f"{len(digits.x_train):,} training and {len(digits.x_test):,} test images ({config.data}), "
@@ -315,7 +317,7 @@ def _announce(
     )
     replicas = assembly.manifest.environment["replicas"]
     watcher.say(assembly.strategy.reason, "strategy", replicas=replicas)
-    for notice in (assembly.strategy.notice, assembly.step.reason):
+    for notice in (assembly.strategy.notice, assembly.step.reason, *plausibility.notices(digits)):
         if notice:
             watcher.say(notice, "notice")
 
