@@ -420,7 +420,11 @@ def test_closed_streams_end_no_run(command, tmp_path):
 def test_a_hangup_and_a_storm_of_signals_end_with_75_and_resume(command, tmp_path, number, times):
     flags = (*SMALL, "--steps-per-execution", 1)
     pause = Pause(folder=tmp_path / "pause", after_step=(1, 1))
-    run = command.start(*flags, hooks=[pause])
+
+    def not_ignored():  # As nohup leaves it, under which the tests may run.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    run = command.start(*flags, hooks=[pause], preexec_fn=not_ignored)
     pause.wait(run)
     for _ in range(times):
         run.send_signal(number)

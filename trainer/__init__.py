@@ -107,7 +107,7 @@ def evaluate(model: "keras.Model", data: "Digits", *, batch_size: int = 128) -> 
     return scores.score(data.y_test, probabilities)
 
 
-def load_data(source: str = "bundled") -> "Digits":
+def load_data(source: "str | os.PathLike[str]" = "bundled") -> "Digits":
     """Loads a data set: ``bundled``, a path, ``keras`` or ``tfds:NAME``, as ``TrainConfig.data``.
 
     Returns:
@@ -120,7 +120,7 @@ def load_data(source: str = "bundled") -> "Digits":
     """
     from trainer.data import sources
 
-    return sources.load(source)
+    return sources.load(os.fspath(source))
 
 
 def load_model(path: "str | Path") -> "keras.Sequential":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support import ROOT, save_npz
 
+import trainer
 from trainer.data import sources
 from trainer.data.dataset import ARRAYS, Digits
 from trainer.errors import DataError, InputError, UsageError
@@ -247,3 +248,8 @@ def test_tensorflow_datasets_are_read_in_their_own_format(command, tmp_path, few
         check=False,
     )
     assert shown.stdout == f"{few.sha256}\n", shown.stderr
+
+
+def test_the_library_takes_a_path_of_any_kind_and_name(tmp_path):
+    path = save_npz(tmp_path / "digits.npz").rename(tmp_path / "digits-\udcff.npz")
+    assert trainer.load_data(path).sha256 == trainer.load_data(str(path)).sha256

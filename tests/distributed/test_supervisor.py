@@ -26,6 +26,7 @@ from trainer.distributed.parent import (
     STOP_TIMEOUT,
 )
 from trainer.distributed.supervisor import LOSS_TIMEOUT
+from trainer.distributed.worker import _explain
 
 HANG = 300  # Seconds that only turn a hang of a test into its failure.
 
@@ -585,6 +586,22 @@ def test_a_second_signal_ends_at_once(start, number, code):
     ended, stderr = other.end()
     assert ended == code
     assert f"stopped by a second {number.name}. Earlier checkpoints are intact." in stderr
+
+
+def test_signals_without_end_change_no_exit_code(start):
+    _, other = train(*start(2))
+    while other.process.poll() is None:  # Until it is gone: while it ends, too.
+        other.send(signal.SIGTERM, child=False)
+    ended, stderr = other.end()
+    assert ended == 75, stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_worker_process_that_is_stopped_before_it_has_begun_is_no_crash():
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        outcome = _explain(-number)
+        assert outcome == (code, f"stopped by {number.name} before it had begun", "named")
+    assert _explain(-signal.SIGSEGV).kind == "crashed"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

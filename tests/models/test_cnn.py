@@ -135,3 +135,8 @@ def test_weights_that_overflow_are_named(mnist):
     network.layers[-1].kernel.assign(np.full((256, 10), 3e38, "float32"))
     with pytest.raises(NotFiniteError, match="for 5 of 5 images"):
         cnn.probabilities(network, mnist.x_test[:5], batch_size=5)
+
+
+def test_a_precision_that_it_has_not_is_refused():
+    with pytest.raises(ValueError, match=r"mixed_bfloat16\. Received: 'mixed_float16'"):
+        build(precision="mixed_float16")

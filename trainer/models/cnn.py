@@ -8,6 +8,7 @@ All its layers are stock Keras layers, so the saved file loads in any Keras 3.
 
 import functools
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 
@@ -69,8 +70,11 @@ def build(
         Output: float32 (n, 10), probabilities.
 
     Raises:
-        ValueError: Keras has no optimizer of that name.
+        ValueError: Keras has no optimizer of that name, or the precision is another one.
     """
+    if precision not in get_args(Precision):
+        expected = ", ".join(get_args(Precision))
+        raise ValueError(f"Expected a precision of {expected}. Received: {precision!r}.")
     layers = keras.layers
     seeds = [int(word) for word in np.random.SeedSequence(seed).generate_state(6)]
 
