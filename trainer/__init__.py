@@ -57,9 +57,9 @@ def fit(
     Args:
         config: The configuration of the run.
         data: The data set to train on; None: the one that ``config.data`` names.
-        callbacks: Keras callbacks. ``on_train_batch_end`` and ``on_test_batch_end`` are called once
-            per call of the compiled function, which runs several steps, with the number of the last
-            batch.
+        callbacks: Keras callbacks. Those of batches are called once per call of the compiled
+            function, which runs several steps: at its beginning with the number of the first
+            batch, at its end with that of the last. ``params["verbose"]`` is 0.
 
     Returns:
         The compiled model, and its history as ``History.history`` of Keras, with ``seconds``.
