@@ -177,6 +177,12 @@ def test_other_data_in_the_bundled_files_place_is_refused(tmp_path, monkeypatch)
         sources.load("bundled")
 
 
+def test_without_the_bundled_file_the_package_is_to_be_installed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
+    with pytest.raises(InputError, match=r"mnist\.npz.*: install digits-trainer again\.$"):
+        sources.load("bundled")
+
+
 def test_nothing_at_the_path_names_the_sources(tmp_path):
     with pytest.raises(InputError, match=r"bundled, keras, tfds:NAME, an \.npz file or a folder"):
         sources.load(str(tmp_path / "nothing"))
@@ -253,3 +259,30 @@ def test_tensorflow_datasets_are_read_in_their_own_format(command, tmp_path, few
 def test_the_library_takes_a_path_of_any_kind_and_name(tmp_path):
     path = save_npz(tmp_path / "digits.npz").rename(tmp_path / "digits-\udcff.npz")
     assert trainer.load_data(path).sha256 == trainer.load_data(str(path)).sha256
+
+
+@pytest.mark.full
+def test_tensorflow_datasets_of_other_pictures_are_refused_before_their_download(command):
+    program = (
+        "from trainer.data import sources\n"
+        "from trainer.errors import DataError\n"
+        "import tensorflow_datasets as tfds\n"
+        "def download(*arguments, **options):\n"
+        "    raise SystemExit('downloading')\n"
+        "tfds.core.DatasetBuilder.download_and_prepare = download\n"
+        "for name in ('cifar10', 'imdb_reviews'):\n"
+        "    try:\n"
+        "        sources.load(f'tfds:{name}')\n"
+        "    except DataError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**command.env, "TFDS_DATA_DIR": str(command.folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    pictures, texts = done.stdout.splitlines()
+    assert "in tfds:cifar10. Received: uint8 of shape (32, 32, 3)." in pictures
+    assert "Expected the features image and label in tfds:imdb_reviews. Received: " in texts

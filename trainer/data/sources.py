@@ -21,14 +21,14 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
 
 from trainer import inputs
-from trainer.data.dataset import ARRAYS, Digits, check_specs
+from trainer.data.dataset import ARRAYS, IMAGE_SHAPE, Digits, check_specs
 from trainer.errors import ConfigurationError, DataError, InputError
 from trainer.machine import aligned_empty, total_memory
 
@@ -97,7 +97,8 @@ def _load_bundled() -> Digits:
         try:
             received = (digits := Digits(**_read_npz(path))).sha256
         except (DataError, InputError) as error:
-            raise type(error)(f"{error} Or install digits-trainer again.") from error
+            remedy = "It is the package's own: install digits-trainer again."
+            raise type(error)(f"{error} {remedy}") from error
     if received != MNIST_SHA256:
         raise DataError(
             f"Expected the bundled MNIST with SHA-256 {MNIST_SHA256}. Received: {received}. "
@@ -273,11 +274,11 @@ def _fill(array: np.ndarray, stream: IO[bytes]) -> int:
     return filled
 
 
-def _check_memory(path: Path, size: int, before: int = 0) -> None:
+def _check_memory(source: Path | str, size: int, before: int = 0) -> None:
     """Refuses what would leave too little memory for the training.
 
     Args:
-        path: The file, for the error.
+        source: The file or data set, for the error.
         size: Bytes that it takes.
         before: Bytes that were taken for other files of the data set.
     """
@@ -286,7 +287,7 @@ def _check_memory(path: Path, size: int, before: int = 0) -> None:
         raise DataError(
             f"Expected data that takes at most {memory * MEMORY_SHARE / 1e9:.1f} GB, half of the "
             f"memory of this machine or container. Received: {(size + before) / 1e9:.1f} GB at "
-            f"{path}. Use fewer examples, or more memory."
+            f"{source}. Use fewer examples, or more memory."
         )
 
 
@@ -423,7 +424,14 @@ def _load_tfds(name: str) -> Digits:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            train, test = tfds.load(name, split=["train", "test"], batch_size=-1)
+            builder = tfds.builder(name)
+            _check_features(name, builder.info.features)
+            builder.download_and_prepare()
+            count = sum(builder.info.splits[part].num_examples for part in ("train", "test"))
+            _check_memory(f"tfds:{name}", count * (math.prod(IMAGE_SHAPE) + 8))  # Labels are int64.
+            train, test = builder.as_dataset(split=["train", "test"], batch_size=-1)
+    except DataError:
+        raise
     except Exception as error:  # tfds, requests and TensorFlow's file system each raise their own.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
@@ -432,25 +440,35 @@ def _load_tfds(name: str) -> Digits:
         ) from error
     arrays = {}
     for part, examples in (("train", tfds.as_numpy(train)), ("test", tfds.as_numpy(test))):
-        if not {"image", "label"} <= set(examples):
-            raise DataError(
-                f"Expected the features image and label in tfds:{name}. "
-                f"Received: {', '.join(examples)}."
-            )
-        images = examples["image"]
         # TensorFlow Datasets keeps the one channel of a grey image as a last axis.
-        arrays[f"x_{part}"] = images[..., 0] if images.shape[-1:] == (1,) else images
+        arrays[f"x_{part}"] = examples["image"].reshape(-1, *IMAGE_SHAPE)
         arrays[f"y_{part}"] = examples["label"]
-    return Digits(**arrays)
+    with _naming(f"tfds:{name}"):
+        return Digits(**arrays)
+
+
+def _check_features(name: str, features: Mapping) -> None:
+    """Refuses other kinds of data before they are downloaded."""
+    if not {"image", "label"} <= set(features):
+        raise DataError(
+            f"Expected the features image and label in tfds:{name}. "
+            f"Received: {', '.join(features)}. {_BUNDLED_INSTEAD}"
+        )
+    image = features["image"]
+    if image.shape not in (IMAGE_SHAPE, (*IMAGE_SHAPE, 1)) or image.np_dtype != np.uint8:
+        raise DataError(
+            f"Expected grey images of 28×28 pixels, uint8, in tfds:{name}. "
+            f"Received: {np.dtype(image.np_dtype)} of shape {image.shape}. {_BUNDLED_INSTEAD}"
+        )
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Adds the file and what to do to an error about what is in it."""
+def _naming(source: Path | str) -> Iterator[None]:
+    """Adds the source and what to do to an error about what is in it."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"{error} Correct {path}, or use data='bundled'.") from error
+        raise DataError(f"{error} Correct {source}, or use data='bundled'.") from error
 
 
 def _unreadable(path: Path, error: OSError) -> str:
