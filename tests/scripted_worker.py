@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer import cli, errors
-from trainer.distributed import parent, supervisor, worker
+from trainer.distributed import parent, supervisor
+from trainer.distributed.authentication import read_secret
+from trainer.distributed.chief import Chief
 from trainer.distributed.cluster import Cluster
+from trainer.distributed.messages import Connection
 from trainer.distributed.worker import Link, PeerError
 from trainer.signals import Signals
 
@@ -46,36 +49,46 @@ def run_parent(config: Config) -> None:
         with (folder / "log").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    replace_receive(log)
+    log_messages(log)
     replace_deadlines(folder, log)
     supervisor.run(
         [sys.executable, __file__, folder / "commands", json.dumps(options["settings"])],
-        Cluster(tuple(options["workers"]), options["index"]),
+        Cluster(tuple(options["workers"]), options["index"], read_secret(os.environ)),
         startup_timeout=30,
         step_timeout=options["step_timeout"],
     )
 
 
-def replace_receive(log):
-    receive = worker.receive
+def log_messages(log):
+    receive = Connection.receive
     last = {}
 
-    async def logged(reader):
-        if reader in last:
-            log("handled", last.pop(reader))
-        message = await receive(reader)
+    async def logged(self):
+        if self in last:
+            log("handled", last.pop(self))
+        message = await receive(self)
         if message is not None:
             log("received", message)
-            last[reader] = message
+            last[self] = message
         return message
 
-    worker.receive = supervisor.receive = logged
+    Connection.receive = logged
+
+    join = Chief._join
+
+    def logged_join(self, index, connection):
+        peer = join(self, index, connection)
+        log("joined", index)
+        return peer
+
+    Chief._join = logged_join
 
 
 def replace_deadlines(folder, log):
     async def call_when_told(name, then):
         while not (folder / name).exists():
             await asyncio.sleep(0.01)
+        (folder / name).unlink()  # It may be set again.
         then()
 
     def set_deadline(self, name, seconds, then):

@@ -13,18 +13,20 @@ import pytest
 from support import wait_for
 
 from trainer.distributed import ring as ring_module
+from trainer.distributed.authentication import MAC_SIZE, NO_SECRET, Secret, Session
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.local import free_ports
+from trainer.distributed.messages import CALLERS
 from trainer.distributed.ring import connect
 from trainer.errors import ConfigurationError
 
-OTHER = b"digits-trainer ring \0\0\0\7"  # a worker of another run
+SECRET = Secret(b"what all workers of a run know")
 SHAPES = [(3, 3, 1, 32), (32,), (0,), (), (1,), (500, 401)]
 
 
 @contextlib.contextmanager
-def joined(workers, index):
-    ring = connect(Cluster(workers, index))
+def joined(workers, index, secret=SECRET):
+    ring = connect(Cluster(workers, index, secret))
     try:
         yield ring
     finally:
@@ -62,8 +64,8 @@ def reached(address):
         yield stranger
 
 
-def ones(workers, index):
-    with joined(workers, index) as ring:
+def ones(workers, index, secret=SECRET):
+    with joined(workers, index, secret) as ring:
         return ring.sum([np.ones(3)])[0].tolist()
 
 
@@ -168,18 +170,18 @@ def test_sums_are_taken_by_tensorflow_without_a_copy():
 
 @pytest.mark.parametrize("late", range(3))
 def test_workers_join_in_any_order(late, monkeypatch):
-    calling, call = threading.Semaphore(0), ring_module._connect_to
+    calling, call = threading.Semaphore(0), ring_module._call
 
-    def announced(address, index):
+    async def announced(cluster):
         calling.release()
-        return call(address, index)
+        return await call(cluster)
 
     def before(index):
         if index == late:  # All others listen, and call the next worker.
             for _ in range(2):
                 assert calling.acquire(timeout=60)
 
-    monkeypatch.setattr(ring_module, "_connect_to", announced)
+    monkeypatch.setattr(ring_module, "_call", announced)
     results = together(3, lambda ring: ring.sum([np.ones(7)])[0].tolist(), before=before)
     assert results == [[3.0] * 7] * 3
 
@@ -198,6 +200,61 @@ def test_strangers_do_not_join(content):
                 stranger.close()
             # The stranger is there before worker 1.
             assert ones(workers, 1) == first.result(60) == [2.0] * 3
+
+
+@pytest.mark.parametrize("count", [1, CALLERS + 20])
+def test_silent_connections_keep_nobody_waiting(count, monkeypatch):
+    monkeypatch.setattr(ring_module, "CONNECT_TIMEOUT", 300)
+    workers = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
+
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as silent:
+        first = pool.submit(ones, workers, 0)
+        for _ in range(count):
+            silent.enter_context(reached(workers[0]))
+        assert ones(workers, 1) == first.result(60) == [2.0] * 3
+
+
+def test_workers_join_without_a_secret():
+    workers = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ones, workers, 0, NO_SECRET)
+        assert ones(workers, 1, NO_SECRET) == first.result(60) == [2.0] * 3
+
+
+@pytest.mark.parametrize("key", [b"", b"another secret of a run"])
+def test_who_does_not_know_the_secret_is_no_previous_worker(key):
+    workers = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ones, workers, 0)
+        with reached(workers[0]) as stranger:
+            hello = b"digits-trainer ring \0\0\0\1" + bytes(16)
+            stranger.sendall(hello)
+            challenge = stranger.recv(len(hello), socket.MSG_WAITALL)
+            assert len(stranger.recv(MAC_SIZE, socket.MSG_WAITALL)) == MAC_SIZE
+            stranger.sendall(Session(key, hello, challenge, caller=True).sign(b""))
+            assert stranger.recv(1) == b""
+        assert ones(workers, 1) == first.result(60) == [2.0] * 3
+
+
+@pytest.mark.parametrize("key", [b"", b"another secret of a run"])
+def test_who_does_not_know_the_secret_is_no_next_worker(key):
+    workers = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
+    challenge = b"digits-trainer ring \0\0\0\1" + bytes(16)
+    port = int(workers[1].rpartition(":")[2])
+
+    with ThreadPoolExecutor() as pool:
+        with socket.create_server(("127.0.0.1", port)) as other:
+            first = pool.submit(ones, workers, 0)
+            connection, _ = other.accept()
+            with connection:
+                hello = connection.recv(len(challenge), socket.MSG_WAITALL)
+                session = Session(key, hello, challenge, caller=False)
+                connection.sendall(challenge + session.sign(challenge) + b".")
+                with contextlib.suppress(ConnectionError):
+                    assert connection.recv(1) == b""
+        assert ones(workers, 1) == first.result(60) == [2.0] * 3
 
 
 def test_something_else_at_a_workers_address_is_called_again():

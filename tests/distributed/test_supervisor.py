@@ -18,16 +18,21 @@ import sys
 import pytest
 from support import ROOT, Constant, wait_for, with_hooks
 
+from trainer.distributed.authentication import NO_SECRET, Session
 from trainer.distributed.local import free_ports
+from trainer.distributed.messages import CALLERS
 from trainer.distributed.parent import (
     FREEZE_TIMEOUT,
     HEARTBEAT_TIMEOUT,
+    LOSS_TIMEOUT,
     RESUME_HINT,
     STOP_TIMEOUT,
+    TELL_TIMEOUT,
+    unreachable,
 )
-from trainer.distributed.supervisor import LOSS_TIMEOUT
 from trainer.distributed.worker import _explain
 
+SECRET = "what all workers of a run know\n"  # noqa: S105
 HANG = 300  # Seconds that only turn a hang of a test into its failure.
 
 
@@ -36,8 +41,13 @@ class Worker:
 
     reports = 0
 
-    def __init__(self, folder, workers, index, *, settings=None, step_timeout=None, hooks=()):
+    def __init__(
+        self, folder, workers, index, *, secret, settings=None, step_timeout=None, hooks=()
+    ):
         self.folder = folder
+        self.workers = workers
+        host, port = workers[index].split(":")
+        self.address = host, int(port)
         self.name = f"worker {index} ({workers[index]})"
         folder.mkdir()
         os.mkfifo(folder / "commands")
@@ -50,10 +60,15 @@ class Worker:
             "settings": settings or {},
             "step_timeout": step_timeout,
         }
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if secret:
+            (folder / "secret").write_text(secret)
+            (folder / "secret").chmod(0o600)
+            env["TRAINER_TOKEN_FILE"] = str(folder / "secret")
         with (folder / "stderr").open("w") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, ROOT / "tests/scripted_worker.py", "--config", json.dumps(config)],
-                env=with_hooks({**os.environ, "PYTHONPATH": str(ROOT)}, hooks),
+                env=with_hooks(env, hooks),
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
@@ -109,9 +124,7 @@ class Worker:
     def joined(self, *indices):
         """Waits until others have joined this one, worker 0."""
         for index in indices:
-            self.until(
-                lambda entry, index=index: entry[0] == "handled" and entry[1].get("hello") == index
-            )
+            self.until(lambda entry, index=index: entry == ["joined", index])
 
     def sets(self, deadline):
         """Waits until the parent has set a deadline; returns its seconds."""
@@ -159,12 +172,14 @@ def start(tmp_path):
     numbers = itertools.count()
     made = []
 
-    def start(count, *indices, workers=None, **options):
+    def start(count, *indices, workers=None, secret=SECRET, **options):
         if count not in addresses:
             addresses[count] = [f"127.0.0.1:{port}" for port in free_ports(count)]
         for index in indices or range(count):
             folder = tmp_path / str(next(numbers))
-            made.append(Worker(folder, workers or addresses[count], index, **options))
+            made.append(
+                Worker(folder, workers or addresses[count], index, secret=secret, **options)
+            )
         ours = made[len(made) - len(indices or range(count)) :]
         return ours[0] if len(indices) == 1 else ours
 
@@ -190,6 +205,14 @@ def assert_succeed(*workers):
         worker.tell("end")
     for worker in workers:
         assert worker.end() == (0, "")
+
+
+def assert_end_well(*workers):
+    """The same, whatever stands on stderr."""
+    for worker in reversed(workers):
+        worker.do("tell trained")
+        worker.tell("end")
+    assert [worker.end()[0] for worker in workers] == [0] * len(workers)
 
 
 def assert_lost(ended, worker, how):
@@ -315,28 +338,256 @@ def test_a_port_in_use_is_named(start):
     assert "Address already in use" in stderr
 
 
-def test_strangers_on_the_port_change_nothing(start):
-    chief = start(2, 0)
-    host, port = chief.name[len("worker 0 (") : -1].split(":")
+def reach(worker, processes):
+    """Returns a connection to the port of a worker's address, once somebody listens there."""
+    connections = []
 
-    def connect():
+    def connected():
         with contextlib.suppress(ConnectionRefusedError):
-            return socket.create_connection((host, int(port)), timeout=HANG)
+            connections.append(socket.create_connection(worker.address, timeout=HANG))
+        return connections
 
-    silent = []
-    wait_for(lambda: silent.append(connect()) or silent[-1], chief.process)
+    wait_for(connected, *processes)
+    return connections[0]
+
+
+# -- strangers
+
+
+@pytest.mark.parametrize("secret", [SECRET, None])
+def test_strangers_on_the_port_change_nothing(start, secret):
+    chief = start(2, 0, secret=secret)
+    silent = [reach(chief, [chief.process])]
     for content in (
         b"GET / HTTP/1.1\r\n\r\n",
         b"\xff\n",
         b"[1]\n",
         b'{"ready": 1}\n',
         b"x" * 200_000,
+        b'{"hello": 1}',
+        b'{"hello": 1}\n',
+        b'{"hello": [1], "workers": 1}\n',
+        b'{"hello": 1, "workers": ["a:1", "b:1"]}\n',
+        b"[" * 60_000 + b"\n",
+        b'{"verdict": [0, "", null]}\n',
+        b'{"ended": [78, "", "named"]}\n',
     ):
-        with connect() as stranger, contextlib.suppress(ConnectionError):
+        with reach(chief, [chief.process]) as stranger, contextlib.suppress(ConnectionError):
             stranger.sendall(content)
+            stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(1) == b""  # Its connection is closed, without an answer.
-    assert_succeed(*train(chief, start(2, 1)))
-    silent[-1].close()
+    workers = train(chief, start(2, 1, secret=secret))
+    assert_end_well(*workers)
+    assert chief.stderr() == ("" if secret else NO_SECRET.notice + "\n")
+    silent[0].close()
+
+
+def test_any_number_of_silent_connections_keeps_nobody_out(start):
+    chief = start(2, 0)
+    with contextlib.ExitStack() as silent:
+        connections = [
+            silent.enter_context(reach(chief, [chief.process])) for _ in range(CALLERS + 20)
+        ]
+        for first in connections[:20]:
+            assert first.recv(1) == b""
+        assert_succeed(*train(chief, start(2, 1)))
+
+
+def greet(connection, workers, key, *, secret=True):
+    """Greets as worker 1 that knows another secret; returns what it is answered."""
+    hello = {"hello": 1, "workers": workers, "nonce": "00" * 16, "secret": secret}
+    hello = json.dumps(hello).encode() + b"\n"
+    with contextlib.suppress(ConnectionError):
+        connection.sendall(hello)
+    with connection.makefile("rb") as answers:
+        challenge = answers.readline()
+        session = Session(key, hello, challenge[65:], caller=True)
+        for message in (b'{"heartbeat": 1}\n', b'{"ended": [78, "bad", "named"]}\n'):
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(session.sign(message).hex().encode() + b" " + message)
+        with contextlib.suppress(ConnectionError):
+            return challenge, answers.read()
+    return challenge, b""
+
+
+def test_a_squatter_without_the_secret_does_not_keep_the_worker_out(start):
+    chief = start(2, 0)
+    for key, secret in ((b"another secret", True), (b"", False), (b"", True)):
+        with reach(chief, [chief.process]) as squatter:
+            challenge, answer = greet(squatter, chief.workers, key, secret=secret)
+            assert b'"challenge"' in challenge
+            assert answer == b""
+    other = start(2, 1)
+    workers = train(chief, other)
+    assert_end_well(*workers)
+    (notice,) = chief.stderr().splitlines()  # of three
+    assert notice == (
+        "A caller from 127.0.0.1 that greets as worker 1 was turned away: it has another secret. "
+        "If it is that worker, start it again with the file that TRAINER_TOKEN_FILE names here."
+    )
+
+
+def test_what_a_worker_has_sent_cannot_be_sent_again(start):
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    host, port = workers[0].split(":")
+    recorded = []
+    with socket.create_server((host, int(port))) as server:
+        other = start(2, 1, workers=workers)
+        with server.accept()[0] as connection, connection.makefile("rb") as lines:
+            recorded.append(lines.readline())
+    chief = start(2, 0, workers=workers)
+    chief.joined(1)
+    assert other.process.poll() is None
+    with reach(chief, [chief.process]) as stranger, stranger.makefile("rb") as answers:
+        stranger.sendall(recorded[0])  # a hello that is well-formed, and was the worker's
+        assert b'"challenge"' in answers.readline()
+        stranger.sendall(b"0" * 64 + b' {"ended": [78, "", "named"]}\n')
+        assert answers.read() == b""
+    workers = train(chief, other)
+    assert_end_well(*workers)
+
+
+@pytest.mark.parametrize("verdict", [[0, "", None], [70, "\x1b[2Jdone", None]])
+@pytest.mark.parametrize("key", [b"", b"another secret"])
+def test_who_is_at_the_chiefs_address_without_the_secret_is_not_believed(start, verdict, key):
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    host, port = workers[0].split(":")
+    challenge = json.dumps({"challenge": "00" * 16, "secret": bool(key)}).encode() + b"\n"
+    content = json.dumps({"verdict": verdict}).encode() + b"\n"
+    with socket.create_server((host, int(port))) as server:
+        other = start(2, 1, workers=workers)
+        other.tell("meet")
+        for _ in range(2):
+            with server.accept()[0] as connection, connection.makefile("rb") as lines:
+                session = Session(key, lines.readline(), challenge, caller=False)
+                connection.sendall(
+                    b"".join(
+                        session.sign(message).hex().encode() + b" " + message
+                        for message in (challenge, content)
+                    )
+                    + content
+                )
+                with contextlib.suppress(ConnectionError):
+                    assert lines.read() == b""  # It has not even said that it is alive.
+    assert other.sets("agreeing") == TELL_TIMEOUT
+    # The real one comes in time.
+    assert_succeed(*train_from(start(2, 0, workers=workers), other))
+
+
+def test_a_chief_with_another_secret_ends_the_others_with_a_line_of_their_own(start):
+    chief = start(2, 0, secret=SECRET[::-1])
+    other = start(2, 1)
+    other.sets("agreeing")
+    other.expire("agreeing")
+    code, stderr = other.end()
+    assert code == 78
+    assert stderr == (
+        "task: error: Expected the same secret on all workers, or none. Received: one here, and "
+        f"another secret at {chief.name}. Let TRAINER_TOKEN_FILE name a file with the same content "
+        "on every worker.\n"
+    )
+    chief.says("A caller from 127.0.0.1 that greets as worker 1 was turned away: it has another")
+    assert chief.process.poll() is None
+
+
+def test_a_secret_on_worker_0_alone_ends_the_other(start):
+    chief, other = start(2, 0), start(2, 1, secret=None)
+    other.sets("agreeing")
+    other.expire("agreeing")
+    code, stderr = other.end()
+    assert code == 78
+    assert f"Received: none here, and another secret at {chief.name}. Let TRAINER_" in stderr
+    chief.says("greets as worker 1 was turned away: it has no secret. If it is that worker")
+    assert_end_well(*train(chief, start(2, 1)))
+
+
+def test_a_secret_on_the_other_worker_alone_ends_both(start):
+    chief, other = start(2, 0, secret=None), start(2, 1)
+    other.sets("agreeing")
+    other.expire("agreeing")
+    code, stderr = other.end()
+    assert code == 78
+    assert f"Received: one here, and no secret at {chief.name}. Let TRAINER_" in stderr
+    code, stderr = chief.end()
+    assert code == 78
+    assert "Received: one on worker 1, none on worker 0. Let TRAINER_TOKEN_FILE name" in stderr
+
+
+def test_a_secret_that_cannot_be_read_is_named(start):
+    chief = start(2, 0, secret=SECRET[:5])
+    code, stderr = chief.end()
+    assert code == 78
+    assert "Expected TRAINER_TOKEN_FILE to name a file with the secret" in stderr
+    assert stderr.count("\n") == 1
+
+
+# -- waiting
+
+
+def test_who_is_waited_for_is_said_and_why(start):
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    workers += ["digits-2.invalid:2222"]
+    chief, other = start(3, 0, 1, workers=workers)
+    chief.joined(1)
+    assert chief.sets("waiting") == 10
+    chief.expire("waiting")
+    text = "Waiting for worker 2 (digits-2.invalid:2222): its name cannot be resolved ("
+    for worker in (chief, other):
+        worker.says(text)
+        worker.says(f"They have not started yet, or cannot reach {chief.name}.\n")
+    wait_for(lambda: chief.seconds("waiting") == [10, 20], chief.process)
+    chief.expire("waiting")
+    wait_for(lambda: chief.stderr().count(text) == 2, chief.process)
+    assert chief.seconds("meeting") == [30]
+
+
+def test_a_missing_worker_whose_machine_answers_is_told_from_another_program(start):
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    chief = start(2, 0, workers=workers)
+    reach(chief, [chief.process]).close()
+    chief.expire("waiting")
+    chief.says(f"Waiting for worker 1 ({workers[1]}): connection refused. ")
+    host, port = workers[1].split(":")
+    with socket.create_server((host, int(port))):
+        wait_for(lambda: chief.seconds("waiting") == [10, 20], chief.process)
+        chief.expire("waiting")
+        chief.says(f"Waiting for worker 1 ({workers[1]}): something else answers there. ")
+    assert_end_well(*train(chief, start(2, 1, workers=workers)))
+
+
+def test_a_worker_says_why_worker_0_cannot_be_reached(start):
+    workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    host, port = workers[0].split(":")
+    other = start(2, 1, workers=workers)
+    other.tell("meet")
+
+    def says(reason, seconds):
+        wait_for(lambda: other.seconds("waiting")[-1:] == [seconds], other.process)
+        other.expire("waiting")
+        other.says(f"Waiting for worker 0 ({workers[0]}): {reason}.\n")
+
+    says("connection refused", 10)
+    with socket.create_server((host, int(port))) as server:
+        for _ in range(2):  # The second call comes when the first has been handled.
+            connection, _ = server.accept()
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+            connection.close()
+        says("something else answers there", 20)
+    assert_end_well(*train_from(start(2, 0, workers=workers), other))
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "its name cannot be resolved (Name or"),
+        (ConnectionRefusedError(111, "Connection refused"), "connection refused"),
+        (TimeoutError("timed out"), "no answer"),
+        (OSError(113, "No route to host"), "no route to host"),
+        (ConnectionError("something else answers there"), "something else answers there"),
+    ],
+)
+def test_why_an_address_cannot_be_reached(error, text):
+    assert unreachable(error).startswith(text)
 
 
 # -- losses

@@ -21,6 +21,7 @@ from support import (
     wait_for,
 )
 
+from trainer.distributed.authentication import make_secret
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.local import free_ports
 from trainer.distributed.parent import RESUME_HINT
@@ -37,6 +38,9 @@ class Group:
         self.command = command
         self.workers = tuple(f"127.0.0.1:{port}" for port in free_ports(count))
         self.processes = {}
+        secret = command.home / f"secret-{self.workers[0]}"
+        make_secret(secret)
+        command.env["TRAINER_TOKEN_FILE"] = str(secret)
 
     def start(self, *flags, only=None, hooks=()):
         for index in range(len(self.workers)) if only is None else only:

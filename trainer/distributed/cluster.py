@@ -20,6 +20,9 @@ Job of Kubernetes can set to the same values in all its pods:
 
 Without those, the tasks that Slurm's ``srun`` has started together are the workers
 (``trainer.distributed.slurm``).
+
+With any of them, TRAINER_TOKEN_FILE names the file with the secret that all workers share
+(``trainer.distributed.authentication``).
 """
 
 import dataclasses
@@ -29,6 +32,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from trainer.distributed import slurm
+from trainer.distributed.authentication import NO_SECRET, Secret, read_secret
 from trainer.errors import ConfigurationError
 
 DEFAULT_PORT = 2222  # as in TensorFlow's examples
@@ -43,10 +47,12 @@ class Cluster:
     Attributes:
         workers: Their addresses, "host:port", the chief's first.
         index: Number of this worker, counted from 0.
+        secret: What all of them know, and nobody else does.
     """
 
     workers: tuple[str, ...]
     index: int
+    secret: Secret = NO_SECRET
 
     @property
     def is_chief(self) -> bool:
@@ -78,7 +84,8 @@ def resolve(environ: Mapping[str, str]) -> Cluster | None:
     """Returns the workers that the environment describes; None for fewer than two.
 
     Raises:
-        ConfigurationError: The description is malformed; the message names the variable.
+        ConfigurationError: The description is malformed, or the secret is missing; the message
+            names the variable.
     """
     if "TF_CONFIG" in environ:
         cluster = _from_tf_config(environ["TF_CONFIG"])
@@ -89,7 +96,9 @@ def resolve(environ: Mapping[str, str]) -> Cluster | None:
         cluster = Cluster(_checked(addresses, "SLURM_STEP_NODELIST"), index)
     else:
         return None
-    return cluster if cluster and len(cluster.workers) > 1 else None
+    if cluster is None or len(cluster.workers) < 2:
+        return None
+    return dataclasses.replace(cluster, secret=read_secret(environ))
 
 
 def _from_tf_config(text: str) -> Cluster | None:

@@ -14,15 +14,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO, cast
 
+from trainer.distributed.authentication import TOKEN_FILE, make_secret
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.worker import die_with_parent
-from trainer.errors import ConfigurationError, StoppedError
+from trainer.errors import ConfigurationError, OutputError, StoppedError
 from trainer.signals import stop_signals
 
 FAILURE_TIMEOUT = 20.0  # Seconds that the others have to end by themselves after a failure.
@@ -31,7 +33,8 @@ STOP_TIMEOUT = 10.0  # Seconds from SIGTERM to SIGKILL.
 
 class LocalWorkers:
     """Starts workers on this machine, and kills them at the end of the context. Each line that they
-    write is copied to this process' output. SIGINT, SIGTERM and SIGHUP are forwarded to all.
+    write is copied to this process' output. SIGINT, SIGTERM and SIGHUP are forwarded to all. They
+    share a secret that was made for them.
 
     Args:
         command: The command of each worker, which reads the cluster from TF_CONFIG.
@@ -59,12 +62,26 @@ class LocalWorkers:
         self._copies: list[threading.Thread] = []
 
     def __enter__(self) -> "LocalWorkers":
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="digits-launch-")
+            secret = Path(self._folder.name, "secret")
+            make_secret(secret)
+        except OSError as error:
+            raise OutputError(
+                "Expected a folder for temporary files, for the workers' secret. Received: "
+                f"{error}. Let TMPDIR name one."
+            ) from error
         self._handlers = {number: signal.signal(number, self._receive) for number in stop_signals()}
         addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(len(self.variables)))
         for index, variables in enumerate(self.variables):
             process = subprocess.Popen(
                 self.command,
-                env={**os.environ, **variables, "TF_CONFIG": Cluster(addresses, index).tf_config},
+                env={
+                    **os.environ,
+                    **variables,
+                    "TF_CONFIG": Cluster(addresses, index).tf_config,
+                    TOKEN_FILE: str(secret),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -89,6 +106,7 @@ class LocalWorkers:
             copy.join(STOP_TIMEOUT)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self._folder.cleanup()
 
     def wait(self) -> int:
         """Waits for the end of all workers. When one has failed, the others have FAILURE_TIMEOUT

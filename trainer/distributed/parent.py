@@ -6,15 +6,17 @@ and enforces deadlines.
 
 import asyncio
 import signal
+import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from types import FrameType
 from typing import NamedTuple, cast
 
 from trainer.cli import INTERRUPTED
+from trainer.distributed.authentication import TOKEN_FILE
 from trainer.distributed.cluster import Cluster
-from trainer.distributed.messages import send
-from trainer.distributed.worker import Outcome, WorkerProcess
+from trainer.distributed.messages import Connection, Outcome, Verdict
+from trainer.distributed.worker import WorkerProcess
 from trainer.errors import StoppedError
 from trainer.signals import stop_signals
 
@@ -22,6 +24,11 @@ HEARTBEAT_INTERVAL = 1.0  # Seconds.
 HEARTBEAT_TIMEOUT = 10.0  # Seconds without a heartbeat after which a peer is lost.
 FREEZE_TIMEOUT = 5.0  # Seconds that the worker process may be stopped (SIGSTOP).
 STOP_TIMEOUT = 7.0  # Seconds from a signal to the end of the step and of its checkpoint.
+
+LOSS_TIMEOUT = 12.0  # Seconds from an error until the lost peer that caused it is noticed, at most.
+LEAVE_TIMEOUT = 5.0  # Seconds within which the others exit after the verdict.
+TELL_TIMEOUT = 10.0  # Seconds within which workers that join late receive the verdict.
+WAITING_NOTICE = 10.0  # Seconds of waiting for peers before the user is told; then twice that, ...
 
 STOPPED = StoppedError.exit_code
 
@@ -45,20 +52,6 @@ def step_deadline(step_timeout: float | None, longest_step: float | None) -> flo
     if longest_step is None:
         return max(1200.0, step_timeout or 0)
     return step_timeout or max(300.0, 20 * longest_step)
-
-
-class Verdict(NamedTuple):
-    """How a run ends.
-
-    Attributes:
-        code: Exit code.
-        text: Why.
-        about: Number of the worker that caused it; None: no single one.
-    """
-
-    code: int
-    text: str
-    about: int | None = None
 
 
 class End(NamedTuple):
@@ -148,7 +141,25 @@ class Parent:
         """Is called when the worker process has not reported progress in time."""
         raise NotImplementedError
 
+    async def waits_for(self) -> str:
+        """Returns for which workers this one waits, and why, in a sentence; it may be empty."""
+        raise NotImplementedError
+
     # What they have in common.
+
+    def announce_waiting(self, seconds: float = WAITING_NOTICE) -> None:
+        """Tells the user for whom this worker waits: after some seconds, then twice as many, ..."""
+
+        async def announce() -> None:
+            if text := await self.waits_for():
+                self.notify(text)
+
+        def then() -> None:
+            self.cancel_deadlines("waiting")
+            self.spawn(announce())
+            self.announce_waiting(2 * seconds)
+
+        self.set_deadline("waiting", seconds, then)
 
     def give_up(self, text: str) -> None:
         """Kills the worker process, and so ends the run, which can be resumed."""
@@ -201,7 +212,7 @@ class Parent:
 
     def go(self) -> None:
         """Lets the worker process connect to the others, which have all joined."""
-        self.cancel_deadlines("meeting")
+        self.cancel_deadlines("meeting", "waiting")
         self.worker.go()
         self.set_deadline(
             "connecting",
@@ -277,8 +288,41 @@ class Parent:
             if stopped > FREEZE_TIMEOUT:
                 self.give_up("its process was stopped (SIGSTOP)")
 
-    async def send_heartbeats(self, writer: asyncio.StreamWriter) -> None:
+    async def send_heartbeats(self, connection: Connection) -> None:
         """Sends heartbeats for as long as a connection lasts."""
-        while not writer.is_closing():
-            send(writer, heartbeat=1)
+        while not connection.is_closing():
+            connection.send(heartbeat=1)
             await asyncio.sleep(HEARTBEAT_INTERVAL)
+
+
+def loss(cluster: Cluster, index: int, how: str) -> Verdict:
+    """Returns how a run ends when a worker is lost."""
+    return Verdict(STOPPED, f"{cluster.name(index)} was lost: {how}. {RESUME_HINT}", index)
+
+
+def missing(workers: Sequence[str], seconds: float) -> tuple[int, str]:
+    """Returns how a run ends when workers have not come: the exit code, and why."""
+    return STOPPED, (
+        f"{', '.join(workers)} did not join within {seconds:g} s. Start the same command there "
+        "too, or use a longer startup_timeout."
+    )
+
+
+def secret_mismatch(received: str) -> str:
+    """Returns the error of workers that do not share a secret."""
+    return (
+        f"Expected the same secret on all workers, or none. Received: {received}. Let {TOKEN_FILE} "
+        "name a file with the same content on every worker."
+    )
+
+
+def unreachable(error: OSError) -> str:
+    """Returns in a few words why an address cannot be reached."""
+    match error:
+        case socket.gaierror():
+            return f"its name cannot be resolved ({error.strerror})"
+        case ConnectionRefusedError():
+            return "connection refused"
+        case TimeoutError():
+            return "no answer"
+    return (error.strerror or str(error)).lower()

@@ -11,11 +11,8 @@ interpreter lock held, so that no signal handler and no other thread of that pro
 must never block is therefore done by the parent, which does not load TensorFlow
 (``trainer.distributed.supervisor``).
 
-Each message is a line of JSON, on a pair of sockets:
-
-    to the parent  {"ready": settings}, {"connected": 1}, {"step": [epoch, step]}, {"trained": 1},
-                   {"traceback": text}, {"ended": [code, text, kind]}
-    to the child   {"go": 1}
+They are connected by a pair of sockets that no other process has; ``messages`` lists what they
+send.
 """
 
 import asyncio
@@ -29,30 +26,16 @@ import sys
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NoReturn
 
 from trainer.cli import INTERRUPTED
-from trainer.distributed.messages import encode, receive, send
+from trainer.distributed.messages import EXIT_CODES, Connection, Outcome, encode
 from trainer.errors import ConfigurationError, StoppedError, TrainerError
 from trainer.signals import stop_signals
 
+CLOSE_TIMEOUT = 5.0  # Seconds from the end of a process' connection to its own.
+
 _VARIABLE = "TRAINER_PARENT_FD"  # The child's file descriptor of the connection.
-
-
-class Outcome(NamedTuple):
-    """How a worker process ended.
-
-    Attributes:
-        code: Its exit code, as a shell reports it.
-        text: Why, in a sentence or the end of one.
-        kind: ``named``: successfully, or with an error whose cause is known; ``lost``: killed or
-            stopped from outside; ``crashed``: it died; ``unclear``: it raised an error. The last
-            two can be consequences of the loss of another worker.
-    """
-
-    code: int
-    text: str
-    kind: Literal["named", "lost", "crashed", "unclear"]
 
 
 class PeerError(Exception):
@@ -144,7 +127,8 @@ class Link:
         except PeerError as error:
             self._end(Outcome(1, str(error), "unclear"), traceback.format_exc())
         except TrainerError as error:
-            self._end(Outcome(error.exit_code, str(error), "named"))
+            code = error.exit_code if error.exit_code in EXIT_CODES else 1
+            self._end(Outcome(code, str(error), "named"))
         except BaseException as error:
             self._end(Outcome(1, _describe(error), "unclear"), traceback.format_exc())
         self._end(Outcome(0, "", "named"))
@@ -204,7 +188,7 @@ class WorkerProcess:
     outcome: Outcome | None = None
 
     def __init__(self, command: Sequence[str]) -> None:
-        self.connection, theirs = socket.socketpair()
+        self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
                 command,
@@ -217,21 +201,27 @@ class WorkerProcess:
 
     async def connect(self) -> None:
         """Opens the connection."""
-        self.reader, self.writer = await asyncio.open_connection(sock=self.connection)
+        self.connection = Connection(*await asyncio.open_connection(sock=self.socket))
 
     async def messages(self) -> AsyncIterator[dict]:
         """Yields messages until the outcome is known: it was reported, or the process died."""
-        while message := await receive(self.reader):
+        while message := await self.connection.receive():
             if "ended" in message:
-                self.outcome = self.outcome or Outcome(*message["ended"])
+                self.outcome = self.outcome or message["ended"]
                 return
             yield message
-        self.process.wait()
-        self.outcome = self.outcome or _explain(self.process.returncode)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + CLOSE_TIMEOUT
+        while (code := self.process.poll()) is None and loop.time() < end:
+            await asyncio.sleep(CLOSE_TIMEOUT / 500)
+        if code is None:  # Something in it has closed the connection, or has written to it.
+            self.kill(Outcome(1, "it no longer reports to its parent process", "unclear"))
+        else:
+            self.outcome = self.outcome or _explain(code)
 
     def go(self) -> None:
         """Lets it connect to the other workers."""
-        send(self.writer, go=1)
+        self.connection.send(go=1)
 
     def signal(self, number: signal.Signals) -> None:
         """Forwards a signal."""
@@ -255,7 +245,7 @@ class WorkerProcess:
         """Kills it, and waits for its end."""
         self.process.kill()
         self.process.wait()
-        self.writer.close()
+        self.connection.close()
 
 
 def die_with_parent() -> None:

@@ -1,0 +1,135 @@
+"""What may come from the other end of a connection, before anything uses it."""
+
+import json
+
+import pytest
+
+from trainer.distributed.messages import TEXT_LIMIT, decode, printable
+
+HELLO = {"hello": 1, "workers": ["a:1", "b:1"], "nonce": "0" * 32, "secret": True}
+
+
+def message(**values):
+    return json.dumps(values).encode()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        HELLO,
+        {"challenge": "ab" * 16, "secret": False},
+        {"welcome": 1},
+        {"busy": "another has joined"},
+        {"waiting": "for worker 1"},
+        {"heartbeat": 1},
+        {"ready": {"seed": 0, "data": {"x": [1, 2.5, None, "y"]}}},
+        {"go": 1},
+        {"connected": 1},
+        {"step": [1, 2]},
+        {"trained": 1},
+        {"hang": "no step"},
+        {"traceback": "Traceback:\n  ..."},
+        {"ended": [65, "damaged", "named"]},
+        {"ended": [1, "an error", "unclear"]},
+        {"ended": [134, "killed by SIGABRT", "crashed"]},
+        {"verdict": [0, "", 0]},
+        {"verdict": [75, "lost", None]},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_messages_of_this_program_are_read(values):
+    decoded = decode(json.dumps(values).encode())
+    assert decoded.keys() == values.keys()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"\n",
+        b"\xff\xfe",
+        b"GET / HTTP/1.1\r\n",
+        b"1",
+        b"null",
+        b"[" * 60_000,
+        b'{"ready": ' + b'{"a": ' * 5000,
+        b"1" * 60_000,
+        b"[]",
+        b"{}",
+        b'{"hello": 1}',
+        b'{"unknown": 1}',
+        b'{"go": 1, "verdict": [0, "", 0]}',
+        *(
+            message(**{**HELLO, name: value})
+            for name, value in [
+                ("hello", "1"),
+                ("hello", True),
+                ("hello", -1),
+                ("hello", 1.0),
+                ("hello", 10**30),
+                ("hello", [1]),
+                ("workers", "a:1,b:1"),
+                ("workers", {"a:1": 1, "b:1": 2}),
+                ("workers", [1, 2]),
+                ("workers", [["a:1"], "b:1"]),
+                ("workers", []),
+                ("nonce", "0" * 31),
+                ("nonce", "x" * 32),
+                ("nonce", 0),
+                ("secret", "yes"),
+                ("more", 1),
+            ]
+        ),
+        message(ready=[]),
+        message(ready="settings"),
+        b'{"ready": ' + b'{"a": ' * 20 + b"1" + b"}" * 21,
+        message(step=1),
+        message(step=[1]),
+        message(step=["1", "2"]),
+        message(step=[-1, 2]),
+        b'{"step": [NaN, Infinity]}',
+        message(hang=1),
+        message(hang=None),
+        message(traceback=["a"]),
+        message(ended=75),
+        message(ended=[]),
+        message(ended=[75, "text"]),
+        message(ended=[75, "text", "other"]),
+        message(ended=["75", "text", "named"]),
+        message(ended=[75, None, "named"]),
+        message(ended=[99, "no code of this program", "named"]),
+        message(ended=[256, "no code", "crashed"]),
+        message(ended=[0, "died well", "crashed"]),
+        message(verdict=[0]),
+        message(verdict=[0, "", None, 1]),
+        message(verdict=["0", "", None]),
+        message(verdict=[0.0, "", None]),
+        message(verdict=[0, {}, None]),
+        message(verdict=[0, "", "1"]),
+        message(verdict=[-9, "", None]),
+        message(verdict=[99, "no code of this program", None]),
+        message(go=0),
+        message(welcome=[]),
+        message(heartbeat="x" * 1000),
+        message(connected={}),
+    ],
+    ids=lambda line: line[:60].decode("latin-1"),
+)
+def test_nothing_else_is_a_message(line):
+    assert decode(line) is None
+
+
+def test_texts_cannot_steer_a_terminal():
+    text = "\x1b]0;title\x07 \x1b[31mred\x9b2J\r\nnext \u202eline\x00"
+    for values in ({"verdict": [70, text, None]}, {"ended": [70, text, "named"]}):
+        (value,) = decode(json.dumps(values).encode()).values()
+        assert value.text.isprintable()
+        assert "\\x1b[31mred\\x9b2J next \\u202eline\\x00" in value.text
+    for kind in ("busy", "waiting", "hang"):
+        assert decode(json.dumps({kind: text}).encode())[kind].isprintable()
+
+
+def test_texts_are_of_limited_length():
+    (value,) = decode(message(busy="x" * 60_000)).values()
+    assert value == "x" * TEXT_LIMIT + "…"
+    assert printable("ünï 数字") == "ünï 数字"
