@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -100,10 +101,11 @@ def test_what_is_missing_or_no_file_is_an_input_error(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes.")
-def test_a_pipe_that_nobody_writes_is_not_waited_for(tmp_path):
+def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.h5")
-    with pytest.raises(InputError, match="a pipe"):
-        model_file.load(tmp_path / "pipe.h5")
+    for path in (tmp_path / "pipe.h5", Path("/dev/zero")):
+        with pytest.raises(InputError, match=r"a (pipe|device), not a regular file"):
+            model_file.load(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
