@@ -99,3 +99,23 @@ def test_an_error_that_cannot_be_printed_keeps_its_exit_code(tmp_path, monkeypat
     monkeypatch.setenv("FILE", str(tmp_path / "checkpoint"))
     program = WRITE.replace('os.write(2, b"stderr")', "")
     assert python(program, "2>/dev/full").returncode == 65
+
+
+PRINT = """
+import sys
+from trainer import cli
+from trainer.evaluate import EvaluateConfig
+sys.exit(cli.run("prog", EvaluateConfig, lambda config: print("99%"), ["mnist.h5"]))
+"""
+
+
+@needs_full
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_result_that_cannot_be_printed_is_73(monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    done = python(PRINT, ">/dev/full")
+    assert done.returncode == 73
+    assert done.stderr == (
+        "prog: error: Expected room for what is written, to stdout too. Received: No space left on "
+        "device. Make room, or write to another place.\n"
+    )

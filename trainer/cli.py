@@ -8,6 +8,7 @@ The other modules raise ``TrainerError`` and name fields of the dataclass; the f
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from trainer import machine
-from trainer.errors import StoppedError, TrainerError, UsageError
+from trainer.errors import OutputError, StoppedError, TrainerError, UsageError
 from trainer.log_lines import DroppingStream, Severity, json_line
 from trainer.signals import TERMINATING
 
@@ -27,6 +28,7 @@ TASK = "python -m trainer.task"  # The training command, which other commands ru
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 CLOSED = 141  # 128 + SIGPIPE
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run(
@@ -69,6 +71,15 @@ def run(
         except BrokenPipeError:  # The reader has closed the pipe: | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return CLOSED
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            DroppingStream(sys.stdout).flush()  # Python would fail with it again when it exits.
+            text = (
+                f"error: Expected room for what is written, to stdout too. Received: "
+                f"{error.strerror}. Make room, or write to another place."
+            )
+            return _report(prog, text, OutputError.exit_code, arguments, worker)
     except KeyboardInterrupt as interrupt:  # While it reports an error, too.
         reason = str(interrupt)
         if reason in TERMINATING:
