@@ -87,7 +87,7 @@ with Signals(until_exit=True) as signals:
         while not signals.received:
             time.sleep(0.001)
         raise StoppedError("stopped by a signal. The checkpoint is here.")
-    code = cli.run("prog", EvaluateConfig, command, ["mnist.h5"])
+    code = cli.run("prog", EvaluateConfig, command, ["mnist.h5"], resumable=True)
 sys.exit(code)
 """
 

@@ -38,6 +38,7 @@ def run(
     argv: Sequence[str] | None = None,
     *,
     worker: Callable[[], int] = lambda: 0,
+    resumable: bool = False,
 ) -> int:
     """Parses flags into a configuration, runs the command on it, and returns the exit code.
 
@@ -49,9 +50,11 @@ def run(
             ``--log-format json`` the line is a JSON object.
         argv: The arguments; None: those of the process.
         worker: Returns the worker's index, for an error as a JSON line.
+        resumable: Whether the same command resumes what SIGTERM or SIGHUP has ended: 75.
 
     Returns:
-        0, or the exit code of the error; 130 after Ctrl-C; 141 if the reader of stdout is gone.
+        0, or the exit code of the error; 130 after Ctrl-C, or another signal that the command
+        handles; 141 if the reader of stdout is gone.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_closed_streams()
@@ -82,7 +85,7 @@ def run(
             return _report(prog, text, OutputError.exit_code, arguments, worker)
     except KeyboardInterrupt as interrupt:  # While it reports an error, too.
         reason = str(interrupt)
-        if reason in TERMINATING:
+        if resumable and reason in TERMINATING:
             return _report(prog, f"stopped by {reason}.", StoppedError.exit_code, arguments, worker)
         text = f"interrupted. {reason}" if reason not in ("", "SIGINT") else "interrupted."
         return _report(prog, text, INTERRUPTED, arguments, worker)

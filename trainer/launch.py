@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with Signals(until_exit=argv is None):
-            return cli.run(PROG, LaunchConfig, command, own)
+            return cli.run(PROG, LaunchConfig, command, own, resumable=True)
     except _WorkersFailed as failure:  # They have printed their errors.
         return failure.code
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 signals.ignore()
 
-        return cli.run(PROG, TrainConfig, command, flags, worker=_worker_index)
+        return cli.run(PROG, TrainConfig, command, flags, worker=_worker_index, resumable=True)
 
 
 def train(config: TrainConfig, flags: Sequence[str], signals: Signals) -> None:
