@@ -58,12 +58,16 @@ def _silent_import() -> Iterator[None]:
     only if an error follows: TensorFlow 2.21 logs about the processor before it reads the variable.
     """
     quiet = os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3" and "tensorflow" not in sys.modules
-    if not quiet or sys.stderr is None:
+    kept = None
+    if quiet and sys.stderr is not None:
+        with contextlib.suppress(OSError):  # No room for it, or no folder: it is shown.
+            kept = tempfile.TemporaryFile()  # noqa: SIM115
+    if kept is None:
         yield
         return
     DroppingStream(sys.stderr).flush()
     stderr = os.dup(2)
-    with tempfile.TemporaryFile() as kept:
+    with kept:
         os.dup2(kept.fileno(), 2)
         try:
             yield
