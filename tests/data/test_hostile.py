@@ -124,6 +124,15 @@ def test_a_pipe_in_place_of_an_idx_file_is_refused(pipe):
 
 
 @needs_pipes
+def test_a_pipe_in_keras_cache_is_refused(pipe, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(pipe.parent))
+    (pipe.parent / "datasets").mkdir()
+    (pipe.parent / "datasets" / "mnist.npz").symlink_to(pipe)
+    with pytest.raises(InputError, match=r"datasets/mnist\.npz\. Received: a pipe"):
+        sources.load("keras")
+
+
+@needs_pipes
 def test_a_pipe_that_takes_a_files_place_is_refused(pipe, monkeypatch):
     # What a path was when it was looked at says nothing about what is opened.
     (pipe.parent / "file").touch()

@@ -394,6 +394,19 @@ def _read_idx(path: Path, stream: IO[bytes], size: int, packed: bool, before: in
 
 
 def _load_keras() -> Digits:
+    # Keras checks what is in its cache by a digest, for which it reads it, whatever it is.
+    cached = Path(os.environ.get("KERAS_HOME", "~/.keras"), "datasets", "mnist.npz")
+    try:
+        with inputs.open_file(cached.expanduser()):
+            pass
+    except FileNotFoundError:
+        pass  # It is downloaded.
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home.
+        raise InputError(
+            f"Expected Keras' copy of MNIST, or nothing yet, at {cached}. Received: "
+            f"{getattr(error, 'strerror', None) or error}. Remove it, or use data='bundled'."
+        ) from error
+
     from trainer.runtime import keras
 
     try:
