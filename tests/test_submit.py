@@ -32,12 +32,16 @@ def container(job):
 def test_a_dry_run_prints_what_kubectl_takes(submit, tmp_path):
     done = submit.run(
         *("--dry-run", "--name", "mine", "--workers", 3, "--namespace", "research"),
-        *("--", "--epochs", 4),
+        *("--", "--data", "keras", "--epochs", 4),
     )
     assert (done.returncode, done.stderr) == (0, "")
     found = by_name(yaml.safe_load_all(done.stdout))
     assert container(found["Job", "mine"])["args"][-2:] == ["--epochs", "4"]
     assert all(one["metadata"]["namespace"] == "research" for one in found.values())
+    assert len(found["Secret", "mine-token"]["stringData"]["token"]) == 64
+    # Keras downloads it.
+    egress = found["NetworkPolicy", "mine"]["spec"]["egress"]
+    assert {"port": 443} in [port for rule in egress for port in rule.get("ports", [])]
     assert list(tmp_path.iterdir()) == []
 
 
