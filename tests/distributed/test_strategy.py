@@ -195,7 +195,7 @@ def test_the_step_can_be_compiled_for_a_device_with_static_shapes_only(mnist):
     network.optimizer.build(network.trainable_variables)
     functions = {"loss": cnn.LOSS, **cnn.METRICS}
     step = tf.function(
-        loop._train_step(network, network, functions, cnn.preprocess),
+        loop._train_step(network, network, functions, cnn.preprocess, "float32"),
         jit_compile=True,
         autograph=False,
     )
