@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -397,6 +398,28 @@ def test_pods_in_place_of_some_that_were_lost_after_the_end_say_what_came_out(gr
     command.env["TRAINER_JOB_UID"] = "another"
     assert "epoch 1/1" in command.run(*small, "--output-dir", "out").stdout
     assert model.stat() != before
+
+
+@pytest.mark.full
+def test_strangers_at_worker_0s_port_change_nothing(group, command, undisturbed):
+    two = group(2).start(*RUN, only=[0])
+    host, port = two.workers[0].split(":")
+
+    def connected():
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection((host, int(port)), timeout=300)
+
+    for content in (b'{"hello": 1}', b'{"hello": 1}\n', b"[" * 60_000 + b"\n", b'{"go": []}\n'):
+        wait_for(lambda: (found := connected()) and not found.close(), *two.processes.values())
+        with connected() as stranger, contextlib.suppress(ConnectionError):
+            stranger.sendall(content)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(1) == b""
+    two.start(*RUN, only=[1])
+    for index in (0, 1):
+        code, _, stderr = two.end(index)
+        assert (code, stderr) == (0, "")
+    assert outcome(command.folder / "out") == undisturbed(2)
 
 
 def test_a_worker_with_another_seed_is_refused(group):
