@@ -3,10 +3,11 @@
     python -m trainer.launch --workers 2 -- --epochs 2 --output-dir out
 
 Each worker is ``python -m trainer.task`` with the flags after ``--``. The workers connect through
-free ports of this machine, and share its CPUs and GPUs; each line of their output is shown with the
-worker's number in front.
+a network that nobody else can reach, where the system allows one, and share the machine's CPUs and
+GPUs; each line of their output is shown with the worker's number in front.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -14,8 +15,11 @@ from collections.abc import Sequence
 from trainer import cli
 from trainer.cli import TASK
 from trainer.config import TrainConfig
+from trainer.data.sources import downloads
 from trainer.distributed.local import LocalWorkers, share_gpus
+from trainer.distributed.private_network import PrivateNetwork, open_private_network
 from trainer.errors import StoppedError, TrainerError, UsageError
+from trainer.log_lines import json_line
 from trainer.machine import available_cpus
 from trainer.signals import Signals
 
@@ -81,21 +85,45 @@ def launch(config: LaunchConfig, flags: Sequence[str]) -> None:
     if not any(flag.split("=")[0] == "--threads" for flag in flags):
         command += ["--threads", str(max(1, available_cpus() // config.workers))]
     variables = share_gpus(config.workers, task.gpus)
-    for attempt in range(config.max_restarts + 1):
-        if attempt == 1:  # Even a run with --resume never resumes after a restart.
-            command += ["--resume", "auto"]
-        with LocalWorkers(command, variables, prefix=task.log_format != "json") as workers:
-            code = workers.wait()
-        if code == 0:
-            return
-        if code in _FINAL or workers.signals or attempt == config.max_restarts:
-            raise _WorkersFailed(code)
-        print(
-            f"{PROG}: ended with {code}; starting all {config.workers} workers again "
-            f"({attempt + 1} of {config.max_restarts})",
-            file=sys.stderr,
-            flush=True,
+    with _private_network(config, task) as network:
+        for attempt in range(config.max_restarts + 1):
+            if attempt == 1:  # Even a run with --resume never resumes after a restart.
+                command += ["--resume", "auto"]
+            prefix = task.log_format != "json"
+            with LocalWorkers(command, variables, prefix=prefix, network=network) as workers:
+                code = workers.wait()
+            if code == 0:
+                return
+            if code in _FINAL or workers.signals or attempt == config.max_restarts:
+                raise _WorkersFailed(code)
+            print(
+                f"{PROG}: ended with {code}; starting all {config.workers} workers again "
+                f"({attempt + 1} of {config.max_restarts})",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _private_network(
+    config: LaunchConfig, task: TrainConfig
+) -> contextlib.AbstractContextManager[PrivateNetwork | None]:
+    """Returns a network that only the workers can reach; else tells the user what that means."""
+    if config.workers == 1:  # It listens at no port.
+        return contextlib.nullcontext()
+    try:
+        if downloads(task.data):
+            raise OSError(f"data={task.data!r} may have to be downloaded")
+        return contextlib.closing(open_private_network())
+    except OSError as error:
+        text = (
+            "TensorFlow listens on all network interfaces of this machine, and authenticates "
+            "nobody: whoever reaches a worker's port has the rights of this process (SECURITY.md). "
+            f"The workers have no network of their own: {error.strerror or error}."
         )
+    if task.log_format == "json":
+        text = json_line("notice", text, severity="WARNING")
+    print(text, file=sys.stderr, flush=True)
+    return contextlib.nullcontext()
 
 
 class _WorkersFailed(Exception):  # noqa: N818

@@ -1,6 +1,7 @@
 """Workers on this machine, and python -m trainer.launch as a user runs it."""
 
 import itertools
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from support import Command, Constant, Pause, outcome, wait_for
 
 from trainer.distributed import local
 from trainer.distributed.local import LocalWorkers, free_ports, share_gpus
+from trainer.distributed.private_network import open_private_network
 from trainer.errors import ConfigurationError, OutputError
 
 RUN = (
@@ -33,6 +35,19 @@ PATIENT = Constant("trainer.distributed.parent:STOP_TIMEOUT", 300)
 def launched(command, *own):
     command.program = ["-m", "trainer.launch", *map(str, own), "--"]
     return command
+
+
+def has_private_network():
+    try:
+        open_private_network().close()
+    except OSError:
+        return False
+    return True
+
+
+needs_private_network = pytest.mark.skipif(
+    not has_private_network(), reason="the system has no network namespaces for this user"
+)
 
 
 @pytest.fixture
@@ -85,7 +100,8 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     home = tmp_path_factory.mktemp("home")
     done = launched(Command(folder, home), "--workers", 2).run(*RUN)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" or not has_private_network()
     lines = done.stdout.splitlines()
     (other,) = (line for line in lines if not line.startswith("[0] "))
     same = "has the same weights as the others, bit for bit: SHA-256 "
@@ -117,6 +133,34 @@ def test_workers_share_a_secret_that_no_other_user_can_read(capfd):
         assert not Path(path).parent.exists()
         seen.append(secret)
     assert seen[0] != seen[1]
+
+
+@needs_private_network
+def test_the_ports_of_workers_are_closed_to_others(launch, tmp_path):
+    run = Launched(launch(), tmp_path)
+    environ = Path(f"/proc/{run.workers[0]}/environ").read_text()
+    (config,) = (line[10:] for line in environ.split("\0") if line.startswith("TF_CONFIG="))
+    for worker, address in zip(run.workers, json.loads(config)["cluster"]["worker"], strict=True):
+        host, port = address.split(":")
+        # TensorFlow's server listens there, on all interfaces of the network that it is in.
+        assert int(port) in listening(worker)
+        assert int(port) not in listening("self")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, int(port)))
+    run.go()
+    assert run.end()[0] == 0
+
+
+def listening(process):
+    """Returns the ports at which somebody listens on all interfaces of a process' network."""
+    ports = set()
+    for family in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process}/net/{family}").read_text().splitlines()[1:]:
+            local, _, state = line.split()[1:4]
+            host, port = local.split(":")
+            if state == "0A" and not int(host, 16):
+                ports.add(int(port, 16))
+    return ports
 
 
 def test_a_machine_without_room_for_a_secret_is_named(monkeypatch):

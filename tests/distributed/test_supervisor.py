@@ -427,6 +427,17 @@ def test_a_squatter_without_the_secret_does_not_keep_the_worker_out(start):
     )
 
 
+def test_a_worker_that_ends_after_its_greeting_is_no_stranger(start):
+    chief = start(2, 0)
+    hello = {"hello": 1, "workers": chief.workers, "nonce": "00" * 16, "secret": True}
+    with reach(chief, [chief.process]) as ending, ending.makefile("rb") as answers:
+        ending.sendall(json.dumps(hello).encode() + b"\n")
+        assert b'"challenge"' in answers.readline()
+        ending.shutdown(socket.SHUT_WR)
+        assert answers.read() == b""
+    assert_succeed(*train(chief, start(2, 1)))  # without a notice
+
+
 def test_what_a_worker_has_sent_cannot_be_sent_again(start):
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
     host, port = workers[0].split(":")
@@ -437,7 +448,6 @@ def test_what_a_worker_has_sent_cannot_be_sent_again(start):
             recorded.append(lines.readline())
     chief = start(2, 0, workers=workers)
     chief.joined(1)
-    assert other.process.poll() is None
     with reach(chief, [chief.process]) as stranger, stranger.makefile("rb") as answers:
         stranger.sendall(recorded[0])  # a hello that is well-formed, and was the worker's
         assert b'"challenge"' in answers.readline()
@@ -468,7 +478,7 @@ def test_who_is_at_the_chiefs_address_without_the_secret_is_not_believed(start, 
                     + content
                 )
                 with contextlib.suppress(ConnectionError):
-                    assert lines.read() == b""  # It has not even said that it is alive.
+                    assert lines.read() == b'{"heartbeat": 1}\n'  # without a MAC
     assert other.sets("agreeing") == TELL_TIMEOUT
     # The real one comes in time.
     assert_succeed(*train_from(start(2, 0, workers=workers), other))

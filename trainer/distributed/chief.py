@@ -108,7 +108,8 @@ class Chief(Parent):
                 if hello is None:
                     return None
                 if await connection.receive() is None:  # The first message that proves who it is.
-                    self._turn_away(hello, connection)
+                    if connection.forged:
+                        self._turn_away(hello, connection)
                     return None
         except TimeoutError:
             return None

@@ -23,6 +23,7 @@ from typing import TextIO, cast
 
 from trainer.distributed.authentication import TOKEN_FILE, make_secret
 from trainer.distributed.cluster import Cluster
+from trainer.distributed.private_network import PrivateNetwork
 from trainer.distributed.worker import die_with_parent
 from trainer.errors import ConfigurationError, OutputError, StoppedError
 from trainer.signals import stop_signals
@@ -41,6 +42,7 @@ class LocalWorkers:
         variables: For each worker, environment variables to set for it alone.
         prefix: Put the worker's number in front of each line that it writes; False: only in front
             of those that are not JSON objects, which name the worker themselves.
+        network: Where they listen and connect; None: the network of this machine.
 
     Attributes:
         signals: The numbers of the signals received so far.
@@ -52,10 +54,12 @@ class LocalWorkers:
         variables: Sequence[Mapping[str, str]],
         *,
         prefix: bool = True,
+        network: PrivateNetwork | None = None,
     ) -> None:
         self.command = command
         self.variables = variables
         self.prefix = prefix
+        self.network = network
         self.signals: list[int] = []
         self._events: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         self._processes: list[subprocess.Popen] = []
@@ -88,7 +92,7 @@ class LocalWorkers:
                 text=True,
                 errors="replace",
                 start_new_session=True,  # Ctrl-C in a terminal is for this process alone.
-                preexec_fn=die_with_parent,
+                preexec_fn=self._prepare,
             )
             self._processes.append(process)
         for index, process in enumerate(self._processes):  # No thread may run during a fork.
@@ -140,6 +144,11 @@ class LocalWorkers:
         if codes[0] == 0 or not failures:
             return 0
         return next((code for code in failures if code != StoppedError.exit_code), failures[0])
+
+    def _prepare(self) -> None:
+        if self.network:
+            self.network.enter()
+        die_with_parent()
 
     def _receive(self, number: int, frame: object) -> None:
         self._events.put(("signal", number))

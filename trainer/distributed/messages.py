@@ -86,12 +86,14 @@ class Connection:
 
     Attributes:
         session: What authenticates the messages; None: they carry no MAC.
+        forged: Whether a message with a wrong MAC was received.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
         self.session: Session | None = None
+        self.forged = False
 
     @property
     def host(self) -> str:
@@ -125,7 +127,10 @@ class Connection:
         if self.session is None:
             return line
         mac, content = _split_mac(line)
-        return content if self.session.verify(mac, content) else b""
+        if self.session.verify(mac, content):
+            return content
+        self.forged = bool(line)
+        return b""
 
     def is_closing(self) -> bool:
         """Tells whether the connection is closed, as far as this end knows."""
@@ -167,8 +172,10 @@ async def call(address: str, *, index: int, workers: Sequence[str], secret: Secr
             raise ConnectionError("something else answers there")
         session = Session(secret.key, hello, content, caller=True)
         if not session.verify(mac, content):
-            theirs = "another secret" if challenge["secret"] else "no secret"
-            raise SecretError(theirs if secret.key or challenge["secret"] else "another protocol")
+            if not secret.key and not challenge["secret"]:
+                raise ConnectionError("something else answers there")
+            connection.send(heartbeat=1)  # Without a MAC: so the other end learns of it, too.
+            raise SecretError("another secret" if challenge["secret"] else "no secret")
     except BaseException:
         connection.close()
         raise
