@@ -16,7 +16,6 @@ from pathlib import Path
 
 from trainer import cli
 from trainer.config import TrainConfig
-from trainer.data import sources
 from trainer.errors import UsageError
 from trainer.files import lock_output_dir
 from trainer.k8s import manifests
@@ -113,6 +112,8 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
         StoppedError: A signal was received; the run continues without this command.
         TrainerError: The run failed; the exit code is that of its pod.
     """
+    from trainer.data import sources  # Here, for --help: it takes NumPy's time.
+
     data = _check(config, flags).data
     name = config.attach or config.name or f"digits-{secrets.token_hex(3)}"
     objects = []
