@@ -70,6 +70,7 @@ class DroppingStream:
     def __init__(self, stream: TextIO | None, name: str | None = None) -> None:
         self.stream = stream
         self.name = name
+        self.stderr = sys.stderr  # A progress bar may show in its own lines what is printed later.
 
     def write(self, text: str) -> int:
         """Writes, or drops, a text; returns its length."""
@@ -101,11 +102,11 @@ class DroppingStream:
     def _drop(self, stream: TextIO, error: Exception) -> None:
         with contextlib.suppress(OSError, ValueError):
             _discard_buffer(stream)
-        if self.name:
+        name, self.name = self.name, None
+        if name:
             reason = getattr(error, "strerror", None) or error
-            line = f"{self.name} cannot be written ({reason}): what it cannot take is dropped"
-            print(line, file=DroppingStream(sys.stderr), flush=True)
-            self.name = None
+            line = f"{name} cannot be written ({reason}): what it cannot take is dropped"
+            print(line, file=DroppingStream(self.stderr), flush=True)
 
 
 def _discard_buffer(stream: TextIO) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pty
 import subprocess
 import sys
 
@@ -160,6 +161,21 @@ def test_a_terminal_gets_a_bar_that_leaves_the_epochs_behind(monkeypatch):
     assert "128 images/s" in written
     assert "epoch 2/2  loss 1.2500  accuracy 0.5000  val_loss 1.0000" in written
     assert written.endswith("\x1b[1A\x1b[2K")  # the bar itself is wiped
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_run(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    master, slave = pty.openpty()
+    clock = Clock()
+    with (
+        os.fdopen(slave, "w") as stream,
+        progress("auto", batch_size=128, stream=stream, clock=clock) as watcher,
+    ):
+        assert isinstance(watcher, Terminal)
+        os.close(master)
+        train(watcher, clock)
+        watcher.bar.refresh()
+    assert "stdout cannot be written (Input/output error)" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(command):
