@@ -93,7 +93,7 @@ notebook: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) tests/execute_notebook.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 # The stem is the list of extras.
 $(VENV)/.installed-%: $(INSTALLED) $(VENV)/bin/python

@@ -308,7 +308,7 @@ def test_an_idx_file_of_many_dimensions_is_refused(tmp_path):
 
 # ---- fuzzing: whatever the bytes are, a data set or one line, in bounded memory
 
-MORE = [200, pytest.param(2_000, marks=pytest.mark.full)]
+MORE = [100, pytest.param(2_000, marks=pytest.mark.full)]
 
 
 def load_or_refuse(path, written, content: bytes) -> None:

@@ -15,7 +15,7 @@ from support import damaged, fuzz
 from trainer.errors import DataError, InputError
 from trainer.inference import decoders, model_file, pictures, sandbox, segmentation
 
-MORE = [200, pytest.param(2_000, marks=pytest.mark.full)]
+MORE = [100, pytest.param(2_000, marks=pytest.mark.full)]
 
 CONFIG = json.dumps({"config": {"layers": [{"class_name": "Dense", "config": {"units": 2}}]}})
 
