@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import resource
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,10 @@ def follow_commands(fifo, settings):
                         raise RAISES[name]()
                     case ["abort"]:
                         os.abort()
+                    case ["babble"]:
+                        link.connection.sendall(b"[1, 2]\n")
+                    case ["hush"]:
+                        link.connection.shutdown(socket.SHUT_WR)
                     case ["exit"]:
                         os._exit(3)
                     case ["end"]:

@@ -1,42 +1,51 @@
 """What may come from the other end of a connection, before anything uses it."""
 
+import asyncio
 import json
+import socket
 
 import pytest
+from hypothesis import strategies as st
+from support import damaged, fuzz
 
-from trainer.distributed.messages import TEXT_LIMIT, decode, printable
+from trainer.distributed.local import free_ports
+from trainer.distributed.messages import (
+    EXIT_CODES,
+    TEXT_LIMIT,
+    connect_socket,
+    decode,
+    listen,
+    printable,
+)
 
 HELLO = {"hello": 1, "workers": ["a:1", "b:1"], "nonce": "0" * 32, "secret": True}
+MESSAGES = [
+    HELLO,
+    {"challenge": "ab" * 16, "secret": False},
+    {"welcome": 1},
+    {"busy": "another has joined"},
+    {"waiting": "for worker 1"},
+    {"heartbeat": 1},
+    {"ready": {"seed": 0, "data": {"x": [1, 2.5, None, "y"]}}},
+    {"go": 1},
+    {"connected": 1},
+    {"step": [1, 2]},
+    {"trained": 1},
+    {"hang": "no step"},
+    {"traceback": "Traceback:\n  ..."},
+    {"ended": [65, "damaged", "named"]},
+    {"ended": [1, "an error", "unclear"]},
+    {"ended": [134, "killed by SIGABRT", "crashed"]},
+    {"verdict": [0, "", 0]},
+    {"verdict": [75, "lost", None]},
+]
 
 
 def message(**values):
     return json.dumps(values).encode()
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        HELLO,
-        {"challenge": "ab" * 16, "secret": False},
-        {"welcome": 1},
-        {"busy": "another has joined"},
-        {"waiting": "for worker 1"},
-        {"heartbeat": 1},
-        {"ready": {"seed": 0, "data": {"x": [1, 2.5, None, "y"]}}},
-        {"go": 1},
-        {"connected": 1},
-        {"step": [1, 2]},
-        {"trained": 1},
-        {"hang": "no step"},
-        {"traceback": "Traceback:\n  ..."},
-        {"ended": [65, "damaged", "named"]},
-        {"ended": [1, "an error", "unclear"]},
-        {"ended": [134, "killed by SIGABRT", "crashed"]},
-        {"verdict": [0, "", 0]},
-        {"verdict": [75, "lost", None]},
-    ],
-    ids=lambda values: next(iter(values)),
-)
+@pytest.mark.parametrize("values", MESSAGES, ids=lambda values: next(iter(values)))
 def test_messages_of_this_program_are_read(values):
     decoded = decode(json.dumps(values).encode())
     assert decoded.keys() == values.keys()
@@ -133,3 +142,62 @@ def test_texts_are_of_limited_length():
     (value,) = decode(message(busy="x" * 60_000)).values()
     assert value == "x" * TEXT_LIMIT + "…"
     assert printable("ünï 数字") == "ünï 数字"
+
+
+def check(line):
+    """Checks that whatever is decoded has the types and ranges that its users count on."""
+    for value in (decode(line) or {}).values():
+        text = getattr(value, "text", value)
+        if isinstance(text, str) and not line.startswith(b'{"traceback"'):
+            assert text == "" or text.isprintable()
+            assert len(text) <= 10 * TEXT_LIMIT
+        if hasattr(value, "about"):
+            assert value.code in EXIT_CODES
+        if hasattr(value, "kind"):
+            assert 0 <= value.code < 256
+
+
+@pytest.mark.parametrize("examples", [200, pytest.param(5_000, marks=pytest.mark.full)])
+def test_no_damage_makes_a_message_unsafe(examples):
+    fuzz(examples, check, damaged([json.dumps(values).encode() for values in MESSAGES]))
+
+
+@pytest.mark.parametrize("examples", [200, pytest.param(5_000, marks=pytest.mark.full)])
+def test_no_json_value_in_a_message_is_unsafe(examples):
+    anything = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+    names = st.sampled_from(sorted({name for values in MESSAGES for name in values}))
+    fuzz(
+        examples,
+        lambda values: check(json.dumps(values).encode()),
+        st.dictionaries(names, anything),
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "listens"),
+    [("127.0.0.1", "127.0.0.1"), ("localhost", None)],
+)
+def test_addresses_of_this_machine_alone_are_not_listened_at_from_others(host, listens):
+    (port,) = free_ports(1)
+    with listen(f"{host}:{port}") as server:
+        assert server.getsockname()[0] == (listens or everywhere())
+
+
+def everywhere():
+    return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_the_same_holds_for_ipv6():
+    (port,) = free_ports(1)
+    with listen(f"[::1]:{port}") as server:
+        assert server.getsockname()[0] == "::1"
+
+
+@pytest.mark.parametrize("name", ["a..b", "x" * 70, "digits-0.invalid"])
+def test_a_name_that_no_machine_can_have_is_not_resolved(name):
+    with pytest.raises(socket.gaierror):
+        asyncio.run(connect_socket(f"{name}:2222"))

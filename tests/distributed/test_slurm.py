@@ -175,6 +175,8 @@ def batch(command, tmp_path):
 def test_the_batch_script_of_the_documentation_trains_with_all_tasks(batch, tmp_path):
     done = batch("--epochs", 1, "--train-limit", 256, "--test-limit", 100, "--threads", 1)
     assert done.returncode == 0, done.stderr
+    assert "no shared secret" not in done.stderr
+    assert not list(tmp_path.glob("digits-token-*"))
     assert "MultiWorkerMirroredStrategy over 2 workers" in done.stdout
     assert (tmp_path / "digits" / "mnist.h5").exists()
     assert not (tmp_path / "scontrol").exists()

@@ -766,6 +766,18 @@ def test_a_crash_is_a_loss_of_its_worker(start, lost, command, code, how):
     assert workers[lost].end() == (code, f"task: error: {how}. {RESUME_HINT}\n")
 
 
+@pytest.mark.parametrize("command", ["babble", "hush"])
+def test_a_worker_process_that_no_longer_reports_is_ended(start, command):
+    short = Constant("trainer.distributed.worker:CLOSE_TIMEOUT", 0.1)
+    workers = train(*start(2, hooks=[short]))
+    workers[1].tell(command)
+    workers[0].sets("loss")
+    workers[0].expire("loss")
+    how = "it no longer reports to its parent process"
+    assert workers[1].end() == (1, f"task: error: {how}. {RESUME_HINT}\n")
+    assert workers[0].end() == (1, f"task: error: {workers[1].name}: {how}. {RESUME_HINT}\n")
+
+
 def test_an_error_gives_way_to_a_later_crash(start):
     chief, crashed, other = train(*start(3))
     other.tell("raise peer")
