@@ -34,6 +34,7 @@ RAISES = {
     "memory": lambda: errors.ConfigurationError("the device has too little memory."),
     "peer": lambda: PeerError("InternalError: no kernel image"),
     "defect": lambda: AssertionError("a defect"),
+    "far": lambda: AssertionError("\N{SNOWMAN}" * 30_000),
 }
 
 

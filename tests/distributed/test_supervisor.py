@@ -740,6 +740,19 @@ def test_an_error_while_all_are_alive_ends_all_with_itself(start, failing, name,
     assert stderr.endswith(f"task: error: {text}. {RESUME_HINT}\n")
 
 
+def test_a_traceback_is_shown_however_long_its_encoding_is(start):
+    chief, other = train(*start(2))
+    other.tell("raise far")
+    chief.sets("loss")
+    chief.expire("loss")
+    code, stderr = other.end()
+    assert code == 1
+    assert stderr.count("\N{SNOWMAN}") > 19_000
+    code, stderr = chief.end()
+    assert code == 1
+    assert stderr.startswith(f"task: error: {other.name}: AssertionError: \N{SNOWMAN}")
+
+
 def test_an_error_gives_way_to_the_loss_that_explains_it(start):
     chief, lost, other = train(*start(3))
     chief.tell("raise peer")

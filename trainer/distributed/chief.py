@@ -129,12 +129,13 @@ class Chief(Parent):
 
     def _turn_away(self, hello: dict, connection: Connection) -> None:
         """Handles a caller that greets as a worker, but does not know the secret of this one."""
-        if not self.cluster.secret.key and hello["secret"]:
-            self._decide(
-                ConfigurationError.exit_code,
-                secret_mismatch(f"one on worker {hello['hello']}, none on worker 0"),
-                hello["hello"],
-            )
+        if not self.cluster.secret.key:
+            if hello["secret"]:
+                self._decide(
+                    ConfigurationError.exit_code,
+                    secret_mismatch(f"one on worker {hello['hello']}, none on worker 0"),
+                    hello["hello"],
+                )
         elif self.loop.time() >= self.next_notice:
             self.next_notice = self.loop.time() + NOTICE_INTERVAL
             self.notify(

@@ -40,7 +40,7 @@ CALLERS = 100  # Connections at a time whose other end has not proved to be a wo
 PORT_TIMEOUT = 10.0  # Seconds until the port of a worker that was killed is free again.
 
 TEXT_LIMIT = 4000  # Characters of a sentence.
-_TRACEBACK_LIMIT = 20_000  # The same, of a traceback: less than asyncio's 64 KiB a line.
+TRACEBACK_LIMIT = 20_000  # The same, of a traceback.
 _DEPTH_LIMIT = 10  # Of nested settings.
 _MAC_DIGITS = 2 * MAC_SIZE
 
@@ -267,7 +267,7 @@ def _text(value: object) -> str:
 def _traceback(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError
-    return value[-_TRACEBACK_LIMIT:]
+    return value[-TRACEBACK_LIMIT:]
 
 
 def _whole(value: object) -> int:

@@ -78,7 +78,7 @@ def run(
         KeyboardInterrupt: A second signal was received, or one before the run had begun.
     """
     parent = Chief if cluster.is_chief else _Other
-    if cluster.is_chief and cluster.secret.notice:
+    if cluster.secret.notice and (cluster.is_chief or cluster.secret.key):
         notify(cluster.secret.notice)
 
     async def supervise() -> End:

@@ -29,12 +29,19 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Literal, NoReturn
 
 from trainer.cli import INTERRUPTED
-from trainer.distributed.messages import EXIT_CODES, Connection, Outcome, encode
+from trainer.distributed.messages import (
+    EXIT_CODES,
+    TRACEBACK_LIMIT,
+    Connection,
+    Outcome,
+    encode,
+)
 from trainer.errors import ConfigurationError, StoppedError, TrainerError
 from trainer.signals import stop_signals
 
 CLOSE_TIMEOUT = 5.0  # Seconds from the end of a process' connection to its own.
 
+_LINE_LIMIT = 2**20  # Bytes of a message: a traceback may be all escapes.
 _VARIABLE = "TRAINER_PARENT_FD"  # The child's file descriptor of the connection.
 
 
@@ -161,7 +168,7 @@ class Link:
         sys.stderr.flush()
         with contextlib.suppress(OSError):
             if details:
-                self._send(traceback=details[-20_000:])  # Less than asyncio's 64 KiB a line.
+                self._send(traceback=details[-TRACEBACK_LIMIT:])
             self._send(ended=outcome)
         while True:
             signal.pause()
@@ -201,7 +208,8 @@ class WorkerProcess:
 
     async def connect(self) -> None:
         """Opens the connection."""
-        self.connection = Connection(*await asyncio.open_connection(sock=self.socket))
+        streams = await asyncio.open_connection(sock=self.socket, limit=_LINE_LIMIT)
+        self.connection = Connection(*streams)
 
     async def messages(self) -> AsyncIterator[dict]:
         """Yields messages until the outcome is known: it was reported, or the process died."""
