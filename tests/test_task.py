@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import HAS_FAST_STEP, Pause, events, save_npz
 
-from trainer.files import FILES, REPORT_FILES, lock_output_dir
+from trainer.files import FILES, REPORT_FILES, lock_output_dir, write_files
 
 # As small as a run can be: a few seconds, most of them TensorFlow's start.
 DRAWN = ("--epochs", 1, "--train-limit", 256, "--test-limit", 100)
@@ -138,14 +138,19 @@ def test_an_unreachable_tensorflow_dataset_is_66(command, tmp_path):
 
 
 def test_a_loss_that_becomes_nan_is_70_and_keeps_the_files(command, tmp_path):
-    for name in FILES:
-        (tmp_path / name).write_text("of an earlier run")
+    content = b"of an earlier run"
+    model = {"sha256": hashlib.sha256(content).hexdigest()}
+    earlier = {
+        "mnist.h5": content,
+        "mnist.json": json.dumps({"model": model}).encode(),
+        "history.json": b'{"seconds": []}',
+    }
+    write_files(tmp_path, earlier)
     done = command.run(*SMALL, "--optimizer", "sgd", "--learning-rate", 1e30)
     assert done.returncode == 70
     assert done.stderr.count("\n") == 1
     assert "in epoch 1, step" in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
-    assert all((tmp_path / name).read_text() == "of an earlier run" for name in FILES)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == earlier
 
 
 def test_an_output_that_cannot_be_written_is_73(command, tmp_path):

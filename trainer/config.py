@@ -235,7 +235,7 @@ class TrainConfig:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "data", _path("data", self.data, remedy="Use 'bundled'."))
         folder = _path("output_dir", self.output_dir, remedy="Leave it out for the current folder.")
-        object.__setattr__(self, "output_dir", Path(folder))
+        object.__setattr__(self, "output_dir", local_path("output_dir", folder))
         for name, choices in (
             ("optimizer", Optimizer),
             ("schedule", Schedule),
@@ -299,6 +299,29 @@ class TrainConfig:
 
     def _remedy(self, name: str) -> str:
         return f"Use {RECIPES[self.recipe][name]}, the value of the recipe {self.recipe}."
+
+
+def local_path(name: str, value: str | os.PathLike) -> Path:
+    """Returns the path of a setting, with the home folder for a ``~`` at its beginning.
+
+    Args:
+        name: The setting, for the message.
+        value: What was given.
+
+    Raises:
+        UsageError: It is a URL: ``Path`` would make a folder of the name ``gs:`` of it.
+    """
+    text = os.fsdecode(value)
+    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text):
+        raise UsageError(
+            f"{name} must be a path on this machine. Received: {name}={text!r}. Mount the "
+            f"{match[1]} storage (gcsfuse, s3fs, rclone mount) and name the folder there, or copy "
+            "afterwards."
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # No such user, or no home folder.
+        return Path(text)
 
 
 def fixed_fields() -> tuple[str, ...]:

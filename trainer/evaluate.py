@@ -15,6 +15,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from trainer import cli
+from trainer.config import local_path
 from trainer.errors import UsageError
 from trainer.machine import available_cpus
 
@@ -51,6 +52,7 @@ class EvaluateConfig:
     """Print one JSON object instead of tables."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", local_path("model", self.model))
         for name, remedy in (
             ("test_limit", "Leave it out to use them all."),
             ("batch_size", "Use 128, the default."),

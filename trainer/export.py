@@ -19,6 +19,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from trainer import cli
+from trainer.config import local_path
 from trainer.errors import ConfigurationError, OutputError, UsageError
 from trainer.files import place
 from trainer.inference.formats import SUFFIXES, convert
@@ -58,6 +59,9 @@ class ExportConfig:
     exist. None: beside the model."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", local_path("model", self.model))
+        if self.output is not None:
+            object.__setattr__(self, "output", local_path("output", self.output))
         if self.quantize and self.format != "litert":
             raise UsageError(
                 "quantize is for format=litert alone. Received: quantize=True, "

@@ -1,4 +1,4 @@
-"""A run's files: their names, the lock on their folder, and writing them whole or not at all.
+"""A run's files: their names, taking their folder, and writing them whole or not at all.
 
     with lock_output_dir(folder):                # before training: can it be written at all?
         write_files(folder, {MODEL_FILE: content, MANIFEST_FILE: manifest})
@@ -8,19 +8,18 @@ every moment the old file or the new one is there, complete.
 """
 
 import contextlib
+import errno
+import hashlib
+import json
 import os
+import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from trainer.errors import OutputError, StoppedError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from trainer.errors import OutputError
+from trainer.locking import hold_lock
 
 MODEL_FILE = "mnist.h5"
 HISTORY_FILE = "history.json"
@@ -31,16 +30,16 @@ FILES = (MODEL_FILE, HISTORY_FILE, MANIFEST_FILE)
 PAGE_FILE = "report.html"
 CURVES_FILE = "curves.png"
 REPORT_FILES = (PAGE_FILE, CURVES_FILE)
-
-POLL_SECONDS = 0.5  # between two attempts to lock a folder that is in use
+MARK = "digits-trainer"  # in the first bytes of each of them
 
 
 @contextlib.contextmanager
 def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Locks the output folder of a run until the ``with`` block ends.
 
-    It first creates the folder where it does not exist, checks that it can be written, and removes
-    the temporary files of a run that was killed while it saved.
+    It first creates the folder where it does not exist, and checks that it can be written and that
+    what a run would replace there is an earlier run's. A save that was killed between its renames
+    is finished; one that was killed before is forgotten.
 
     Args:
         folder: The output folder.
@@ -48,22 +47,19 @@ def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
             of a pod that is being deleted.
 
     Raises:
-        OutputError: It is a file, cannot be created or written, or another run is using it.
+        OutputError: It is a file, cannot be created or written, has files of another program under
+            a run's names, or another run is using it.
         StoppedError: Another run is using it still, after the wait.
     """
     with output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder, wait):
+        make_folder(folder)
+    with hold_lock(folder, wait):
         with output_errors(folder):
-            for name in (*FILES, *REPORT_FILES):
-                if (folder / name).is_dir():
-                    raise OutputError(
-                        f"Expected a file or nothing at {folder / name}. Received: a folder. "
-                        "Move it away, or use another output_dir."
-                    )
-                temporary = _temporary(folder / name)
-                temporary.write_bytes(b"\0")
-                temporary.unlink()
+            descriptor, probe = _create_temporary(folder / MODEL_FILE, secrets.token_hex(8))
+            os.close(descriptor)
+            probe.unlink()
+            _finish_killed_save(folder)
+            _check_replaceable(folder)
         yield
 
 
@@ -79,17 +75,63 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
         OutputError: One cannot be written. The previous files are still there.
     """
     with output_errors(folder):
-        try:
-            for name, content in files.items():
-                temporary = _temporary(folder / name)
-                temporary.write_bytes(content)
-                flush(temporary)
-            for name in files:  # Renamed when all are on disk.
-                _temporary(folder / name).replace(folder / name)
-            flush(folder)
-        finally:
-            for name in files:
-                _temporary(folder / name).unlink(missing_ok=True)
+        replace_files(folder, files)
+
+
+def replace_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes files like ``write_files``, into any folder.
+
+    Raises:
+        OSError: One cannot be written. The previous files are still there.
+    """
+    token = secrets.token_hex(8)
+    try:
+        for name, content in files.items():
+            descriptor, _ = _create_temporary(folder / name, token)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:  # Renamed when all are on disk.
+            _temporary(folder / name, token).replace(folder / name)
+        flush(folder)
+    finally:
+        for name in files:
+            _temporary(folder / name, token).unlink(missing_ok=True)
+
+
+def read_manifest(folder: Path) -> dict:
+    """Returns the manifest in the folder; an empty one if there is none, or it is unreadable."""
+    return _read_json(folder / MANIFEST_FILE)
+
+
+def is_complete(folder: Path) -> bool:
+    """Tells whether the model in the folder is the one that the manifest beside it describes."""
+    model = read_manifest(folder).get("model")
+    return isinstance(model, dict) and model.get("sha256") == _sha256(folder / MODEL_FILE)
+
+
+def is_marked(path: Path) -> bool:
+    """Tells whether a picture or a page was written by this program.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(4096)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder, and its parents, where they do not exist, on disk.
+
+    Raises:
+        OSError: It cannot be created, or is a file.
+    """
+    if not folder.parent.exists():
+        make_folder(folder.parent)
+    if not folder.is_dir():
+        folder.mkdir(exist_ok=True)
+        flush(folder.parent)
 
 
 def place(source: Path, target: Path) -> None:
@@ -167,6 +209,10 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot flush the names in a folder (CIFS, some of FUSE).
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -184,39 +230,81 @@ def output_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _temporary(target: Path) -> Path:
-    # The same name in every run: what a killed one left is overwritten, and never piles up.
-    return target.with_name(f".{target.name}.tmp")
+def _temporary(target: Path, token: str) -> Path:
+    """Returns the name that a file has until it is whole; one token for the files of one save."""
+    return target.with_name(f".{target.name}.{token}.tmp")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, wait: float) -> Iterator[None]:
-    """Holds a lock on the folder, which the system releases even when the process is killed."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    until = time.monotonic() + wait
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{16})\.tmp")
+
+
+def _create_temporary(target: Path, token: str) -> tuple[int, Path]:
+    """Creates a temporary file; opens no file, and follows no link, that is there already."""
+    path = _temporary(target, token)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # of Unix, of Windows
+    return os.open(path, flags, 0o666), path
+
+
+def _finish_killed_save(folder: Path) -> None:
+    """Finishes a save that was killed when its model was in place and its manifest not yet; removes
+    the temporary files of one that was killed before that.
+    """
+    left: dict[str, dict[str, Path]] = {}
+    for path in folder.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and match["name"] in (*FILES, *REPORT_FILES) and not path.is_symlink():
+            left.setdefault(match["token"], {})[match["name"]] = path
+    for files in left.values():
+        model = _read_json(files[MANIFEST_FILE]).get("model") if MANIFEST_FILE in files else None
+        if isinstance(model, dict) and model.get("sha256") == _sha256(folder / MODEL_FILE):
+            for name in FILES:
+                if name in files:
+                    files.pop(name).replace(folder / name)
+            flush(folder)
+        for path in files.values():
+            path.unlink()
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Checks that each file which a run replaces is an earlier run's, by what is in it.
+
+    Raises:
+        OutputError: One is a folder, or another program's or the user's own.
+    """
+    is_ours = {
+        MANIFEST_FILE: lambda path: isinstance(_read_json(path).get("model"), dict),
+        MODEL_FILE: lambda path: is_complete(path.parent),
+        HISTORY_FILE: lambda path: "seconds" in _read_json(path),
+        PAGE_FILE: is_marked,
+        CURVES_FILE: is_marked,
+    }
+    for name, check in is_ours.items():
+        path = folder / name
+        if path.is_dir():
+            received = "a folder"
+        elif path.exists() and not check(path):
+            received = "one that no run of this program has left there as it is"
+        else:
+            continue
+        raise OutputError(
+            f"Expected a file of an earlier run or nothing at {path}. Received: {received}. "
+            "Move it away, or use another output_dir."
+        )
+
+
+def _read_json(path: Path) -> dict:
+    """Returns the object in a JSON file; an empty one where there is none."""
     try:
-        while not _try_to_lock(descriptor):
-            if time.monotonic() >= until:
-                error = StoppedError if wait else OutputError
-                raise error(
-                    f"Expected a folder that no other run is using at {folder}. Received: one in "
-                    "use. Wait for that run, or use another output_dir."
-                )
-            time.sleep(POLL_SECONDS)
-        yield
-    finally:
-        os.close(descriptor)
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
-def _try_to_lock(descriptor: int) -> bool:
-    """Locks a folder; False where another process has."""
+def _sha256(path: Path) -> str | None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
-        pass  # A file system without locks (NFS has none for folders).
-    return True
+        return None

@@ -9,6 +9,7 @@ is an error instead, and the others are still processed.
 import contextlib
 import dataclasses
 import glob
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from trainer import cli
+from trainer.config import local_path
 from trainer.errors import OutputError, UsageError
+from trainer.files import MARK, is_marked, replace_files
 from trainer.machine import available_cpus
 
 if TYPE_CHECKING:  # --help loads none of these.
@@ -71,6 +74,9 @@ class PredictConfig:
     TensorFlow operation; as many as this process may use."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", local_path("model", self.model))
+        if self.show is not None:
+            object.__setattr__(self, "show", local_path("show", self.show))
         if not self.images:
             raise UsageError("Expected at least one image. Received: none. Name a file or folder.")
         if not 0 <= self.threshold <= 1:
@@ -192,6 +198,7 @@ def _show(path: Path, picture: "np.ndarray", predictions: "Sequence[Prediction]"
     saw it.
     """
     from PIL import Image, ImageDraw, ImageFont
+    from PIL.PngImagePlugin import PngInfo
 
     height, width = picture.shape
     zoom = SHOWN / max(height, width)
@@ -210,8 +217,16 @@ def _show(path: Path, picture: "np.ndarray", predictions: "Sequence[Prediction]"
         sheet.paste(Image.fromarray(digit.pixels).resize((tile, tile), 0), (left, top))
         text = f"{prediction.label}  {prediction.probability:.1%}"
         draw.text((left, top + tile + 2), text, fill="black", font=font)
+    marked = PngInfo()
+    marked.add_text("Software", MARK)
+    sheet.save(content := io.BytesIO(), format="png", pnginfo=marked)
     try:
-        sheet.save(path)
+        if path.exists() and not is_marked(path):
+            raise OutputError(
+                f"Expected a picture of an earlier call or nothing at {path}. Received: one of "
+                "another program. Use another folder for --show."
+            )
+        replace_files(path.parent, {path.name: content.getvalue()})
     except OSError as error:
         raise _unwritable(path, error) from error
 

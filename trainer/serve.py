@@ -18,6 +18,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from trainer import cli
+from trainer.config import local_path
 from trainer.errors import ConfigurationError, UsageError
 from trainer.signals import Signals
 
@@ -47,6 +48,7 @@ class ServeConfig:
     """The largest picture, in megabytes of its file."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", local_path("model", self.model))
         for field, least, most in (("port", 0, 65535), ("max_upload_mb", 1, 64)):
             if not least <= (value := getattr(self, field)) <= most:
                 raise UsageError(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trainer import cli
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, local_path
 from trainer.errors import UsageError
 from trainer.files import lock_output_dir
 from trainer.k8s import manifests
@@ -76,6 +76,7 @@ class SubmitConfig:
     """Print the manifests as YAML and exit."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", local_path("output_dir", self.output_dir))
         for field, least in (("workers", 1), ("gpus", 0)):
             if getattr(self, field) < least:
                 raise UsageError(

@@ -183,8 +183,8 @@ def undisturbed(tmp_path_factory):
     return of
 
 
-# Between the files of a checkpoint and the list that names it.
-SAVE = "tensorflow.python.checkpoint.checkpoint_management:update_checkpoint_state_internal"
+# When the files of a checkpoint are written, and not yet in their place.
+SAVE = "trainer.training.checkpoint:_put_on_disk"
 # A signal must reach a worker, and be obeyed, on a machine that is busy otherwise, too.
 PATIENT = Constant("trainer.distributed.parent:STOP_TIMEOUT", 300)
 

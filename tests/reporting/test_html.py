@@ -295,7 +295,7 @@ def test_a_run_without_matplotlib_succeeds_with_a_notice(command, tmp_path):
     command.env["PYTHONPATH"] += f":{tmp_path / 'empty'}"
     out = tmp_path / "out"
     out.mkdir()
-    (out / "report.html").write_text("of an earlier run")
+    (out / "report.html").write_text("of an earlier run of digits-trainer")
     done = command.run(*SMALL, "--output-dir", out)
     assert (done.returncode, done.stderr) == (0, "")
     assert (
@@ -310,13 +310,13 @@ def test_a_report_that_cannot_be_written_changes_no_exit_code(command, tmp_path)
     pause = Pause(folder=tmp_path / "pause", calling="trainer.reporting.html:render")
     run = command.start(*SMALL, "--output-dir", "out", hooks=[pause])
     pause.wait(run)
-    (tmp_path / "out" / ".report.html.tmp").mkdir()  # the name under which the page is written
+    (tmp_path / "out" / "report.html").mkdir()
     pause.go()
     stdout, stderr = run.communicate(timeout=300)
     assert (run.returncode, stderr) == (0, "")
     assert "No report.html: Expected a folder that can be written at out. Received: " in stdout
     assert "test accuracy" in stdout
-    (tmp_path / "out" / ".report.html.tmp").rmdir()
+    (tmp_path / "out" / "report.html").rmdir()
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
 
 

@@ -40,10 +40,15 @@ def test_events_can_be_read_while_the_run_goes_on(tmp_path):
 
 def test_other_files_beside_the_events_stay(tmp_path):
     (tmp_path / "tensorboard" / "train").mkdir(parents=True)
-    for name in ("train/notes.txt", "events.out.tfevents.1"):
+    others = (
+        "train/notes.txt",
+        "events.out.tfevents.1",
+        "train/events.out.tfevents.1795815460.host.24178.0.v2",  # of keras.callbacks.TensorBoard
+    )
+    for name in others:
         (tmp_path / "tensorboard" / name).write_text("the user's")
     write_events(tmp_path, {}, range(1)).on_train_end()
-    for name in ("train/notes.txt", "events.out.tfevents.1"):
+    for name in others:
         assert (tmp_path / "tensorboard" / name).read_text() == "the user's"
 
 

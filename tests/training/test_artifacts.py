@@ -13,7 +13,7 @@ from trainer.models import cnn as model
 from trainer.training import artifacts as output
 
 FACTS = {"metrics": {"val_accuracy": 0.5}}
-HISTORY = {"loss": [2.0, 1.0]}
+HISTORY = {"loss": [2.0, 1.0], "seconds": [9.0, 8.0]}
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,8 @@ def test_two_runs_cannot_use_one_folder(tmp_path):
 
 def test_what_a_killed_run_left_is_removed(tmp_path, cnn):
     save(tmp_path, cnn)
-    for name in (".mnist.h5.tmp", ".report.html.tmp", ".curves.png.tmp"):
-        (tmp_path / name).write_bytes(b"half a file")
+    for name in ("mnist.h5", "report.html", "curves.png"):
+        (tmp_path / f".{name}.0123456789abcdef.tmp").write_bytes(b"half a file")
     with lock_output_dir(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
 
@@ -162,7 +162,7 @@ if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
     with lock_output_dir(folder):
-        output.save(folder, cnn, {}, {})
+        output.save(folder, cnn, {"seconds": []}, {})
 except OutputError as error:
     print(error)
     sys.exit(error.exit_code)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from sessions import Session, Stopper, manifest
 from support import ROOT
 
 from trainer.data import pipeline
-from trainer.errors import ConfigurationError, DataError, InputError, StoppedError
+from trainer.errors import ConfigurationError, DataError, InputError, OutputError, StoppedError
 from trainer.runtime import keras, tf
-from trainer.training import loop
+from trainer.training import checkpoint, loop
 from trainer.training.checkpoint import FOLDER
 from trainer.training.position import Position
 
@@ -149,18 +150,88 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, unbroken, su
     assert warnings[1].endswith("at epoch 1, step 2")
 
 
-def test_a_damaged_list_of_checkpoints_does_no_harm(tmp_path, unbroken):
-    train_until_stopped(tmp_path, 3)
-    (tmp_path / FOLDER / "checkpoint").write_bytes(b"\xff")
-    assert train(Session(tmp_path)) == unbroken
+def test_a_run_with_none_but_damaged_checkpoints_begins_anew_and_says_so(tmp_path, unbroken):
+    train_until_stopped(tmp_path, 3, every="1", keep=2)
+    for number in (2, 3):
+        damage(tmp_path / FOLDER / f"steps-{number}.index", lambda content: b"")
+    with pytest.raises(DataError, match=r"2, all damaged\. Use resume='auto'"):
+        train(Session(tmp_path, policy="must"))
+    warnings = []
+    assert train(Session(tmp_path, notify=warnings.append)) == unbroken
+    assert warnings[-1].endswith("can be read: the run starts anew")
+    assert numbers(tmp_path) == [4, 8]  # and those that nothing can read are gone
 
 
-def test_a_run_with_none_but_damaged_checkpoints_is_not_begun_anew_unasked(tmp_path, unbroken):
+def test_before_a_checkpoint_goes_the_next_one_is_on_disk(tmp_path, monkeypatch):
+    train_until_stopped(tmp_path, 1, every="1")
+    done = []
+
+    def record(what, function):
+        def recorded(path, *arguments):
+            done.append((what, path.name))
+            return function(path, *arguments)
+
+        return recorded
+
+    monkeypatch.setattr(checkpoint, "flush", record("flush", checkpoint.flush))
+    monkeypatch.setattr(Path, "replace", record("rename", Path.replace))
+    monkeypatch.setattr(Path, "unlink", record("delete", Path.unlink))
+    train_until_stopped(tmp_path, 1, keep=1)
+    index, data = "steps-2.index", "steps-2.data-00000-of-00001"
+    assert done == [
+        *(("flush", name) for name in (data, index)),
+        *(("rename", name) for name in (data, index)),
+        ("flush", FOLDER),
+        *(("delete", name.replace("2", "1", 1)) for name in (index, data)),
+    ]
+
+
+def test_what_killed_saves_left_is_removed(tmp_path, unbroken):
     train_until_stopped(tmp_path, 3)
-    damage(tmp_path / FOLDER / "steps-3.index", "truncated")
-    with pytest.raises(DataError, match=r"1, all damaged\. Use resume='never'"):
-        train(Session(tmp_path))
-    assert train(Session(tmp_path, policy="never")) == unbroken
+    for name in ("steps-4.tmp/steps-4_temp", "steps-7_temp"):
+        (tmp_path / FOLDER / name).mkdir(parents=True)
+    session = Session(tmp_path)
+    assert train(session) == unbroken
+    session.checkpoints.delete_all()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_the_runs_stays(tmp_path, unbroken):
+    others = ("resnet50/epoch_90.pt", "steps-final.index", "steps-4.tmp.txt", "checkpoint")
+    for name in others:
+        path = tmp_path / FOLDER / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("the user's")
+    train_until_stopped(tmp_path, 3)
+    session = Session(tmp_path, policy="must", keep=1)
+    assert train(session) == unbroken
+    session.checkpoints.delete_all()
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {tmp_path / FOLDER / name for name in others}
+    assert {path.read_text() for path in files} == {"the user's"}
+
+
+def test_a_checkpoint_of_another_program_is_not_replaced(tmp_path):
+    other = tf.train.Checkpoint(weight=tf.Variable(1.0))
+    other.write(str(tmp_path / FOLDER / "steps-4"))
+    before = {path: path.read_bytes() for path in (tmp_path / FOLDER).iterdir()}
+    for policy in ("auto", "never"):
+        with pytest.raises(OutputError, match="steps-4 to be a checkpoint of this program"):
+            train(Session(tmp_path, policy=policy))
+    assert {path: path.read_bytes() for path in (tmp_path / FOLDER).iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["r[1]", "r*", "r?", "r\\1", "r[", "é ü"])
+def test_a_folder_of_any_name_is_the_runs_alone(tmp_path, unbroken, name):
+    neighbours = [tmp_path / other for other in ("r1", "rx", "r")]
+    for neighbour in neighbours:
+        train_until_stopped(neighbour, 2, every="1")
+    train_until_stopped(tmp_path / name, 3, every="1", keep=1)
+    assert numbers(tmp_path / name) == [3]
+    assert train(Session(tmp_path / name, policy="must", keep=1)) == unbroken
+    assert numbers(tmp_path / name) == [8]
+    for neighbour in neighbours:
+        assert numbers(neighbour) == [1, 2]
 
 
 @pytest.mark.parametrize(

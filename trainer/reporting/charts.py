@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trainer.files import MARK
 from trainer.reporting.scores import Scores
 
 if TYPE_CHECKING:  # Imported by the functions that draw: it takes a second.
@@ -205,7 +206,7 @@ def reliability(found: Scores) -> "Figure":
 def png(figure: "Figure") -> bytes:
     """Returns a figure as a PNG file, two pixels per CSS pixel."""
     with _style():
-        figure.savefig(content := io.BytesIO(), format="png")
+        figure.savefig(content := io.BytesIO(), format="png", metadata={"Software": MARK})
     return content.getvalue()
 
 

@@ -10,18 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trainer.errors import OutputError
+from trainer.files import MARK
 from trainer.runtime import keras, tf
 
 EVENTS_FOLDER = "tensorboard"
+# The end of the event files' names, by which a run knows those that it may replace.
+SUFFIX = f".{MARK}.v2"
 
 
 class EpochEvents(keras.callbacks.Callback):
     """Writes the scalars of each epoch, with the tags of ``keras.callbacks.TensorBoard``.
 
     That callback does not know the epochs before a resume, and needs the package tensorboard, which
-    TensorFlow 2.21 no longer installs and which only a reader of the files needs. This one replaces
-    the event files when training begins, and writes the epochs before the resume first, so that
-    none is there twice or missing.
+    TensorFlow 2.21 no longer installs and which only a reader of the files needs. When training
+    begins, this one replaces its own event files, and writes the epochs before the resume first, so
+    that none is there twice or missing.
 
     Args:
         output_dir: The run's output folder; the files are in ``tensorboard/train`` and
@@ -47,10 +50,10 @@ class EpochEvents(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         with self._errors():
-            for path in self.folder.glob("*/events.out.tfevents.*"):
+            for path in self.folder.glob(f"*/events.out.tfevents.*{SUFFIX}"):
                 path.unlink()
             self.writers = {
-                name: tf.summary.create_file_writer(str(self.folder / name))
+                name: tf.summary.create_file_writer(str(self.folder / name), filename_suffix=SUFFIX)
                 for name in ("train", "validation")
             }
             history = {name: values for name, values in self.before().items() if name != "seconds"}

@@ -12,7 +12,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.files import HISTORY_FILE, MANIFEST_FILE, MODEL_FILE, write_files
+from trainer.errors import OutputError
+from trainer.files import (
+    HISTORY_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    is_complete,
+    read_manifest,
+    write_files,
+)
 
 if TYPE_CHECKING:
     import keras
@@ -34,7 +42,8 @@ def save(
         number of parameters, and ``weights_sha256`` (see that function).
 
     Raises:
-        OutputError: A file cannot be written. The previous files are still there.
+        OutputError: A file cannot be written: the previous files are still there. Or another run
+            has written its own files there meanwhile.
     """
     content = _hdf5(model)
     manifest = {
@@ -51,16 +60,12 @@ def save(
         folder,
         {MODEL_FILE: content, HISTORY_FILE: _json(history), MANIFEST_FILE: _json(manifest)},
     )
+    if not is_complete(folder) or read_manifest(folder).get("run") != manifest.get("run"):
+        raise OutputError(
+            f"Expected the files of this run in {folder}. Received: those of another one, which "
+            "wrote there at the same time. Use an output_dir of its own for each run."
+        )
     return manifest
-
-
-def read_manifest(folder: Path) -> dict:
-    """Returns the manifest in the folder; an empty one if there is none, or it is unreadable."""
-    try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def weights_sha256(model: "keras.Model") -> str:

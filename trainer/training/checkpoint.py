@@ -11,23 +11,30 @@ states of dropout's seed generators included, every variable of its optimizer, a
 position and the run manifest. ``trainer.training.resume`` decides which one a run may resume.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainer.distributed.collectives import Workers
 from trainer.errors import OutputError, StoppedError
+from trainer.files import flush, make_folder, output_errors
 from trainer.runtime import keras, tf
 from trainer.training.manifest import RunManifest
 from trainer.training.position import Position
 
 FOLDER = "checkpoints"
 
+_FILE = re.compile(r"steps-(\d+)\.(?:index|data-\d{5}-of-\d{5})")
+# A folder in which a checkpoint is being written; the second is TensorFlow's own.
+_UNFINISHED = re.compile(r"steps-\d+(?:\.tmp|_temp)")
 _STATE_KEY = "state/.ATTRIBUTES/VARIABLE_VALUE"  # TensorFlow's name for the argument state=
 
 
@@ -44,29 +51,54 @@ def variables_of(model: keras.Model) -> dict[str, list[tf.Variable]]:
 class Checkpoints:
     """The checkpoints in the output folder of a run.
 
+    Each is TensorFlow's pair of files, ``steps-N.index`` and ``steps-N.data-00000-of-00001``, after
+    N steps of the run. Nothing else in the folder is touched: it may be another program's.
+
     Args:
         output_dir: The output folder; a folder in it is created with the first checkpoint.
         keep: Number of checkpoints to keep, the newest ones.
+
+    Attributes:
+        unreadable: Numbers of steps of checkpoints that could not be read, which the next save
+            deletes.
     """
 
     def __init__(self, output_dir: Path, *, keep: int) -> None:
         self.folder = output_dir / FOLDER
         self.keep = keep
+        self.unreadable: set[int] = set()
 
     def track(self, model: keras.Model) -> None:
         """Sets the model, built and compiled, whose variables are saved and restored."""
         self.state = tf.Variable("", dtype=tf.string)
         self.checkpoint = tf.train.Checkpoint(**variables_of(model), state=self.state)
-        self.manager: tf.train.CheckpointManager | None = None
 
     def newest_first(self) -> list[Path]:
         """Returns the checkpoints there are, as TensorFlow names them: paths without a suffix."""
-        # From the folder itself: TensorFlow's own list of checkpoints can be damaged, too.
-        numbers = {
-            int(path.stem.removeprefix("steps-")): path.with_suffix("")
-            for path in self.folder.glob("steps-*.index")
-        }
-        return [numbers[number] for number in sorted(numbers, reverse=True)]
+        return [
+            files[0].with_suffix("")
+            for _, files in sorted(self._files().items(), reverse=True)
+            if files[0].suffix == ".index"
+        ]
+
+    def check_ours(self) -> None:
+        """Checks that none of the files that this run would replace is of another program.
+
+        Raises:
+            OutputError: A checkpoint has no run's state.
+        """
+        for path in self.newest_first():
+            with contextlib.suppress(tf.errors.OpError), _literal(path) as name:
+                if tf.train.load_checkpoint(name).has_tensor(_STATE_KEY):
+                    continue
+                raise OutputError(
+                    f"Expected {path} to be a checkpoint of this program. Received: one of another "
+                    "program. Move it away, or use another output_dir."
+                )
+
+    def set_unreadable(self, path: Path) -> None:
+        """Notes that a checkpoint cannot be read."""
+        self.unreadable.add(int(path.name.removeprefix("steps-")))
 
     def read_state(self, path: Path) -> dict:
         """Returns the run's state in a checkpoint: the fields of its manifest, and ``position``.
@@ -74,7 +106,8 @@ class Checkpoints:
         Raises:
             Exception: It is damaged: TensorFlow and JSON have an error for each kind of damage.
         """
-        return json.loads(tf.train.load_checkpoint(str(path)).get_tensor(_STATE_KEY))
+        with _literal(path) as name:
+            return json.loads(tf.train.load_checkpoint(name).get_tensor(_STATE_KEY))
 
     def restore(self, path: Path) -> None:
         """Assigns a checkpoint's values to the variables of the model and its optimizer.
@@ -82,20 +115,26 @@ class Checkpoints:
         Raises:
             Exception: It is damaged, or of another model; of any kind, as in ``read_state``.
         """
-        self.checkpoint.restore(str(path)).assert_consumed()
+        with _literal(path) as name:
+            self.checkpoint.read(name).assert_existing_objects_matched()
 
     def save(self, position: Position, manifest: RunManifest) -> None:
-        """Writes a checkpoint, and deletes the oldest beyond ``keep``.
+        """Writes a checkpoint, and deletes the oldest beyond ``keep`` once it is on disk.
 
         Raises:
             OutputError: It cannot be written; the last one is still there.
         """
+        self.unreadable.discard(position.steps)  # It is written anew.
         state = {**manifest.as_dict(), "position": dataclasses.asdict(position)}
         self.state.assign(json.dumps(state))
+        name = f"steps-{position.steps}"
+        unfinished = self.folder / f"{name}.tmp"
         try:
-            self.folder.mkdir(exist_ok=True)
-            self.manager = self.manager or self._manager()
-            self.manager.save(checkpoint_number=position.steps)
+            make_folder(unfinished)
+            self.checkpoint.write(str(unfinished / name))
+            _put_on_disk(unfinished, self.folder)
+            unfinished.rmdir()
+            self._rotate()
         except (OSError, tf.errors.OpError) as error:
             reason = " ".join(str(error).split())[:300]
             raise OutputError(
@@ -103,18 +142,82 @@ class Checkpoints:
                 "Make room or permission there; earlier checkpoints are intact."
             ) from error
 
-    def delete_all(self) -> None:
-        """Deletes the folder of the checkpoints: there is nothing to resume any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.manager = None
+    def delete_unfinished(self) -> None:
+        """Deletes what a run left that was killed while it saved."""
+        for path in self._listing():
+            if _UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
 
-    def _manager(self) -> tf.train.CheckpointManager:
-        options = {"max_to_keep": self.keep, "checkpoint_name": "steps"}
-        try:
-            return tf.train.CheckpointManager(self.checkpoint, str(self.folder), **options)
-        except ValueError:  # Its list of the checkpoints is damaged; they were found without it.
-            (self.folder / "checkpoint").unlink()
-            return tf.train.CheckpointManager(self.checkpoint, str(self.folder), **options)
+    def delete_all(self) -> None:
+        """Deletes the checkpoints: there is nothing to resume any more. The folder goes, too, if
+        nothing else is in it.
+        """
+        self.delete_unfinished()
+        with contextlib.suppress(OSError):
+            for files in self._files().values():
+                for path in files:
+                    path.unlink()
+            self.folder.rmdir()
+
+    def _rotate(self) -> None:
+        """Deletes all but the newest checkpoints, and those that could not be read."""
+        files = self._files()
+        kept = sorted(files.keys() - self.unreadable, reverse=True)[: self.keep]
+        for number in files.keys() - set(kept):
+            for path in files[number]:
+                path.unlink()
+
+    def _files(self) -> dict[int, list[Path]]:
+        """Returns the files of each checkpoint by its number of steps, its index first: without
+        that, what is left of it is no checkpoint.
+        """
+        files: dict[int, list[Path]] = {}
+        # From the folder itself: TensorFlow's own list of checkpoints can be damaged.
+        for path in self._listing():
+            if match := _FILE.fullmatch(path.name):
+                files.setdefault(int(match[1]), []).append(path)
+        return {number: sorted(paths, key=_is_data) for number, paths in files.items()}
+
+    def _listing(self) -> list[Path]:
+        return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+
+
+@contextlib.contextmanager
+def _literal(path: Path) -> Iterator[str]:
+    """Gives the name of a checkpoint under which TensorFlow can read it: in a name, it takes ``*``,
+    ``?``, ``[`` and a backslash for a pattern of file names (``GetMatchingPaths``, which RestoreV2
+    and CheckpointReader call), and finds nothing, or another folder's.
+    """
+    if not set(str(path)) & (set("*?[\\") - {os.sep}):
+        yield str(path)
+        return
+    with output_errors(Path(tempfile.gettempdir())):
+        folder = tempfile.TemporaryDirectory(prefix="trainer-")
+    with folder:
+        link = Path(folder.name) / FOLDER
+        link.symlink_to(path.parent.resolve(), target_is_directory=True)
+        yield str(link / path.name)
+
+
+def _put_on_disk(unfinished: Path, folder: Path) -> None:
+    """Moves the files of a checkpoint into the folder, where they survive a power cut from then on.
+
+    The index comes last: without it there is no checkpoint of that name.
+    """
+    files = sorted(
+        (path for path in unfinished.iterdir() if _FILE.fullmatch(path.name)),
+        key=_is_data,
+        reverse=True,
+    )
+    for path in files:
+        flush(path)
+    for path in files:
+        path.replace(folder / path.name)
+    flush(folder)
+
+
+def _is_data(path: Path) -> bool:
+    return path.suffix != ".index"
 
 
 class Checkpointer:

@@ -14,7 +14,7 @@ import numpy as np
 from trainer.config import Resume, fixed_fields
 from trainer.distributed.collectives import Workers
 from trainer.errors import ConfigurationError, DataError, InputError, TrainerError
-from trainer.runtime import keras
+from trainer.runtime import keras, tf
 from trainer.training.checkpoint import Checkpoints, variables_of
 from trainer.training.manifest import RunManifest
 from trainer.training.position import Position
@@ -49,12 +49,15 @@ def resume(
 
     Raises:
         ConfigurationError: The unfinished run has another configuration or other data.
-        DataError: There are checkpoints, and none can be read.
+        DataError: ``policy`` is ``must``, and no checkpoint can be read.
         InputError: ``policy`` is ``must`` and there is nothing to resume.
+        OutputError: There is a checkpoint of another program, which this run would replace.
     """
     checkpoints.track(model)
     resumed = None
     if workers.index == 0:
+        checkpoints.check_ours()
+        checkpoints.delete_unfinished()
         if policy == "never" and not manifest.job:
             checkpoints.delete_all()
         resumed = _restore_newest(checkpoints, manifest, policy, finished_run, notify)
@@ -89,7 +92,13 @@ def _restore_newest(
             checkpoints.restore(path)
         except TrainerError:
             raise
+        except (OSError, tf.errors.PermissionDeniedError) as error:  # It need not be damaged.
+            raise InputError(
+                f"Expected to read the checkpoint {path}. Received: {' '.join(str(error).split())}."
+                " Make it readable, or use resume='never' to start anew."
+            ) from error
         except Exception as error:  # TensorFlow and JSON have one for each kind of damage.
+            checkpoints.set_unreadable(path)
             reason = " ".join(str(error).split())[:200]
             notify(f"The checkpoint {path} cannot be read ({reason}): trying the one before")
             continue
@@ -103,13 +112,13 @@ def _restore_newest(
             f"{Position(**state['position'])}"
         )
         return state
-    if paths and policy == "never":
-        checkpoints.delete_all()
-    elif paths:
+    if paths and policy == "must":
         raise DataError(
             f"Expected a readable checkpoint in {checkpoints.folder}. Received: {len(paths)}, all "
-            "damaged. Use resume='never' to start anew."
+            "damaged. Use resume='auto' to start anew."
         )
+    if paths:
+        notify(f"No checkpoint in {checkpoints.folder} can be read: the run starts anew")
     return None
 
 

@@ -259,7 +259,7 @@ def _is_finished(config: TrainConfig, job: str | None) -> bool:
     """Tells whether this is a pod in place of one that was lost after it had written its Job's
     files; then shows the result once more.
     """
-    if not job or (manifest := artifacts.read_manifest(config.output_dir)).get("job") != job:
+    if not job or (manifest := files.read_manifest(config.output_dir)).get("job") != job:
         return False
     with _progress(config, None) as watcher:
         _report_result(config, manifest, watcher)

@@ -7,6 +7,7 @@ fit(..., begin=session.begin, after_call=session.after_call)
 import dataclasses
 import math
 
+from trainer import files
 from trainer.config import TrainConfig
 from trainer.distributed.collectives import Workers
 from trainer.distributed.worker import Link
@@ -15,7 +16,6 @@ from trainer.reporting.progress import Watcher
 from trainer.reporting.tensorboard import EpochEvents
 from trainer.runtime import keras
 from trainer.signals import Signals
-from trainer.training import artifacts
 from trainer.training.assembly import Assembly
 from trainer.training.checkpoint import Checkpointer, Checkpoints
 from trainer.training.position import Position
@@ -58,7 +58,7 @@ class Session:
             model,
             self.manifest,
             policy=self.config.resume,
-            finished_run=artifacts.read_manifest(self.config.output_dir).get("run"),
+            finished_run=files.read_manifest(self.config.output_dir).get("run"),
             workers=self.workers,
             notify=lambda text: self.watcher.say(text, "notice"),
         )
