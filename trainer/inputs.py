@@ -11,6 +11,10 @@ import io
 import os
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _OTHERS = {
     stat.S_IFIFO: "a pipe",
@@ -35,7 +39,7 @@ def open_file(path: Path) -> io.BufferedReader:
 
     Raises:
         OSError: It is missing, cannot be opened, or is no regular file: a folder, a pipe, a device,
-            a socket. ``strerror`` says which.
+            a socket. ``strerror`` says which. Reading raises it, too.
     """
     try:
         _check(path.stat())  # First, because opening some devices has effects, as a tape's.
@@ -44,10 +48,20 @@ def open_file(path: Path) -> io.BufferedReader:
         raise FileNotFoundError(errno.ENOENT, "a name that no file can have") from error
     try:
         _check(os.fstat(descriptor))  # Another file may have taken its place.
-        return os.fdopen(descriptor, "rb")
+        return io.BufferedReader(_File(descriptor, "rb"))
     except BaseException:
         os.close(descriptor)
         raise
+
+
+class _File(io.FileIO):
+    """Raises where there is nothing to read yet, as in /proc/kmsg; readers do not expect None."""
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        count = super().readinto(buffer)
+        if count is None:
+            raise BlockingIOError(errno.EAGAIN, "a file that waits for what is to be read")
+        return count
 
 
 def _check(status: os.stat_result) -> None:

@@ -152,6 +152,17 @@ def test_devices_and_sockets_are_refused(tmp_path, monkeypatch):
         assert "a socket, not a regular file" in refusal(InputError, "socket")
 
 
+@needs_pipes
+def test_a_file_that_has_nothing_to_read_yet_is_not_waited_for(pipe):
+    # As /proc/kmsg, which is a regular file, and root's.
+    descriptor = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)  # It has a writer, who writes nothing.
+    with io.BufferedReader(inputs._File(descriptor)) as file:
+        with pytest.raises(BlockingIOError, match="a file that waits"):
+            file.read(9)
+        os.write(descriptor, b"abc")
+        assert file.read1(9) == b"abc"
+
+
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
 def test_a_name_that_no_file_can_have_is_refused(name):
     with pytest.raises(InputError, match=r"name too long|which does not exist") as caught:
