@@ -306,9 +306,11 @@ def test_a_worker_with_other_settings_is_named(start, name, value, chiefs):
         assert stderr.count("\n") == 1
 
 
-def test_a_worker_with_another_list_of_workers_is_refused(start):
-    chief = start(2, 0)
-    other = start(2, 1, workers=[chief.name[len("worker 0 (") : -1], "127.0.0.1:1"])
+@pytest.mark.parametrize("secret", [SECRET, None])
+def test_a_worker_with_another_list_of_workers_is_refused(start, secret):
+    chief = start(2, 0, secret=secret)
+    workers = [chief.name[len("worker 0 (") : -1], "127.0.0.1:1"]
+    other = start(2, 1, workers=workers, secret=secret)
     for worker in (chief, other):
         code, stderr = worker.end()
         assert code == 78

@@ -15,7 +15,6 @@ them may have threads, which must not change their user namespace.
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import socket
 import struct
@@ -86,6 +85,8 @@ def open_private_network() -> PrivateNetwork:
 
 def _make_namespaces() -> list[int]:
     """Moves this process into new namespaces; returns their file descriptors."""
+    import fcntl  # Here: Windows has none.
+
     libc = ctypes.CDLL(None, use_errno=True)
     kinds = ["net"]
     try:
