@@ -457,6 +457,20 @@ def test_images_that_look_unusual_are_trained_on_with_a_notice(command, tmp_path
 
 
 @pytest.mark.full
+def test_names_that_are_not_utf8_are_as_good_as_others(command, tmp_path):
+    command.env["LC_ALL"] = "C"
+    command.env["TRAINER_TERMINATION_LOG"] = str(tmp_path / "log-\udcff")
+    data = save_npz(tmp_path / "digits-\udcff.npz", train=256, test=100)
+    out = tmp_path / "out-\udcff"
+    done = command.run(*DRAWN, "--data", data, "--output-dir", out, "--tensorboard")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {path.name for path in out.iterdir()} >= {*FILES, *REPORT_FILES, "tensorboard"}
+    assert "digits-\\udcff.npz" in done.stdout
+    assert done.stdout.endswith((tmp_path / "log-\udcff").read_text())
+    assert manifest(out)["config"]["data"] == str(data)
+
+
+@pytest.mark.full
 def test_tensorflow_speaks_when_it_is_asked_to(command):
     done = command.run(*SMALL, "--tensorflow-logs", "--output-dir", "out")
     assert done.returncode == 0

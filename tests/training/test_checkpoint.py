@@ -221,7 +221,7 @@ def test_a_checkpoint_of_another_program_is_not_replaced(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / FOLDER).iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["r[1]", "r*", "r?", "r\\1", "r[", "é ü"])
+@pytest.mark.parametrize("name", ["r[1]", "r*", "r?", "r\\1", "r[", "é ü", "r\udcff"])
 def test_a_folder_of_any_name_is_the_runs_alone(tmp_path, unbroken, name):
     neighbours = [tmp_path / other for other in ("r1", "rx", "r")]
     for neighbour in neighbours:

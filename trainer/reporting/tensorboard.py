@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -53,7 +54,9 @@ class EpochEvents(keras.callbacks.Callback):
             for path in self.folder.glob(f"*/events.out.tfevents.*{SUFFIX}"):
                 path.unlink()
             self.writers = {
-                name: tf.summary.create_file_writer(str(self.folder / name), filename_suffix=SUFFIX)
+                name: tf.summary.create_file_writer(
+                    os.fsencode(self.folder / name), filename_suffix=SUFFIX
+                )
                 for name in ("train", "validation")
             }
             history = {name: values for name, values in self.before().items() if name != "seconds"}

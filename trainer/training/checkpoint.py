@@ -131,7 +131,8 @@ class Checkpoints:
         unfinished = self.folder / f"{name}.tmp"
         try:
             make_folder(unfinished)
-            self.checkpoint.write(str(unfinished / name))
+            with _literal(unfinished / name) as path:
+                self.checkpoint.write(path)
             _put_on_disk(unfinished, self.folder)
             unfinished.rmdir()
             self._rotate()
@@ -184,11 +185,14 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _literal(path: Path) -> Iterator[str]:
-    """Gives the name of a checkpoint under which TensorFlow can read it: in a name, it takes ``*``,
-    ``?``, ``[`` and a backslash for a pattern of file names (``GetMatchingPaths``, which RestoreV2
-    and CheckpointReader call), and finds nothing, or another folder's.
+    """Gives the name of a checkpoint under which TensorFlow can read and write it: in a name, it
+    takes ``*``, ``?``, ``[`` and a backslash for a pattern of file names (``GetMatchingPaths``,
+    which RestoreV2 and CheckpointReader call), and finds nothing, or another folder's; and a name
+    must be valid UTF-8.
     """
-    if not set(str(path)) & (set("*?[\\") - {os.sep}):
+    pattern = set(str(path)) & (set("*?[\\") - {os.sep})
+    surrogate = any("\ud800" <= character <= "\udfff" for character in str(path))
+    if not pattern and not surrogate:
         yield str(path)
         return
     with output_errors(Path(tempfile.gettempdir())):
