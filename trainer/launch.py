@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from trainer import cli
 from trainer.cli import TASK
 from trainer.config import TrainConfig
-from trainer.data.sources import downloads
 from trainer.distributed.local import LocalWorkers, share_gpus
 from trainer.distributed.private_network import PrivateNetwork, open_private_network
 from trainer.errors import StoppedError, TrainerError, UsageError
-from trainer.log_lines import json_line
+from trainer.log_lines import DroppingStream, json_line
 from trainer.machine import available_cpus
 from trainer.signals import Signals
 
@@ -99,7 +98,7 @@ def launch(config: LaunchConfig, flags: Sequence[str]) -> None:
             print(
                 f"{PROG}: ended with {code}; starting all {config.workers} workers again "
                 f"({attempt + 1} of {config.max_restarts})",
-                file=sys.stderr,
+                file=DroppingStream(sys.stderr),
                 flush=True,
             )
 
@@ -108,6 +107,8 @@ def _private_network(
     config: LaunchConfig, task: TrainConfig
 ) -> contextlib.AbstractContextManager[PrivateNetwork | None]:
     """Returns a network that only the workers can reach; else tells the user what that means."""
+    from trainer.data.sources import downloads  # Here, for --help: it takes NumPy's time.
+
     if config.workers == 1:  # It listens at no port.
         return contextlib.nullcontext()
     try:
@@ -122,7 +123,7 @@ def _private_network(
         )
     if task.log_format == "json":
         text = json_line("notice", text, severity="WARNING")
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=DroppingStream(sys.stderr), flush=True)
     return contextlib.nullcontext()
 
 

@@ -260,6 +260,18 @@ def local_workers(*programs):
     return LocalWorkers([sys.executable, "-c", choose, *programs], [{}] * len(programs))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
+def test_a_full_disk_under_stdout_costs_the_workers_lines_alone(monkeypatch, capsys):
+    lines = "print('a line\\n' * 100_000, flush=True); os._exit(0)"  # more than a pipe holds
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        with local_workers(lines, lines) as workers:
+            assert workers.wait() == 0
+    assert capsys.readouterr().err == (
+        "stdout cannot be written (No space left on device): what it cannot take is dropped\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("codes", "code"),
     [((0, 0), 0), ((0, 1), 0), ((75, 75), 75), ((75, 1), 1), ((78, 75), 78), ((-9, 75), 137)],

@@ -26,6 +26,7 @@ from trainer.distributed.cluster import Cluster
 from trainer.distributed.private_network import PrivateNetwork
 from trainer.distributed.worker import die_with_parent
 from trainer.errors import ConfigurationError, OutputError, StoppedError
+from trainer.log_lines import DroppingStream
 from trainer.signals import stop_signals
 
 FAILURE_TIMEOUT = 20.0  # Seconds that the others have to end by themselves after a failure.
@@ -95,10 +96,11 @@ class LocalWorkers:
                 preexec_fn=self._prepare,
             )
             self._processes.append(process)
+        outputs = DroppingStream(sys.stdout, "stdout"), DroppingStream(sys.stderr)
         for index, process in enumerate(self._processes):  # No thread may run during a fork.
             stdout, stderr = cast("TextIO", process.stdout), cast("TextIO", process.stderr)
-            self._copy(stdout, sys.stdout, f"[{index}] ")
-            self._copy(stderr, sys.stderr, f"[{index}] ")
+            self._copy(stdout, outputs[0], f"[{index}] ")
+            self._copy(stderr, outputs[1], f"[{index}] ")
             threading.Thread(target=self._await_end, args=[index], daemon=True).start()
         return self
 
@@ -161,14 +163,13 @@ class LocalWorkers:
         self._processes[index].wait()
         self._events.put(("end", index))
 
-    def _copy(self, source: TextIO, target: TextIO, prefix: str) -> None:
+    def _copy(self, source: TextIO, target: DroppingStream, prefix: str) -> None:
         def copy() -> None:
             with source:
                 for line in source:
-                    with contextlib.suppress(BrokenPipeError):
-                        bare = not self.prefix and line.startswith("{")
-                        target.write(line if bare else prefix + line)
-                        target.flush()
+                    bare = not self.prefix and line.startswith("{")
+                    target.write(line if bare else prefix + line)
+                    target.flush()
 
         thread = threading.Thread(target=copy, daemon=True)
         thread.start()

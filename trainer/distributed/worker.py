@@ -37,6 +37,7 @@ from trainer.distributed.messages import (
     encode,
 )
 from trainer.errors import ConfigurationError, StoppedError, TrainerError
+from trainer.log_lines import DroppingStream
 from trainer.signals import stop_signals
 
 CLOSE_TIMEOUT = 5.0  # Seconds from the end of a process' connection to its own.
@@ -164,8 +165,8 @@ class Link:
         self._send(step=[epoch, step])
 
     def _end(self, outcome: Outcome, details: str = "") -> NoReturn:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        DroppingStream(sys.stdout).flush()
+        DroppingStream(sys.stderr).flush()
         with contextlib.suppress(OSError):
             if details:
                 self._send(traceback=details[-TRACEBACK_LIMIT:])
