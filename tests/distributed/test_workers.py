@@ -40,7 +40,8 @@ class Group:
         self.workers = tuple(f"127.0.0.1:{port}" for port in free_ports(count))
         self.processes = {}
         secret = command.home / f"secret-{self.workers[0]}"
-        make_secret(secret)
+        secret.write_text(make_secret())
+        secret.chmod(0o600)
         command.env["TRAINER_TOKEN_FILE"] = str(secret)
 
     def start(self, *flags, only=None, hooks=()):

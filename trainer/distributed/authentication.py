@@ -36,10 +36,10 @@ import os
 import secrets
 import stat
 from collections.abc import Mapping
-from pathlib import Path
 
 from trainer.errors import ConfigurationError
 
+TOKEN = "TRAINER_TOKEN"  # noqa: S105
 TOKEN_FILE = "TRAINER_TOKEN_FILE"  # noqa: S105
 NONCE_SIZE = 16  # Bytes.
 MAC_SIZE = hashlib.sha256().digest_size
@@ -69,12 +69,15 @@ NO_SECRET = Secret()
 
 
 def read_secret(environ: Mapping[str, str]) -> Secret:
-    """Reads the secret from the file that ``TRAINER_TOKEN_FILE`` names; white space around it does
-    not count. With a "-" before the name, as in systemd's units, the file may be missing.
+    """Returns the secret in ``TRAINER_TOKEN``, which ``trainer.launch`` sets for its workers, or in
+    the file that ``TRAINER_TOKEN_FILE`` names. White space around it does not count. With a "-"
+    before the name, as in systemd's units, the file may be missing.
 
     Raises:
-        ConfigurationError: The variable is set, but there is no such file, or no secret in it.
+        ConfigurationError: One of them is set, but there is no such file, or no secret in it.
     """
+    if TOKEN in environ:
+        return Secret(_checked(os.fsencode(environ[TOKEN]), TOKEN), notice="")
     if TOKEN_FILE not in environ:
         return NO_SECRET
     path = environ[TOKEN_FILE].removeprefix("-")
@@ -83,29 +86,21 @@ def read_secret(environ: Mapping[str, str]) -> Secret:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
-                raise _unusable(path, "no regular file")
-            key = file.read(_MOST + 1).strip()
+                raise _unusable(f"{path!r}: no regular file")
+            key = file.read(_MOST + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and environ[TOKEN_FILE].startswith("-"):
             return NO_SECRET
         reason = getattr(error, "strerror", None) or str(error)
-        raise _unusable(path, reason) from None
-    if len(key) < _LEAST:
-        raise _unusable(path, f"{len(key)} characters" if key else "an empty file")
-    if len(key) > _MOST:
-        raise _unusable(path, f"more than {_MOST} characters")
+        raise _unusable(f"{path!r}: {reason}") from None
+    key = _checked(key, repr(path))
     exposed = mode & (stat.S_IROTH | stat.S_IWOTH)
     return Secret(key, f"Other users can read the secret in {path}: chmod 600." if exposed else "")
 
 
-def make_secret(path: Path) -> None:
-    """Writes a new secret to a file that only this user can read.
-
-    Raises:
-        FileExistsError: There is such a file.
-    """
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32) + "\n")
+def make_secret() -> str:
+    """Returns a new secret, as ``TRAINER_TOKEN`` holds it."""
+    return secrets.token_hex(32)
 
 
 def nonce() -> bytes:
@@ -147,9 +142,16 @@ def _mac(key: bytes, content: bytes) -> bytes:
     return hmac.digest(key, content, "sha256")
 
 
-def _unusable(path: str, received: str) -> ConfigurationError:
+def _checked(key: bytes, where: str) -> bytes:
+    key = key.strip()
+    if _LEAST <= len(key) <= _MOST:
+        return key
+    raise _unusable(f"{len(key) if len(key) <= _MOST else f'more than {_MOST}'} in {where}")
+
+
+def _unusable(received: str) -> ConfigurationError:
     return ConfigurationError(
         f"Expected {TOKEN_FILE} to name a file with the secret that all workers share, of at least "
-        f"{_LEAST} characters. Received: {path!r}: {received}. `openssl rand -hex 32` makes a "
-        "secret; every worker needs the same."
+        f"{_LEAST} characters. Received: {received}. `openssl rand -hex 32` makes a secret; every "
+        "worker needs the same."
     )

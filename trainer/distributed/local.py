@@ -14,18 +14,17 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO, cast
 
-from trainer.distributed.authentication import TOKEN_FILE, make_secret
+from trainer.distributed.authentication import TOKEN, make_secret
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.private_network import PrivateNetwork
 from trainer.distributed.worker import die_with_parent
-from trainer.errors import ConfigurationError, OutputError, StoppedError
+from trainer.errors import ConfigurationError, StoppedError
 from trainer.log_lines import DroppingStream
 from trainer.signals import stop_signals
 
@@ -67,16 +66,8 @@ class LocalWorkers:
         self._copies: list[threading.Thread] = []
 
     def __enter__(self) -> "LocalWorkers":
-        try:
-            self._folder = tempfile.TemporaryDirectory(prefix="digits-launch-")
-            secret = Path(self._folder.name, "secret")
-            make_secret(secret)
-        except OSError as error:
-            raise OutputError(
-                "Expected a folder for temporary files, for the workers' secret. Received: "
-                f"{error}. Let TMPDIR name one."
-            ) from error
         self._handlers = {number: signal.signal(number, self._receive) for number in stop_signals()}
+        secret = make_secret()
         addresses = tuple(f"127.0.0.1:{port}" for port in free_ports(len(self.variables)))
         for index, variables in enumerate(self.variables):
             process = subprocess.Popen(
@@ -85,7 +76,8 @@ class LocalWorkers:
                     **os.environ,
                     **variables,
                     "TF_CONFIG": Cluster(addresses, index).tf_config,
-                    TOKEN_FILE: str(secret),
+                    # Of a process' environment other users can read nothing.
+                    TOKEN: secret,
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -112,7 +104,6 @@ class LocalWorkers:
             copy.join(STOP_TIMEOUT)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._folder.cleanup()
 
     def wait(self) -> int:
         """Waits for the end of all workers. When one has failed, the others have FAILURE_TIMEOUT
