@@ -154,7 +154,7 @@ def test_any_picture_is_read_or_named(examples):
         fuzz(examples, read, damaged(each_format(40)))
 
 
-@pytest.mark.parametrize("examples", [5, pytest.param(300, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [5, pytest.param(100, marks=pytest.mark.full)])
 def test_any_model_is_read_or_refused(tmp_path, examples):
     path = tmp_path / "x.h5"
     with h5py.File(path, "w") as file:
