@@ -203,7 +203,7 @@ def _check_model(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
                 "one of its own, which this loop does not call. Use preprocess, loss and add_loss "
                 "in its place."
             )
-    optimizer = model.optimizer
+    optimizer = getattr(model, "optimizer", None)  # compile() sets it.
     if optimizer is None:
         raise ValueError("Expected a compiled model. Received: one without an optimizer.")
     scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
