@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 
+
+def available() -> bool:
+    """Tells whether this user can mount a file system here."""
+    tools = shutil.which("mkfs.ext4") and Path("/dev/loop-control").exists()
+    return os.geteuid() == 0 and bool(tools)
+
+
 needs_mount = pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("mkfs.ext4") or not Path("/dev/loop-control").exists(),
-    reason="only root can mount a file system, with mkfs.ext4 and loop devices",
+    not available(), reason="only root can mount a file system, with mkfs.ext4 and loop devices"
 )
 
 
