@@ -2,6 +2,7 @@
 # make test          the tests, in five minutes or so on two cores. ARGS="-k checkpoint" selects some
 # make test-full     the tests that take longer
 # make test-cluster  the manifests, on the cluster of KUBECONFIG with the image loaded into it
+# make chaos         runs with one fault each, ten minutes of them. ARGS="--minutes 60 --seed 7"
 # make lint          rules and format (ruff), types (mypy), imports between layers (import-linter), hadolint
 # make format        applies ruff's fixes and format
 # make docs          the documentation, as HTML in build/docs; a warning is an error
@@ -27,7 +28,7 @@ IMAGE ?= digits-trainer:$(VERSION)$(if $(filter-out cpu,$(TARGET)),-$(TARGET))
 IMAGE_BUILD ?= docker build
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)
 
-.PHONY: train test test-full test-cluster lint format docs bench notebook image lock manifests clean
+.PHONY: train test test-full test-cluster chaos lint format docs bench notebook image lock manifests clean
 
 train: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m trainer.task $(ARGS)
@@ -41,6 +42,9 @@ test-full: $(VENV)/.installed-$(EXTRA),test
 
 test-cluster: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) -m pytest tests/cluster --durations=10 $(ARGS)
+
+chaos: $(VENV)/.installed-$(EXTRA),test
+	$(RUN) tests/chaos.py $(ARGS)
 
 image:
 	$(IMAGE_BUILD) --file docker/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) --tag $(IMAGE) .

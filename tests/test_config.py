@@ -8,8 +8,13 @@ import pytest
 
 from trainer.config import TrainConfig
 from trainer.errors import UsageError
+from trainer.evaluate import EvaluateConfig
+from trainer.export import ExportConfig
 from trainer.machine import available_cpus
+from trainer.predict import PredictConfig
 from trainer.recipes import LEARNING_RATES, RECIPES
+from trainer.serve import ServeConfig
+from trainer.submit import SubmitConfig
 
 
 def test_the_default_is_the_recipe():
@@ -258,3 +263,35 @@ def test_the_rate_that_a_remedy_names_is_the_one_that_is_used(recipe):
         TrainConfig(recipe=recipe, learning_rate=-1.0)
     config = TrainConfig(recipe=recipe)
     assert f"Leave it out for {config.learning_rate}, that of" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["output_dir", "data"])
+@pytest.mark.parametrize(
+    "url", ["gs://bucket/run", "s3://bucket/run", "hdfs://host/run", "file:///run"]
+)
+def test_a_url_is_refused_and_not_taken_for_a_folder(name, url):
+    for value in (url, Path(url)) if name == "output_dir" else (url,):
+        with pytest.raises(UsageError, match=f"{name} must be a path on this machine.*Mount the"):
+            TrainConfig(**{name: value})
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert TrainConfig(output_dir="~/out").output_dir == Path("/home/somebody/out")
+    assert TrainConfig(output_dir="out/~").output_dir == Path("out/~")
+    assert TrainConfig(data="tfds:mnist").data == "tfds:mnist"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda url: EvaluateConfig(model=url),
+        lambda url: ExportConfig(model=Path("mnist.h5"), format="onnx", output=url),
+        lambda url: PredictConfig(model=Path("mnist.h5"), images=("a.png",), show=url),
+        lambda url: ServeConfig(model=url),
+        lambda url: SubmitConfig(output_dir=url),
+    ],
+)
+def test_the_commands_refuse_urls_too(make):
+    with pytest.raises(UsageError, match=r"must be a path on this machine"):
+        make(Path("gs://bucket/mnist.onnx"))

@@ -234,6 +234,7 @@ class TrainConfig:
             if getattr(self, name) is None and name != "learning_rate":
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "data", _path("data", self.data, remedy="Use 'bundled'."))
+        _refuse_url("data", self.data)
         folder = _path("output_dir", self.output_dir, remedy="Leave it out for the current folder.")
         object.__setattr__(self, "output_dir", local_path("output_dir", folder))
         for name, choices in (
@@ -312,12 +313,7 @@ def local_path(name: str, value: str | os.PathLike) -> Path:
         UsageError: It is a URL: ``Path`` would make a folder of the name ``gs:`` of it.
     """
     text = os.fsdecode(value)
-    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text):
-        raise UsageError(
-            f"{name} must be a path on this machine. Received: {name}={text!r}. Mount the "
-            f"{match[1]} storage (gcsfuse, s3fs, rclone mount) and name the folder there, or copy "
-            "afterwards."
-        )
+    _refuse_url(name, text)
     try:
         return Path(text).expanduser()
     except RuntimeError:  # No such user, or no home folder.
@@ -337,6 +333,15 @@ def _plain(value: object) -> object:
     """Returns a NumPy scalar as Python's own, which JSON can hold; anything else as it is."""
     numpy = sys.modules.get("numpy")  # Not imported for this: it takes a tenth of a second.
     return value.item() if numpy and isinstance(value, numpy.generic) else value
+
+
+def _refuse_url(name: str, text: str) -> None:
+    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text):
+        raise UsageError(
+            f"{name} must be a path on this machine. Received: {name}={text!r}. Mount the "
+            f"{match[1]} storage (gcsfuse, s3fs, rclone mount) and name the path there, or copy "
+            "the files."
+        )
 
 
 def _path(name: str, value: object, *, remedy: str) -> str:
