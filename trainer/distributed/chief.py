@@ -131,6 +131,7 @@ class Chief(Parent):
         """Handles a caller that greets as a worker, but does not know the secret of this one."""
         if not self.cluster.secret.key:
             if hello["secret"]:
+                self.told.add(hello["hello"])  # It knows already, and believes nothing else.
                 self._decide(
                     ConfigurationError.exit_code,
                     secret_mismatch(f"one on worker {hello['hello']}, none on worker 0"),
