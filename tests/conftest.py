@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from support import Command, Replicas
+from support import TIMEOUT, Command, Replicas
 
 # The tests are about CPUs, also in the processes that they start, whatever GPUs the environment
 # names.
@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
         if not (folder / "mnist.json").exists():
             folder.mkdir(exist_ok=True)
             done = Command(folder, folder).run(
-                "--epochs", 1, "--test-limit", 1000, "--no-report", timeout=900
+                "--epochs", 1, "--test-limit", 1000, "--no-report", timeout=TIMEOUT
             )
             assert done.returncode == 0, done.stderr
     return folder

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 ROOT = Path(__file__).parents[1]
+TIMEOUT = 1800  # Seconds: only what hangs takes so long, however busy the machine is.
 
 HAS_FAST_STEP = importlib.util.find_spec("trainer.models._winograd") is not None
 needs_fast_step = pytest.mark.skipif(
@@ -54,7 +55,7 @@ class Command:
         return [*map(str, (*self.prefix, sys.executable, *self.program, *flags))]
 
     def run(self, *flags: object, **options) -> subprocess.CompletedProcess:
-        options = {"capture_output": True, "text": True, "timeout": 300, **options}
+        options = {"capture_output": True, "text": True, "timeout": TIMEOUT, **options}
         return subprocess.run(
             self.argv(*flags), cwd=self.folder, env=self.env, check=False, **options
         )
@@ -132,7 +133,7 @@ def with_hooks(env: dict[str, str], hooks: Sequence[Pause | Constant]) -> dict[s
 
 
 def wait_for(
-    condition: Callable[[], object], *processes: subprocess.Popen, seconds: float = 300
+    condition: Callable[[], object], *processes: subprocess.Popen, seconds: float = TIMEOUT
 ) -> None:
     """Waits until a condition holds; fails where one of the processes ends before that.
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, TIMEOUT
 
 FAULTS = ("kill", "storm", "disk-full", "power-cut", "damage", "partition", "stranger")
 
@@ -13,7 +13,7 @@ FAULTS = ("kill", "storm", "disk-full", "power-cut", "damage", "partition", "str
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_with_a_fault_ends_as_it_should(fault):
     chaos = [sys.executable, ROOT / "tests" / "chaos.py", "--runs", "1", "--faults", fault]
-    done = subprocess.run(chaos, capture_output=True, text=True, check=False, timeout=3600)
+    done = subprocess.run(chaos, capture_output=True, text=True, check=False, timeout=TIMEOUT)
     if f"Without {fault}" in done.stdout:
         pytest.skip(done.stdout.splitlines()[0])
     assert done.returncode == 0, done.stdout

@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from support import Pause
+from support import TIMEOUT, Pause
 
 from trainer import export
 from trainer.errors import UsageError
@@ -257,7 +257,7 @@ def test_sigterm_leaves_what_was_there_and_nothing_temporary(here, command, tmp_
     started.send_signal(signal.SIGTERM)
     pause.wait(started, seen="SIGTERM")
     pause.go()
-    out, err = started.communicate(timeout=120)
+    out, err = started.communicate(timeout=TIMEOUT)
     assert (started.returncode, out) == (130, "")
     assert err == "python -m trainer.export: interrupted. SIGTERM\n"
     assert (here / "mnist.onnx").read_text() == "old"

@@ -11,7 +11,7 @@ import pytest
 from execute_notebook import DIGEST, NOTEBOOK, code_cells, code_sha256
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
-from support import ROOT, Pause, with_hooks
+from support import ROOT, TIMEOUT, Pause, with_hooks
 
 from trainer.config import TrainConfig
 
@@ -153,7 +153,7 @@ def test_an_interrupted_kernel_shows_how_far_it_came_and_resumes(executed, tmp_p
     train.outputs = []
     again = {**train, "id": "again", "outputs": []}
     notebook.cells.append(nbformat.from_dict(again))
-    client = NotebookClient(notebook, timeout=600, allow_errors=True)
+    client = NotebookClient(notebook, timeout=TIMEOUT, allow_errors=True)
     pause = Pause(folder=tmp_path / "pause", after_step=(1, 1))
 
     def interrupt():

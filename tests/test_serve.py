@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import Command
+from support import TIMEOUT, Command
 
 from trainer import cli, serve
 from trainer.errors import UsageError
@@ -102,7 +102,7 @@ sys.addaudithook(note)
 
     def ask(self, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
         """Returns status and body of an answer, which may come before all is sent."""
-        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=60)
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=TIMEOUT)
         with contextlib.closing(connection):
             with contextlib.suppress(ConnectionError):
                 connection.request("GET" if body is None else "POST", path, body, headers)
@@ -124,7 +124,7 @@ sys.addaudithook(note)
     def end(self, number: signal.Signals) -> tuple[int, str]:
         """Returns the exit code, and what it has said beside its line."""
         self.process.send_signal(number)
-        said = "".join(self.process.communicate(timeout=60))
+        said = "".join(self.process.communicate(timeout=TIMEOUT))
         return self.process.returncode, said
 
 
@@ -157,7 +157,7 @@ def browser(server: Server):
         window = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = window.new_page(viewport={"width": 1200, "height": 800})
         page.set_default_timeout(60_000)
-        sync_api.expect.set_options(timeout=60_000)
+        sync_api.expect.set_options(timeout=1000 * TIMEOUT)
         requests, failures = [], []
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: failures.append(error))
@@ -342,7 +342,7 @@ def test_the_endpoint_refuses_in_a_sentence_and_lives_on(server, mnist, tmp_path
 def test_a_signal_ends_it_though_a_page_is_open(model, tmp_path, number):
     server = Server(tmp_path, model)
     try:
-        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=TIMEOUT)
         with contextlib.closing(connection):
             connection.request("GET", "/gradio_api/heartbeat/x")  # as an open page does
             assert connection.getresponse().readline()

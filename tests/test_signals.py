@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT, Pause
+from support import ROOT, TIMEOUT, Pause
 
 from trainer.signals import Signals, stop_signals
 
@@ -118,7 +118,7 @@ def test_a_signal_while_the_command_reads_its_flags_has_a_code_of_its_own(
     run = command.start("--epochs", 1, hooks=[pause])
     pause.wait(run)
     run.send_signal(number)
-    _, stderr = run.communicate(timeout=300)
+    _, stderr = run.communicate(timeout=TIMEOUT)
     assert run.returncode == code
     assert stderr.startswith("python -m trainer.task: ")
     assert stderr.count("\n") == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import HAS_FAST_STEP, Pause, events, save_npz
+from support import HAS_FAST_STEP, TIMEOUT, Pause, events, save_npz
 
 from trainer.files import FILES, REPORT_FILES, lock_output_dir, write_files
 
@@ -59,7 +59,7 @@ def test_the_seed_alone_decides_the_weights(command, tmp_path):
         for name, seed in (("a", 7), ("b", 7), ("c", 8))
     ]
     for run in runs:
-        assert run.wait(300) == 0, run.stderr.read()
+        assert run.wait(TIMEOUT) == 0, run.stderr.read()
         run.stdout.close()
         run.stderr.close()
     a, b, c = (manifest(tmp_path / name)["model"]["weights_sha256"] for name in "abc")
@@ -133,7 +133,7 @@ def test_an_unreachable_network_is_66(command):
 def test_an_unreachable_tensorflow_dataset_is_66(command, tmp_path):
     command.env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     command.env["TFDS_DATA_DIR"] = str(tmp_path / "tfds")
-    done = command.run("--data", "tfds:mnist", timeout=900)
+    done = command.run("--data", "tfds:mnist", timeout=TIMEOUT)
     assert_one_line(done, 66, "'mnist'", "Use data='bundled', which needs no network.")
 
 
@@ -229,7 +229,7 @@ def test_a_signal_before_the_first_step_is_one_line(command, tmp_path, point, nu
     run = command.start("--log-format", "plain", "--output-dir", "out", hooks=[pause])
     pause.wait(run)
     run.send_signal(number)
-    stdout, stderr = run.communicate(timeout=300)
+    stdout, stderr = run.communicate(timeout=TIMEOUT)
     assert run.returncode == code
     assert stderr == f"python -m trainer.task: {says} The files in out are unchanged.\n"
     assert stdout == ""
@@ -263,7 +263,7 @@ def test_a_signal_during_training_is_75_and_leaves_a_checkpoint(command, tmp_pat
     run.send_signal(number)
     pause.wait(run, seen=number.name)
     pause.go()
-    _, stderr = run.communicate(timeout=300)
+    _, stderr = run.communicate(timeout=TIMEOUT)
     assert run.returncode == 75
     step = 2 if "after_step" in point else 1
     assert stderr.startswith(
@@ -285,7 +285,7 @@ def test_a_second_signal_ends_at_once_and_says_what_is_left(command, tmp_path, n
         run.send_signal(number)
         if name:
             pause.wait(run, seen=name)
-    _, stderr = run.communicate(timeout=300)
+    _, stderr = run.communicate(timeout=TIMEOUT)
     assert run.returncode == (130 if number == signal.SIGINT else 75)
     assert stderr.endswith(
         " The checkpoint at epoch 1, step 2 is in out: the same command resumes the run.\n"
@@ -301,11 +301,11 @@ def test_a_terminal_sees_a_bar(command):
     seen = b""
     while True:
         try:
-            if select.select([main], [], [], 120)[0]:
+            if select.select([main], [], [], TIMEOUT)[0]:
                 seen += os.read(main, 65536)
         except OSError:  # The other side is closed: the run is over.
             break
-    _, stderr = run.communicate(timeout=60)
+    _, stderr = run.communicate(timeout=TIMEOUT)
     os.close(main)
     assert (run.returncode, stderr) == (0, "")
     text = seen.decode()
@@ -351,7 +351,7 @@ def test_a_stopped_runs_event_files_go_on_where_it_does(command, tmp_path):
         run.send_signal(signal.SIGTERM)
         pause.wait(run, seen="SIGTERM")
         pause.go()
-        _, stderr = run.communicate(timeout=300)
+        _, stderr = run.communicate(timeout=TIMEOUT)
         assert run.returncode == 75, stderr
     assert command.run(*flags).returncode == 0
     assert_events_are_the_history(tmp_path)
@@ -385,7 +385,7 @@ def test_a_signal_while_the_report_is_drawn_costs_the_report_alone(
         run.send_signal(number)
     else:
         pause.go()
-    stdout, stderr = run.communicate(timeout=300)
+    stdout, stderr = run.communicate(timeout=TIMEOUT)
     assert (run.returncode, stderr) == (0, "")
     notice = f"No report.html: stopped by {number.name}. mnist.h5 is complete."
     assert notice in stdout.splitlines()
@@ -415,7 +415,7 @@ def test_a_full_disk_under_stdout_costs_the_log_alone(command, tmp_path, log_for
 @pytest.mark.full
 def test_closed_streams_end_no_run(command, tmp_path):
     program = ["sh", "-c", 'exec "$0" "$@" >&- 2>&-', *command.argv(*SMALL)]
-    done = subprocess.run(program, cwd=tmp_path, env=command.env, check=False, timeout=300)
+    done = subprocess.run(program, cwd=tmp_path, env=command.env, check=False, timeout=TIMEOUT)
     assert done.returncode == 0
     assert_loads(tmp_path)
 
@@ -435,7 +435,7 @@ def test_a_hangup_and_a_storm_of_signals_end_with_75_and_resume(command, tmp_pat
         run.send_signal(number)
     pause.wait(run, seen=number.name)
     pause.go()
-    _, stderr = run.communicate(timeout=300)
+    _, stderr = run.communicate(timeout=TIMEOUT)
     assert run.returncode == 75, stderr
     assert f"stopped by {number.name}" in stderr
     assert stderr.count("\n") == 1
@@ -498,7 +498,7 @@ def kill(command, folder, point):
     run = command.start(*SMALL, "--seed", 1, "--output-dir", folder, hooks=[pause])
     pause.wait(run)
     run.kill()
-    run.communicate(timeout=300)
+    run.communicate(timeout=TIMEOUT)
     assert run.returncode == -signal.SIGKILL
 
 
@@ -560,7 +560,7 @@ def test_a_recipe_goes_on_after_a_stop_and_ends_with_the_same_bits(command, tmp_
     run.send_signal(signal.SIGTERM)
     pause.wait(run, seen="SIGTERM")
     pause.go()
-    _, stderr = run.communicate(timeout=300)
+    _, stderr = run.communicate(timeout=TIMEOUT)
     assert run.returncode == 75, stderr
     resumed = command.run(*flags)
     assert "Resuming the unfinished run" in resumed.stdout
@@ -583,7 +583,7 @@ def test_deterministic_operations_repeat_the_same_bits(command, tmp_path):
 @pytest.mark.full
 def test_the_notebook_as_published_reaches_58_percent(command, tmp_path):
     # Adadelta(learning_rate=0.001), Keras 3's default: 58.6% after two epochs with Keras' fit.
-    done = command.run("--epochs", 2, "--learning-rate", 0.001, timeout=1200)
+    done = command.run("--epochs", 2, "--learning-rate", 0.001, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert manifest(tmp_path)["metrics"]["val_accuracy"] == pytest.approx(0.586, abs=0.03)
 
@@ -592,7 +592,7 @@ def test_the_notebook_as_published_reaches_58_percent(command, tmp_path):
 def test_an_epoch_at_full_size_is_repeated_bit_for_bit(command, tmp_path):
     weights = set()
     for name in ("a", "b"):
-        done = command.run("--epochs", 1, "--seed", 7, "--output-dir", name, timeout=1200)
+        done = command.run("--epochs", 1, "--seed", 7, "--output-dir", name, timeout=TIMEOUT)
         assert done.returncode == 0, done.stderr
         weights.add(manifest(tmp_path / name)["model"]["weights_sha256"])
         assert manifest(tmp_path / name)["metrics"]["val_accuracy"] > 0.97

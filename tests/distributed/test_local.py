@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import Command, Constant, Pause, outcome, wait_for
+from support import TIMEOUT, Command, Constant, Pause, outcome, wait_for
 
 from trainer.distributed import local
 from trainer.distributed.local import LocalWorkers, free_ports, share_gpus
@@ -80,7 +80,7 @@ class Launched:
             pause.go()
 
     def end(self):
-        stdout, stderr = self.process.communicate(timeout=300)
+        stdout, stderr = self.process.communicate(timeout=TIMEOUT)
         return self.process.returncode, stdout, stderr
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from support import wait_for
+from support import TIMEOUT, wait_for
 
 from trainer.distributed import ring as ring_module
 from trainer.distributed.authentication import MAC_SIZE, NO_SECRET, Secret, Session
@@ -110,7 +110,7 @@ def test_repeated_sums_have_the_same_bits_whoever_is_late():
             for _ in range(5):
                 if ring.index == late:  # All others wait for this one.
                     for _ in range(ring.count - 1):
-                        assert waiting.acquire(timeout=60)
+                        assert waiting.acquire(timeout=TIMEOUT)
                 else:
                     announce(ring, waiting.release)
                 totals.append([total.tobytes() for total in ring.sum(values(ring.index))])
@@ -179,7 +179,7 @@ def test_workers_join_in_any_order(late, monkeypatch):
     def before(index):
         if index == late:  # All others listen, and call the next worker.
             for _ in range(2):
-                assert calling.acquire(timeout=60)
+                assert calling.acquire(timeout=TIMEOUT)
 
     monkeypatch.setattr(ring_module, "_call", announced)
     results = together(3, lambda ring: ring.sum([np.ones(7)])[0].tolist(), before=before)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support import ROOT
+from support import ROOT, TIMEOUT
 
 from trainer.distributed.cluster import resolve
 from trainer.distributed.local import free_ports
@@ -164,7 +164,7 @@ def batch(command, tmp_path):
         return subprocess.run(
             [bin_dir / "script", *map(str, flags)],
             **{"cwd": tmp_path, "env": env, "capture_output": True, "text": True},
-            timeout=300,
+            timeout=TIMEOUT,
             check=False,
         )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support import (
+    TIMEOUT,
     Command,
     Constant,
     Pause,
@@ -71,7 +72,7 @@ class Group:
         pause.wait(*self.processes.values())
 
     def end(self, index):
-        stdout, stderr = self.processes[index].communicate(timeout=300)
+        stdout, stderr = self.processes[index].communicate(timeout=TIMEOUT)
         return self.processes[index].returncode, stdout, stderr
 
     def name(self, index):

@@ -23,7 +23,7 @@ import foreign  # of bench/
 import numpy as np
 import pytest
 from PIL import Image
-from support import ROOT
+from support import ROOT, TIMEOUT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ("sh", "console", "python")  # Fences of these languages are run.
@@ -239,7 +239,7 @@ def run(argv: list[str], folder: Path, env: dict) -> subprocess.CompletedProcess
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=TIMEOUT,
         check=False,
     )
 

@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from support import Command
+from support import TIMEOUT, Command
 
 from trainer.errors import DataError, InputError
 from trainer.inference import model_file, pictures, segmentation
@@ -54,7 +54,7 @@ class Run:
             cwd=command.folder,
             env=command.env,
             capture_output=True,
-            timeout=1500,
+            timeout=TIMEOUT,
             check=True,
         )
         self.stdout = done.stdout.decode(errors="replace").splitlines()

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
-from support import ROOT
+from support import ROOT, TIMEOUT
 
 from trainer.errors import DataError
 from trainer.inference import decoders, model_file, restrictions, sandbox
@@ -169,7 +169,7 @@ def test_the_environment_holds_nothing_of_the_users(child, monkeypatch):
 def test_processor_time_is_limited_by_the_process_itself(child):
     code = "channel = sandbox.enter()\nsandbox.allow_cpu(0)\nwhile True:\n    pass\n"
     with child(code) as running:
-        assert running._process.wait(60) == -signal.SIGXCPU
+        assert running._process.wait(TIMEOUT) == -signal.SIGXCPU
         with pytest.raises(sandbox.ProtocolError):
             running.receive()
 

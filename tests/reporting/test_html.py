@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from support import Pause, save_npz
+from support import TIMEOUT, Pause, save_npz
 
 from trainer.files import FILES
 from trainer.reporting import charts, html, scores
@@ -312,7 +312,7 @@ def test_a_report_that_cannot_be_written_changes_no_exit_code(command, tmp_path)
     pause.wait(run)
     (tmp_path / "out" / "report.html").mkdir()
     pause.go()
-    stdout, stderr = run.communicate(timeout=300)
+    stdout, stderr = run.communicate(timeout=TIMEOUT)
     assert (run.returncode, stderr) == (0, "")
     assert "No report.html: Expected a folder that can be written at out. Received: " in stdout
     assert "test accuracy" in stdout

@@ -2,7 +2,7 @@
 
 import pytest
 from disks import cut, make, mounted, needs_mount
-from support import Pause, outcome
+from support import TIMEOUT, Pause, outcome
 
 RUN = ("--epochs", 2, "--train-limit", 384, "--test-limit", 100, "--threads", 1, "--no-report")
 EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1, "--keep-checkpoints", 1)
@@ -30,7 +30,7 @@ def test_after_a_power_cut_the_run_goes_on_with_the_same_bits(command, tmp_path)
             pause.wait(run)
             cut(image, copy)
             pause.go()
-        _, stderr = run.communicate(timeout=1800)
+        _, stderr = run.communicate(timeout=TIMEOUT)
         assert run.returncode == 0, stderr
         undisturbed = outcome(disk / "out")
     for copy in copies:

@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from support import ROOT, Command, outcome
+from support import ROOT, TIMEOUT, Command, outcome
 
 from trainer.training.session import Session
 
@@ -43,7 +43,7 @@ def call(command, program, *arguments):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=TIMEOUT,
     )
 
 
