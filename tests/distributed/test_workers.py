@@ -32,6 +32,9 @@ from trainer.training.checkpoint import FOLDER
 RUN = ("--epochs", 2, "--train-limit", 768, "--test-limit", 100, "--threads", 1, "--no-report")
 EAGER = (*RUN, "--steps-per-execution", 1, "--checkpoint-every", 1)
 
+# However late a worker is on a machine that is busy otherwise.
+UNHURRIED = Constant("trainer.distributed.parent:WAITING_NOTICE", 3600)
+
 
 class Group:
     """Workers that train together; worker 0's output folder is ``out``."""
@@ -51,7 +54,9 @@ class Group:
             folder = "out" if index == 0 else "nowhere"
             # A list of one is a worker alone.
             self.command.env["TF_CONFIG"] = Cluster(self.workers, index).tf_config
-            self.processes[index] = self.command.start(*flags, "--output-dir", folder, hooks=hooks)
+            self.processes[index] = self.command.start(
+                *flags, "--output-dir", folder, hooks=[*hooks, UNHURRIED]
+            )
         del self.command.env["TF_CONFIG"]
         return self
 

@@ -147,8 +147,8 @@ class Parent:
 
     # What they have in common.
 
-    def announce_waiting(self, seconds: float = WAITING_NOTICE) -> None:
-        """Tells the user for whom this worker waits: after some seconds, then twice as many, ..."""
+    def announce_waiting(self, times: int = 1) -> None:
+        """Tells the user for whom this worker waits: first after WAITING_NOTICE, then later."""
 
         async def announce() -> None:
             if text := await self.waits_for():
@@ -157,9 +157,9 @@ class Parent:
         def then() -> None:
             self.cancel_deadlines("waiting")
             self.spawn(announce())
-            self.announce_waiting(2 * seconds)
+            self.announce_waiting(2 * times)
 
-        self.set_deadline("waiting", seconds, then)
+        self.set_deadline("waiting", times * WAITING_NOTICE, then)
 
     def give_up(self, text: str) -> None:
         """Kills the worker process, and so ends the run, which can be resumed."""
