@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from trainer import machine
-from trainer.errors import OutputError, StoppedError, TrainerError, UsageError
+from trainer.errors import ConfigurationError, OutputError, StoppedError, TrainerError, UsageError
 from trainer.log_lines import DroppingStream, Severity, json_line
 from trainer.signals import TERMINATING
 
 Config = TypeVar("Config")
 
 TASK = "python -m trainer.task"  # The training command, which other commands run or name.
+DOCTOR = "python -m trainer.doctor"
+ADVICE = f"{DOCTOR}, with the same flags, shows what stands in the way of a run."
+JOB = "TRAINER_JOB_UID"  # In a pod: the UID of its Job.
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 CLOSED = 141  # 128 + SIGPIPE
@@ -39,6 +42,7 @@ def run(
     *,
     worker: Callable[[], int] = lambda: 0,
     resumable: bool = False,
+    advice: str = "",
 ) -> int:
     """Parses flags into a configuration, runs the command on it, and returns the exit code.
 
@@ -51,6 +55,8 @@ def run(
         argv: The arguments; None: those of the process.
         worker: Returns the worker's index, for an error as a JSON line.
         resumable: Whether the same command resumes what SIGTERM or SIGHUP has ended: 75.
+        advice: A sentence for the end of an error that this machine or its environment can cause:
+            one with exit code 78 or 1, or a traceback.
 
     Returns:
         0, or the exit code of the error; 130 after Ctrl-C, or another signal that the command
@@ -70,6 +76,8 @@ def run(
         except TrainerError as error:
             label = "" if isinstance(error, StoppedError) else "error: "
             text = label + " ".join(str(error).split()) + _flags(kind, str(error))
+            if advice and error.exit_code in (ConfigurationError.exit_code, 1):
+                text += f" {advice}"
             return _report(prog, text, error.exit_code, arguments, worker)
         except BrokenPipeError:  # The reader has closed the pipe: | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,6 +91,10 @@ def run(
                 f"{error.strerror}. Make room, or write to another place."
             )
             return _report(prog, text, OutputError.exit_code, arguments, worker)
+    except Exception as error:
+        if advice:
+            error.add_note(advice)
+        raise
     except KeyboardInterrupt as interrupt:  # While it reports an error, too.
         reason = str(interrupt)
         if resumable and reason in TERMINATING:

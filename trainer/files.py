@@ -55,12 +55,24 @@ def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         make_folder(folder)
     with hold_lock(folder, wait):
         with output_errors(folder):
-            descriptor, probe = _create_temporary(folder / MODEL_FILE, secrets.token_hex(8))
-            os.close(descriptor)
-            probe.unlink()
+            _check_writable(folder)
             _finish_killed_save(folder)
             _check_replaceable(folder)
         yield
+
+
+def check_output_dir(folder: Path) -> None:
+    """Checks what ``lock_output_dir`` checks, in a folder that exists, and changes nothing there.
+
+    What a killed save has left is not finished: with it there, files are not compared.
+
+    Raises:
+        OutputError: As that raises.
+    """
+    with hold_lock(folder), output_errors(folder):
+        _check_writable(folder)
+        if not any(_TEMPORARY.fullmatch(path.name) for path in folder.iterdir()):
+            _check_replaceable(folder)
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
@@ -244,6 +256,12 @@ def _create_temporary(target: Path, token: str) -> tuple[int, Path]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # of Unix, of Windows
     return os.open(path, flags, 0o666), path
+
+
+def _check_writable(folder: Path) -> None:
+    descriptor, probe = _create_temporary(folder / MODEL_FILE, secrets.token_hex(8))
+    os.close(descriptor)
+    probe.unlink()
 
 
 def _finish_killed_save(folder: Path) -> None:

@@ -59,6 +59,44 @@ def total_memory(root: Path = Path("/")) -> int | None:
     return min([installed, *(int(limit) for limit in limits if limit.isdecimal())])
 
 
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Returns the bytes of memory that are free for this process, or can be freed for it: of the
+    machine, and below each limit of its control groups; None where the system does not tell.
+
+    Args:
+        root: The folder in which ``proc`` and ``sys`` are mounted.
+    """
+    free = []
+    with contextlib.suppress(OSError, StopIteration):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        free.append(int(line.split()[1]) * 1024)
+    for text in _group_settings(
+        root,
+        "memory",
+        ["memory.max", "memory.current", "memory.stat"],
+        ["memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"],
+    ):
+        limit, used, *statistics = text.split()
+        if limit.isdecimal():
+            pages = dict(zip(statistics[::2], statistics[1::2], strict=False))
+            # Of version 1 the first is the group's alone, without those in it.
+            cached = pages.get("total_inactive_file", pages.get("inactive_file", "0"))
+            free.append(int(limit) - int(used) + int(cached))
+    return max(0, min(free)) if free else None
+
+
+def thread_limit(root: Path = Path("/")) -> int | None:
+    """Returns the number of processes and threads that this process' control groups allow; None
+    where they limit none.
+
+    Args:
+        root: The folder in which ``proc`` and ``sys`` are mounted.
+    """
+    limits = _group_settings(root, "pids", ["pids.max"], ["pids.max"])
+    return min((int(limit) for limit in limits if limit.isdecimal()), default=None)
+
+
 def _cpu_quotas(root: Path) -> Iterator[float]:
     """Yields the quota, in CPUs, of each control group of this process that has one."""
     files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]

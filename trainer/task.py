@@ -17,7 +17,6 @@ from trainer.errors import ConfigurationError
 from trainer.signals import Signals
 
 PROG = cli.TASK
-JOB = "TRAINER_JOB_UID"  # In a pod: the UID of its Job.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 signals.ignore()
 
-        return cli.run(PROG, TrainConfig, command, flags, worker=_worker_index, resumable=True)
+        return cli.run(
+            PROG,
+            TrainConfig,
+            command,
+            flags,
+            worker=_worker_index,
+            resumable=True,
+            advice=cli.ADVICE,
+        )
 
 
 def train(config: TrainConfig, flags: Sequence[str], signals: Signals) -> None:
@@ -47,7 +54,7 @@ def train(config: TrainConfig, flags: Sequence[str], signals: Signals) -> None:
     """
     from trainer.training import run
 
-    job = os.environ.get(JOB)
+    job = os.environ.get(cli.JOB)
     workers = cluster.resolve(os.environ)
     if workers is None:
         run.train(config, job=job, signals=signals)

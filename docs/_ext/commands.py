@@ -4,7 +4,7 @@
     ```
 
 describes ``python -m trainer.task`` by the fields of ``trainer.task.TrainConfig``: name, type,
-default and docstring of each. Other pages refer to a flag with
+default and docstring of each, but for those that it inherits. Other pages refer to a flag with
 ``` {option}`--epochs <python -m trainer.task --epochs>` ```. ``{recipes}`` and ``{exit-codes}`` are
 the tables of ``TrainConfig``'s recipes and of ``trainer.errors``.
 """
@@ -83,7 +83,7 @@ class ExitCodesDirective(SphinxDirective):
 
 
 def fields(kind: type) -> Iterator[tuple[str, str, str]]:
-    """Yields the usage (``--epochs INT``), the default and the docstring of each field.
+    """Yields the usage (``--epochs INT``), the default and the docstring of each field of its own.
 
     Raises:
         ValueError: A field has no docstring.
@@ -92,6 +92,8 @@ def fields(kind: type) -> Iterator[tuple[str, str, str]]:
     # A dataclass may be imported from the module that it is defined in.
     docs = ModuleAnalyzer.for_module(kind.__module__).find_attr_docs()
     for field in dataclasses.fields(kind):
+        if field.name not in kind.__annotations__:
+            continue
         text = " ".join(docs.get((kind.__name__, field.name), ())).strip()
         if not text:
             raise ValueError(f"Expected a docstring for {kind.__name__}.{field.name}.")

@@ -14,7 +14,7 @@ from trainer.data import pipeline
 from trainer.distributed import strategy
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.collectives import Workers
-from trainer.distributed.strategy import _has_tpu, bypass_proxy, check_batch_size, create
+from trainer.distributed.strategy import bypass_proxy, check_batch_size, create, has_tpu
 from trainer.errors import ConfigurationError, UsageError
 from trainer.models import cnn
 from trainer.runtime import keras, tf
@@ -114,7 +114,7 @@ def test_a_tpu_is_known_by_its_device_or_its_name(tmp_path, environ, device, the
         (tmp_path / "0000:00:04.0").mkdir()
         for name, value in zip(("vendor", "device"), device, strict=True):
             (tmp_path / "0000:00:04.0" / name).write_text(f"{value}\n")
-    assert _has_tpu(environ, tmp_path) == there
+    assert has_tpu(environ, tmp_path) == there
 
 
 @pytest.mark.parametrize(

@@ -68,10 +68,7 @@ def create(
     Raises:
         ConfigurationError: The devices or the workers that were asked for do not exist.
     """
-    seen = _configure_gpus(gpus)
-    kind = _resolve(kind, cluster, gpus, len(seen))
-    if collectives == "ring":
-        _check_ring(kind, len(seen))
+    kind, seen = _choose(kind, cluster, gpus, collectives)
     if cluster:  # And only then is the kind multiworker.
         return _multiworker(cluster, seen, collectives)
     if kind == "tpu":
@@ -84,6 +81,20 @@ def create(
     if gpus is None and _has_nvidia_gpu():
         why = f"no GPU is seen, though this machine has one. {_gpu_remedy()}"
     return StrategyChoice(tf.distribute.get_strategy(), f"one device: the CPU ({why})")
+
+
+def check(
+    kind: Strategy, *, cluster: Cluster | None, gpus: int | None, collectives: Collectives
+) -> int:
+    """Checks what ``create`` checks before it connects to other workers or to a TPU.
+
+    Returns:
+        The number of GPUs that it would use in this process.
+
+    Raises:
+        ConfigurationError: As ``create`` raises it.
+    """
+    return len(_choose(kind, cluster, gpus, collectives)[1])
 
 
 def count_gpus(gpus: int | None) -> int:
@@ -114,6 +125,17 @@ def check_batch_size(batch_size: int, replicas: int) -> None:
         )
 
 
+def _choose(
+    kind: Strategy, cluster: Cluster | None, gpus: int | None, collectives: Collectives
+) -> tuple[Strategy, list]:
+    """Returns the kind of the strategy, and the GPUs that it uses."""
+    seen = _configure_gpus(gpus)
+    kind = _resolve(kind, cluster, gpus, len(seen))
+    if collectives == "ring":
+        _check_ring(kind, len(seen))
+    return kind, seen
+
+
 def _resolve(kind: Strategy, cluster: Cluster | None, gpus: int | None, seen: int) -> Strategy:
     """Returns what ``auto`` stands for, and checks the kind against the cluster."""
     if cluster and kind not in ("auto", "multiworker"):
@@ -130,7 +152,7 @@ def _resolve(kind: Strategy, cluster: Cluster | None, gpus: int | None, seen: in
         return kind
     if cluster:
         return "multiworker"
-    if gpus is None and _has_tpu(os.environ):
+    if gpus is None and has_tpu(os.environ):
         return "tpu"
     return "mirrored" if seen > 1 else "one"
 
@@ -188,7 +210,7 @@ def _has_nvidia_gpu() -> bool:
     return Path("/dev/nvidia0").exists()
 
 
-def _has_tpu(environ: Mapping[str, str], devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+def has_tpu(environ: Mapping[str, str], devices: Path = Path("/sys/bus/pci/devices")) -> bool:
     """Tells whether a TPU is attached to this machine, or TPU_NAME names a remote one."""
     if environ.get("TPU_NAME"):
         return True

@@ -70,7 +70,7 @@ def assemble(
     # What each worker is about to do is compared before TensorFlow connects them: it would wait
     # for one that does something else, with Python's lock held.
     gpus = strategies.count_gpus(config.gpus)
-    found = _find_step(config, accelerator=gpus > 0)
+    found = find_step(config, accelerator=gpus > 0)
     workers = len(cluster.workers)
     manifest = describe(found, workers, workers * max(gpus, 1))
     if link:
@@ -96,11 +96,12 @@ def create_strategy(config: TrainConfig, cluster: Cluster | None = None) -> Stra
 
 def choose_step(config: TrainConfig, strategy: tf.distribute.Strategy) -> StepChoice:
     """Chooses the training step that a configuration asks for, and verifies it."""
-    found = _find_step(config, accelerator=strategies.has_accelerator())
+    found = find_step(config, accelerator=strategies.has_accelerator())
     return _verify_step(found, config, strategy)
 
 
-def _find_step(config: TrainConfig, *, accelerator: bool) -> StepChoice:
+def find_step(config: TrainConfig, *, accelerator: bool) -> StepChoice:
+    """Tells which training step a configuration asks for, before it is verified."""
     # XLA cannot compile the fast step, and it computes in float32.
     unfit = config.jit_compile or config.precision == "mixed_bfloat16"
     return fast_step.find("off" if unfit else config.fast, accelerator=accelerator)

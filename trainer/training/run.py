@@ -99,14 +99,14 @@ def train(
                 if _is_finished(config, job):
                     return None
             # The data first: its errors show before TensorFlow starts, which takes seconds.
-            source, digits = _load(config, data)
+            source, digits = load_data(config, data)
 
             from trainer import runtime
             from trainer.distributed.worker import out_of_memory_errors, peer_errors
             from trainer.training.assembly import assemble
             from trainer.training.session import Session
 
-            _configure_tensorflow(config)
+            configure_tensorflow(config)
             held.enter_context(runtime.keras_defaults())
             watcher = held.enter_context(_progress(config, cluster))
             if link:
@@ -266,7 +266,7 @@ def _is_finished(config: TrainConfig, job: str | None) -> bool:
     return True
 
 
-def _load(config: TrainConfig, data: "Digits | None") -> tuple["Digits", "Digits"]:
+def load_data(config: TrainConfig, data: "Digits | None") -> tuple["Digits", "Digits"]:
     """Returns the whole data set, and what the run uses of it."""
     from trainer.data import sources
 
@@ -280,7 +280,7 @@ def _load(config: TrainConfig, data: "Digits | None") -> tuple["Digits", "Digits
     return source, digits
 
 
-def _configure_tensorflow(config: TrainConfig) -> None:
+def configure_tensorflow(config: TrainConfig) -> None:
     """Sets TensorFlow's process-wide options."""
     from trainer import runtime
 
