@@ -21,7 +21,7 @@ ASSETS = ROOT / "trainer" / "k8s" / "assets"
 # The oldest that has podReplacementPolicy without a feature gate, and the newest that
 # kubernetes-validate has.
 OLDEST, NEWEST = "1.29", "1.37"
-ONE_JOB = ("base", "gpu", "tpu", "kueue")
+ONE_JOB = ("base", "gpu", "tpu", "kueue", "doctor")
 TWO_JOBS = ("multiworker", "multiworker-gpu")
 OVERLAYS = (*ONE_JOB, *TWO_JOBS, "jobset", "kubeflow")
 CUSTOM = ("JobSet", "ClusterTrainingRuntime", "TrainJob")  # validated by the Jobs they contain
@@ -414,6 +414,22 @@ def test_kueue_admits_the_job():
     job = render("kueue")["Job", "digits"]
     assert job["spec"]["suspend"] is True
     assert "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]
+
+
+def test_a_pod_is_examined_as_the_container_that_trains_would_find_it(edit):
+    both = "- ../components/gpu\n- ../components/doctor\n"
+    k8s = edit("gpu/kustomization.yaml", "- ../components/gpu\n", both)
+    for pod in (*pods_of(render("doctor")).values(), *pods_of(render("gpu", k8s)).values()):
+        (doctor,) = pod["spec"]["initContainers"]
+        assert doctor.pop("name") == "doctor"
+        assert doctor.pop("command") == ["python", "-m", "trainer.doctor"]
+        trainer = dict(container_of(pod))
+        assert trainer.pop("name") == "trainer"
+        assert doctor == trainer
+    for objects in (render("doctor"), render("gpu", k8s)):
+        (job,) = jobs_of(objects).values()
+        wrong = job["podFailurePolicy"]["rules"][2]["onExitCodes"]
+        assert "containerName" not in wrong  # As its name would leave the doctor's errors out.
 
 
 # Images; generated files; comments.

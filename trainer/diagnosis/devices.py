@@ -136,8 +136,10 @@ def _libraries(values: dict, config: TrainConfig) -> Iterator[Finding]:
             "warning" if config.gpus is None else "error" if config.gpus else "ok",
             f"missing, of those for CUDA {values['cuda']} and cuDNN {values['cudnn']}: "
             f"{', '.join(missing)}",
-            ("libcuda.so.1 comes with the driver. " if driver else "")
-            + ("pip install 'tensorflow[and-cuda]'" if len(missing) > driver else ""),
+            " ".join(
+                ["libcuda.so.1 comes with the driver."] * driver
+                + ["pip install 'digits-trainer[gpu]'"] * (len(missing) > driver)
+            ),
         )
     else:
         yield Finding("CUDA libraries", "ok", f"CUDA {values['cuda']}, cuDNN {values['cudnn']}")

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -191,7 +191,9 @@ class _Run:
         if not build.get("is_cuda_build"):
             return {"cuda": None}
         cuda, cudnn = str(build["cuda_version"]), str(build["cudnn_version"])
-        missing = [name for name in cuda_libraries(cuda, cudnn) if not _loads(name, sys.path)]
+        missing = [
+            name for name in cuda_libraries(cuda, cudnn) if not library_loads(name, sys.path)
+        ]
         return {"cuda": cuda, "cudnn": cudnn, "missing": missing}
 
     def step(self) -> dict:
@@ -282,13 +284,12 @@ def cuda_libraries(cuda: str, cudnn: str) -> list[str]:
     ]
 
 
-def _loads(name: str, paths: Iterable[str]) -> bool:
+def library_loads(name: str, paths: Iterable[str]) -> bool:
     """Tells whether a library can be loaded, by the system or from NVIDIA's Python packages."""
-    load: Callable = ctypes.CDLL
     packaged = [file for path in paths for file in Path(path).glob(f"nvidia/*/lib/{name}")]
     for place in (name, *map(str, packaged)):
         try:
-            load(place)
+            ctypes.CDLL(place)
             return True
         except OSError:
             continue
