@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with Signals(until_exit=argv is None):
-            return cli.run(PROG, LaunchConfig, command, own, resumable=True)
+            return cli.run(PROG, LaunchConfig, command, own, resumable=True, advice=cli.ADVICE)
     except _WorkersFailed as failure:  # They have printed their errors.
         return failure.code
 

@@ -23,6 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import IO, cast
 
 import numpy as np
@@ -88,6 +89,18 @@ def load(source: str) -> Digits:
 def downloads(source: str) -> bool:
     """Tells whether ``load`` needs a network for a source."""
     return source == "keras" or source.startswith("tfds:") or "://" in source
+
+
+def check_installed(source: str) -> None:
+    """Imports the packages that ``load`` needs for a source.
+
+    Raises:
+        ConfigurationError: As that raises it.
+    """
+    if source == "keras":
+        import trainer.runtime  # noqa: F401
+    elif source.startswith("tfds:"):
+        _import_tfds(source.removeprefix("tfds:"))
 
 
 def _load_bundled() -> Digits:
@@ -421,16 +434,21 @@ def _load_keras() -> Digits:
     return Digits(x_train, y_train, x_test, y_test)
 
 
-def _load_tfds(name: str) -> Digits:
+def _import_tfds(name: str) -> ModuleType:
     import trainer.runtime  # noqa: F401  (imports TensorFlow quietly, or raises what is missing)
 
     try:
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets
     except ImportError as error:
         raise ConfigurationError(
             f"Expected TensorFlow Datasets for data='tfds:{name}'. Received: {error}. "
             "Install it: pip install 'digits-trainer[tfds]'"
         ) from error
+    return tensorflow_datasets
+
+
+def _load_tfds(name: str) -> Digits:
+    tfds = _import_tfds(name)
     # Its progress bars and retry messages are noise in a log.
     tfds.disable_progress_bar()
     logging.getLogger("urllib3").setLevel(logging.ERROR)

@@ -3,7 +3,6 @@
 for finding in examine(config, os.environ): ...
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 
 from trainer.config import TrainConfig
@@ -29,12 +28,28 @@ def examine(
         environ: The environment of this process.
         job: UID of the Kubernetes Job whose pod this is; None outside one.
     """
+    reported: set[str] = set()
+    for finding in _all(config, environ, job):
+        # One error may end several checks: a wrong TF_CONFIG, a TensorFlow that is missing.
+        if finding.status != "error" or finding.seen not in reported:
+            yield finding
+        reported.add(finding.seen)
+
+
+def failures(findings: Iterable[Finding]) -> list[str]:
+    """Names the checks that have found what would make a run fail, each once."""
+    errors = (finding.check for finding in findings if finding.status == "error")
+    return list(dict.fromkeys(errors))
+
+
+def _all(config: TrainConfig, environ: Mapping[str, str], job: str | None) -> Iterator[Finding]:
     yield from check_packages()
-    workers, findings = None, []
+    workers, known = None, True
     try:
         workers = cluster.resolve(environ)
     except ConfigurationError as error:
-        findings = [Finding("workers", "error", str(error))]
+        known = False
+        yield Finding("workers", "error", str(error))
     writes = workers is None or workers.is_chief
     yield from check_resources(config, len(workers.workers) if workers else 1)
     yield from check_environment(config, environ)
@@ -44,11 +59,5 @@ def examine(
         yield Finding("output folder", "ok", "worker 0 alone writes")
     yield check_driver()
     yield from describe(probe.start(config, job=job), config, writes=writes)
-    in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
-    yield from findings or check_cluster(workers, in_pod=in_pod)
-
-
-def failures(findings: Iterable[Finding]) -> list[str]:
-    """Names the checks that have found what would make a run fail, each once."""
-    errors = (finding.check for finding in findings if finding.status == "error")
-    return list(dict.fromkeys(errors))
+    if known:
+        yield from check_cluster(workers, in_pod="KUBERNETES_SERVICE_HOST" in environ)

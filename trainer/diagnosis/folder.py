@@ -160,7 +160,7 @@ def _clocks(drift: float) -> Finding:
             "make and backups, and no run",
             "Set both clocks by NTP.",
         )
-    return Finding("clocks", "ok", f"{now}; the output folder's agrees; no run compares others")
+    return Finding("clocks", "ok", f"{now}, and the output folder's agrees: no run compares others")
 
 
 def _mb(size: float) -> str:

@@ -118,11 +118,11 @@ class _Run:
         self.step_name = "keras"
 
     def data(self) -> dict:
-        from trainer.data import plausibility
-        from trainer.data.sources import downloads
+        from trainer.data import plausibility, sources
         from trainer.training.run import load_data
 
-        if downloads(self.config.data):
+        sources.check_installed(self.config.data)
+        if sources.downloads(self.config.data):
             return {"downloads": True}
         self.source, self.digits = load_data(self.config, None)
         arrays = (self.source.x_train, self.source.x_test)
@@ -162,8 +162,9 @@ class _Run:
                 collectives=self.config.collectives,
             )
             each = max(gpus, 1)
-            replicas, reason = each * len(workers.workers), f"{gpus} GPUs on this worker"
-            notice = ""
+            replicas, notice = each * len(workers.workers), ""
+            devices = f"{gpus} GPUs" if gpus else "one CPU"
+            reason = f"MultiWorkerMirroredStrategy, with {devices} on this worker"
             self.accelerator, self.replicas = gpus > 0, each
         else:
             choice = assembly.create_strategy(self.config)
