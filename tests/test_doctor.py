@@ -68,6 +68,8 @@ def test_all_that_is_broken_at_once_is_named(command, diagnose, tmp_path):
         ("open files", "warning"),
         ("secret", "warning"),
     } <= bad
+    (tensorflow,) = (line for line in lines if line["check"] == "TensorFlow")
+    assert "floatx" in tensorflow["seen"]
     assert "keras.json, output files, TensorFlow, workers" in done.stderr
     assert (tmp_path / "termination-log").read_text() == done.stderr
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,10 +99,18 @@ def main() -> None:
         except TrainerError as error:
             report = {"error": str(error)}
         except Exception as error:  # Of any package: the run would end with it, too.
-            report = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            report = {"error": _described(error)}
         print(json.dumps({stage: report}), file=reports, flush=True)
         if stage == "tensorflow" and "error" in report:
             break
+
+
+def _described(error: Exception) -> str:
+    """Describes an error in one line; one without a text by the line of code that raised it."""
+    text = " ".join(str(error).split())
+    if not text and (frames := traceback.extract_tb(error.__traceback__)):
+        text = f"{frames[-1].line} ({frames[-1].filename})"
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 class _Run:
