@@ -52,8 +52,11 @@ class Namespace:
         objects = [one for one in yaml.safe_load_all(text) if one]
         for one in objects:
             if one["kind"] == "Job":
-                container = one["spec"]["template"]["spec"]["containers"][0]
+                pod = one["spec"]["template"]["spec"]
+                container = pod["containers"][0]
                 container["args"] += map(str, flags)
+                for doctor in pod.get("initContainers", []):
+                    doctor["args"] += map(str, flags)
                 if image:
                     container["image"] = image
                 if gpus:

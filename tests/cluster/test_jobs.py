@@ -63,6 +63,29 @@ def test_a_user_error_fails_the_job_at_once_with_a_message(volume, flags, code, 
     assert_failed_at_once(volume, code, says)
 
 
+def test_a_pod_is_examined_before_it_trains(namespace):
+    namespace.apply("doctor", *SMALL)
+    assert namespace.ended("digits") == "Complete"
+    lines = namespace.kubectl("logs", "job/digits", "--container=doctor").splitlines()
+    checks = [json.loads(line) for line in lines]
+    assert {"output folder", "training step", "disk"} <= {check["check"] for check in checks}
+    assert not [check for check in checks if check["status"] == "error"]
+
+
+def test_what_would_stop_a_run_fails_the_job_before_it_trains(namespace):
+    namespace.apply("doctor", "--gpus=1")
+    assert namespace.ended("digits") == "Failed"
+    (pod,) = namespace.pods("digits")
+    (doctor,) = pod["status"]["initContainerStatuses"]
+    assert doctor["state"]["terminated"]["exitCode"] == 78
+    assert "errors of devices" in doctor["state"]["terminated"]["message"]
+    (trainer,) = pod["status"]["containerStatuses"]
+    assert not trainer["started"]
+    conditions = namespace.get("job", "digits")["status"]["conditions"]
+    (failed,) = (one for one in conditions if one["type"] == "Failed")
+    assert failed["reason"] == "PodFailurePolicy"
+
+
 @pytest.fixture(scope="module")
 def volume(tmp_path_factory):
     """A namespace whose claim has a data set, intact and with a changed byte."""
