@@ -55,7 +55,29 @@ def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", silent)
     address, reason = connections.examine_address("any.example", 2222)
     ended.set()
-    assert (address, "no answer of a name server" in reason) == ("", True)
+    assert (address, reason) == ("", "its name is not resolved: no answer")
+
+
+def test_every_address_of_a_name_is_tried(addresses, monkeypatch):
+    host, port = addresses[1].split(":")
+    infos = [(None, None, None, "", (one, 0)) for one in ("127.0.0.2", host)]
+    monkeypatch.setattr(socket, "getaddrinfo", with_literals(infos))
+    with socket.create_server((host, int(port))):
+        assert connections.examine_address("any.example", int(port)) == (host, "")
+    assert connections.examine_address("any.example", int(port)) == (
+        "127.0.0.2",
+        "connection refused",
+    )
+
+
+def with_literals(infos):
+    """Resolves a name to these; an address to itself, as a connection asks for it."""
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(host, *arguments, **options):
+        return infos if host == "any.example" else resolve(host, *arguments, **options)
+
+    return getaddrinfo
 
 
 def test_a_port_of_its_own_that_is_in_use_is_an_error(addresses):

@@ -6,7 +6,6 @@ findings = check_cluster(cluster, in_pod=False)
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 from trainer.diagnosis.finding import Finding
 from trainer.distributed.cluster import Cluster, split_address
@@ -16,8 +15,6 @@ from trainer.distributed.private_network import open_private_network
 from trainer.errors import ConfigurationError
 
 RESOLVE_TIMEOUT = 10.0  # Seconds; resolvers give a name server 5 s, twice (man resolv.conf).
-
-T = TypeVar("T")
 
 
 def check_cluster(cluster: Cluster | None, *, in_pod: bool) -> Iterator[Finding]:
@@ -73,26 +70,15 @@ def examine_address(host: str, port: int) -> tuple[str, str]:
         The host's address, empty where it has none; and why the port cannot be reached, empty
         where it can be.
     """
-
-    def resolve() -> tuple[str, str]:
+    addresses, reason = _resolve(host)
+    for address in addresses:
         try:
-            return str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]), ""
+            socket.create_connection((address, port), CONNECT_TIMEOUT).close()
         except OSError as error:
-            return "", unreachable(error)
-        except UnicodeError as error:
-            return "", f"its name cannot be resolved ({error})"
-
-    # In a daemon thread, because nothing limits how long a name server is waited for.
-    address, reason = _in_thread(
-        resolve, ("", "its name cannot be resolved (no answer of a name server)")
-    )
-    if not address:
-        return "", reason
-    try:
-        socket.create_connection((host, port), CONNECT_TIMEOUT).close()
-    except OSError as error:
-        return address, unreachable(error)
-    return address, ""
+            reason = unreachable(error)
+        else:
+            return address, ""
+    return addresses[0] if addresses else "", reason
 
 
 def _own(cluster: Cluster, where: str, address: str, reason: str) -> Finding:
@@ -139,14 +125,23 @@ def _together(
     return results
 
 
-def _in_thread(function: Callable[[], T], otherwise: T) -> T:
-    """Returns what a function returns within RESOLVE_TIMEOUT."""
-    results = [otherwise]
+def _resolve(host: str) -> tuple[list[str], str]:
+    """Returns the addresses of a host; why there are none, where there are none.
 
-    def run() -> None:
-        results.append(function())
+    In a daemon thread, because nothing limits how long a name server is waited for.
+    """
+    found: list[tuple[list[str], str]] = [([], "its name is not resolved: no answer")]
 
-    thread = threading.Thread(target=run, daemon=True)
+    def ask() -> None:
+        try:
+            infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            found.append(([str(info[4][0]) for info in infos], ""))
+        except OSError as error:
+            found.append(([], unreachable(error)))
+        except UnicodeError as error:  # No name that a name server could be asked for.
+            found.append(([], f"its name cannot be resolved ({error})"))
+
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(RESOLVE_TIMEOUT)
-    return results[-1]
+    return found[-1]
