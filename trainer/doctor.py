@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from trainer import cli
 from trainer.config import TrainConfig
+from trainer.distributed import cluster
 from trainer.errors import ConfigurationError
 from trainer.log_lines import Severity, json_line
 from trainer.signals import Signals
@@ -46,7 +47,7 @@ class DoctorConfig(TrainConfig):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (``trainer.errors`` lists them)."""
     with Signals(until_exit=argv is None):
-        return cli.run(PROG, DoctorConfig, diagnose, argv)
+        return cli.run(PROG, DoctorConfig, diagnose, argv, worker=_worker_index)
 
 
 def diagnose(config: DoctorConfig) -> None:
@@ -78,8 +79,13 @@ def _json(finding: "Finding") -> str:
         "check",
         f"{finding.check}: {finding.seen}" + (f". {finding.remedy}" if finding.remedy else ""),
         severity=_SEVERITIES[finding.status],
+        worker=_worker_index(),
         **dataclasses.asdict(finding),
     )
+
+
+def _worker_index() -> int:
+    return cluster.worker_index(os.environ)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from trainer import cli
 from trainer.config import TrainConfig
 from trainer.distributed import cluster
-from trainer.errors import ConfigurationError
 from trainer.signals import Signals
 
 PROG = cli.TASK
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             TrainConfig,
             command,
             flags,
-            worker=_worker_index,
+            worker=lambda: cluster.worker_index(os.environ),
             resumable=True,
             advice=cli.ADVICE,
         )
@@ -79,14 +78,6 @@ def train(config: TrainConfig, flags: Sequence[str], signals: Signals) -> None:
             step_timeout=config.step_timeout,
             notify=notify,
         )
-
-
-def _worker_index() -> int:
-    try:
-        workers = cluster.resolve(os.environ)
-    except ConfigurationError:
-        return 0
-    return workers.index if workers else 0
 
 
 if __name__ == "__main__":

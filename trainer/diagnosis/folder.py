@@ -1,6 +1,6 @@
 """Whether a run can write its output folder: as ``files`` does, without leaving anything there.
 
-findings = check_folder(config, job=None)
+findings = check_folder(config, waits=False)
 """
 
 import math

@@ -8,6 +8,7 @@ crash or hang, as TensorFlow does with a wrong processor or driver.
 The process writes a JSON object for each stage when the stage has ended.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -51,7 +52,8 @@ def start(config: TrainConfig, *, job: str | None, seconds: float = SECONDS) -> 
         job: UID of the Kubernetes Job; None outside one.
         seconds: How long it may take, beside ``startup_timeout``.
     """
-    environ, end = dict(os.environ), ""
+    # What it logs is shown where it dies of that.
+    environ, end = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0"}, ""
     with tempfile.TemporaryDirectory(prefix="digits-trainer-") as home:
         if not (keras_folder(environ) / "keras.json").exists():
             environ["KERAS_HOME"] = home  # Keras would leave one behind.
@@ -72,7 +74,8 @@ def start(config: TrainConfig, *, job: str | None, seconds: float = SECONDS) -> 
             end = f"no answer within {expired.timeout:g} s"
     report: Report = {}
     for line in printed.splitlines():
-        report |= json.loads(line)
+        with contextlib.suppress(ValueError):  # The last one, of a process that was ended.
+            report |= json.loads(line)
     missing = [stage for stage in STAGES if stage not in report]
     if missing and "error" not in report.get("tensorflow", {}):
         if code < 0:

@@ -101,6 +101,15 @@ def resolve(environ: Mapping[str, str]) -> Cluster | None:
     return dataclasses.replace(cluster, secret=read_secret(environ))
 
 
+def worker_index(environ: Mapping[str, str]) -> int:
+    """Returns the number of this worker; 0 where it is alone, or the description is malformed."""
+    try:
+        cluster = resolve(environ)
+    except ConfigurationError:
+        return 0
+    return cluster.index if cluster else 0
+
+
 def _from_tf_config(text: str) -> Cluster | None:
     try:
         config = json.loads(text)
