@@ -247,7 +247,8 @@ class PowerCut(OnDisk):
             yield
 
     def strike(self, run, noise):
-        os.sync() if noise.random() < 0.1 else None
+        if noise.random() < 0.1:
+            os.sync()
         disks.cut(run.scratch / "disk.img", run.scratch / "cut.img")
         run.kill()
 
@@ -455,7 +456,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument("--faults", default=",".join(FAULTS), help="which, separated by commas")
     parser.add_argument("--workers", default="1,2", help="numbers of workers")
-    parser.add_argument("--json", type=Path, help="file for a line per run")
+    parser.add_argument(
+        "--json", type=Path, help="file for a line per run; the table is of all in it"
+    )
     options = parser.parse_args(argv)
     counts = tuple(map(int, options.workers.split(",")))
     names = []
@@ -467,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="chaos-"))
     reference = {count: undisturbed(scratch, count) for count in counts}
     end = time.monotonic() + 60 * options.minutes
-    table = collections.Counter()
+    results = []
     number = options.first
     while time.monotonic() < end and number < options.first + options.runs:
         noise = random.Random(f"{options.seed}/{number}")
@@ -477,25 +480,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = scratch / f"run-{number}"
         result = {"run": number, "fault": name, "workers": count}
         result |= disturbed(folder, FAULTS[name], count, noise, reference[count])
-        if result["outcome"].startswith("unexplained"):
+        if is_unexplained(result):
             print(
                 f"kept: {folder}; again: --seed {options.seed} --first {number} --runs 1",
                 flush=True,
             )
         else:
             shutil.rmtree(folder, ignore_errors=True)
-        table[name, count, result["outcome"]] += 1
+        results.append(result)
         print(json.dumps(result), flush=True)
         if options.json:
             with options.json.open("a") as file:
                 file.write(json.dumps(result) + "\n")
         number += 1
-    print("\n" + markdown(table))
-    return int(any("unexplained" in outcome for _, _, outcome in table))
+    if not any(map(is_unexplained, results)):
+        shutil.rmtree(scratch)
+    if options.json and options.json.exists():
+        print("\n" + markdown([json.loads(line) for line in options.json.read_text().splitlines()]))
+    else:
+        print("\n" + markdown(results))
+    return int(any(map(is_unexplained, results)))
 
 
-def markdown(table: collections.Counter) -> str:
+def is_unexplained(result: dict) -> bool:
+    return result["outcome"].startswith("unexplained")
+
+
+def markdown(results: Sequence[dict]) -> str:
     """Returns a table of fault, workers, outcome and number of runs."""
+    table = collections.Counter(
+        (result["fault"], result["workers"], result["outcome"]) for result in results
+    )
     lines = ["| fault | workers | outcome | runs |", "|---|---|---|---|"]
     order = list(FAULTS)
     for (fault, workers, outcome), runs in sorted(
@@ -542,7 +557,8 @@ def disturbed(
             path = run.out / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("the user's")
-        os.sync() if isinstance(fault, PowerCut) else None
+        if isinstance(fault, PowerCut):
+            os.sync()
         run.start()
         begun = time.monotonic()
         if noise.random() < 0.75:  # While it trains, or saves what it has trained.
