@@ -186,6 +186,17 @@ def test_before_a_checkpoint_goes_the_next_one_is_on_disk(tmp_path, monkeypatch)
     ]
 
 
+def test_what_a_kill_between_two_renames_left_takes_no_checkpoints_place(tmp_path, unbroken):
+    train_until_stopped(tmp_path, 2)
+    (tmp_path / FOLDER / "steps-99.data-00000-of-00001").write_bytes(b"the data of a checkpoint")
+    train_until_stopped(tmp_path, 1, keep=1)
+    assert [path.name for path in sorted((tmp_path / FOLDER).iterdir())] == [
+        "steps-3.data-00000-of-00001",
+        "steps-3.index",
+    ]
+    assert train(Session(tmp_path, policy="must")) == unbroken
+
+
 def test_what_killed_saves_left_is_removed(tmp_path, unbroken):
     train_until_stopped(tmp_path, 3)
     for name in ("steps-4.tmp/steps-4_temp", "steps-7_temp"):

@@ -78,7 +78,7 @@ class Checkpoints:
         return [
             files[0].with_suffix("")
             for _, files in sorted(self._files().items(), reverse=True)
-            if files[0].suffix == ".index"
+            if not _is_data(files[0])
         ]
 
     def check_ours(self) -> None:
@@ -161,9 +161,12 @@ class Checkpoints:
             self.folder.rmdir()
 
     def _rotate(self) -> None:
-        """Deletes all but the newest checkpoints, and those that could not be read."""
+        """Deletes all but the newest checkpoints; those that could not be read, and what is left of
+        one without its index, count for none.
+        """
         files = self._files()
-        kept = sorted(files.keys() - self.unreadable, reverse=True)[: self.keep]
+        whole = {number for number, paths in files.items() if not _is_data(paths[0])}
+        kept = sorted(whole - self.unreadable, reverse=True)[: self.keep]
         for number in files.keys() - set(kept):
             for path in files[number]:
                 path.unlink()
