@@ -23,6 +23,7 @@ from support import (
     wait_for,
 )
 
+from trainer.cli import ADVICE
 from trainer.distributed.authentication import make_secret
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.local import free_ports
@@ -307,7 +308,7 @@ def test_an_error_of_tensorflow_while_all_are_alive_is_no_loss(group, tmp_path, 
     )
     pause.go()
     two = group(2).start(*EAGER, hooks=[pause])
-    text = f"InternalError: cuDNN launch failure. {RESUME_HINT}\n"
+    text = f"InternalError: cuDNN launch failure. {RESUME_HINT} {ADVICE}\n"
     code, _, stderr = two.end(failing)
     assert code == 1
     assert stderr.startswith("Traceback (most recent call last):\n")
@@ -332,7 +333,8 @@ def test_a_device_without_memory_is_named(group, tmp_path):
         assert stderr == (
             f"python -m trainer.task: error: {name}Expected the training to fit into the memory of "
             "the device. Received: ResourceExhaustedError: OOM when allocating tensor. Use a "
-            "smaller batch_size, or precision='mixed_bfloat16'. (--batch-size, --precision)\n"
+            "smaller batch_size, or precision='mixed_bfloat16'. (--batch-size, --precision) "
+            f"{ADVICE}\n"
         )
 
 
