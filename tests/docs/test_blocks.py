@@ -25,6 +25,8 @@ import pytest
 from PIL import Image
 from support import ROOT, TIMEOUT
 
+from trainer.files import FILES
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ("sh", "console", "python")  # Fences of these languages are run.
 SHOWN = ("text", "json", "yaml")  # These are output, or files.
@@ -250,7 +252,8 @@ def folder(request, tmp_path):
     given = request.node.callspec.params
     text = "".join(block.text for block in given.get("blocks") or [given["block"]])
     if "mnist.h5" in text:
-        shutil.copy(request.getfixturevalue("trained") / "mnist.h5", tmp_path)
+        for name in FILES:
+            shutil.copy(request.getfixturevalue("trained") / name, tmp_path)
     for name, picture in PICTURES.items():
         if name in text:
             Image.fromarray(picture()).save(tmp_path / name)
