@@ -17,8 +17,8 @@ import yaml
 from namespaces import ROOT
 
 SMALL = ("--epochs=2", "--train-limit=1024", "--test-limit=200")
-# Long enough to do something to it meanwhile.
-SLOW = ("--epochs=2", "--train-limit=6000", "--test-limit=200", "--checkpoint-every=1s")
+# Long enough to do something to it meanwhile, half a minute at least.
+SLOW = ("--epochs=2", "--train-limit=40000", "--test-limit=200", "--checkpoint-every=1s")
 OBJECTS = "jobs,pods,services,networkpolicies,secrets,persistentvolumeclaims"
 
 
