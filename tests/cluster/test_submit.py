@@ -17,8 +17,8 @@ import yaml
 from namespaces import ROOT
 
 SMALL = ("--epochs=2", "--train-limit=1024", "--test-limit=200")
-# Long enough to do something to it meanwhile, half a minute at least.
-SLOW = ("--epochs=2", "--train-limit=40000", "--test-limit=200", "--checkpoint-every=1s")
+# Long enough to do something to it meanwhile.
+SLOW = ("--epochs=2", "--train-limit=20000", "--test-limit=200", "--checkpoint-every=1s")
 OBJECTS = "jobs,pods,services,networkpolicies,secrets,persistentvolumeclaims"
 
 
@@ -159,7 +159,7 @@ def test_a_lost_pod_is_reported_and_replaced(namespace, submit, tmp_path):
     name = run.until("Starting").split()[1]
     namespace.wait(lambda: run.process.poll() is not None or "training and" in run.text)
     (pod,) = namespace.pods(name)
-    namespace.wait(lambda: "checkpoint" in listing(namespace, pod))
+    namespace.wait(lambda: ".index" in listing(namespace, pod))
     namespace.kubectl("delete", "pod", pod["metadata"]["name"])
     run.until(pod["metadata"]["name"], "has ended with 75: stopped by SIGTERM at epoch")
     run.until("Resuming the unfinished run")
