@@ -17,7 +17,7 @@ import pytest
 from support import damaged, fuzz, save_npz
 
 from trainer import inputs
-from trainer.data import sources
+from trainer.data import archives, sources
 from trainer.data.dataset import ARRAYS, Digits
 from trainer.errors import DataError, InputError, TrainerError
 
@@ -118,7 +118,7 @@ def test_a_pipe_is_refused_and_not_waited_for(pipe):
 
 @needs_pipes
 def test_a_pipe_in_place_of_an_idx_file_is_refused(pipe):
-    pipe.parent.joinpath(sources.IDX_FILES["x_train"]).symlink_to(pipe)
+    pipe.parent.joinpath(archives.IDX_FILES["x_train"]).symlink_to(pipe)
     with pytest.raises(InputError, match=r"train-images-idx3-ubyte\. Received: a pipe"):
         sources.load(str(pipe.parent))
 
@@ -207,7 +207,7 @@ def test_what_unpacks_to_far_more_than_pictures_do_is_refused(tmp_path):
 def test_a_gzip_file_that_unpacks_to_far_more_is_refused(tmp_path):
     header = bytes((0, 0, 8, 3)) + struct.pack(">III", 100_000, 28, 28)
     pack = zlib_stream(header, 78_400_000)
-    (tmp_path / sources.IDX_FILES["x_train"]).write_bytes(pack)
+    (tmp_path / archives.IDX_FILES["x_train"]).write_bytes(pack)
     assert "train-images-idx3-ubyte that unpacks to at most 200" in refusal(DataError, tmp_path)
 
 
@@ -221,12 +221,12 @@ def zlib_stream(head: bytes, zeros: int) -> bytes:
 
 def test_more_than_half_of_the_memory_is_refused(tmp_path, monkeypatch):
     path = save_npz(tmp_path / "large.npz", train=60, test=20)
-    monkeypatch.setattr(sources, "total_memory", lambda: 2 * 80 * 784)
+    monkeypatch.setattr(archives, "total_memory", lambda: 2 * 80 * 784)
     # The labels, as int64, are beyond.
     assert "half of the memory of this machine or container. Received: 0.0 GB at" in refusal(
         DataError, path
     )
-    monkeypatch.setattr(sources, "total_memory", lambda: 2 * 80 * (784 + 8))
+    monkeypatch.setattr(archives, "total_memory", lambda: 2 * 80 * (784 + 8))
     assert len(sources.load(str(path)).x_train) == 60
 
 
@@ -234,10 +234,10 @@ def test_the_four_idx_files_share_the_memory(tmp_path, monkeypatch):
     for name, count in (("x_train", 3), ("y_train", 3), ("x_test", 2), ("y_test", 2)):
         shape = (count, 28, 28) if name.startswith("x") else (count,)
         header = bytes((0, 0, 8, len(shape))) + np.array(shape, ">u4").tobytes()
-        (tmp_path / sources.IDX_FILES[name]).write_bytes(header + bytes(int(np.prod(shape))))
-    monkeypatch.setattr(sources, "total_memory", lambda: 2 * 5 * 785)
+        (tmp_path / archives.IDX_FILES[name]).write_bytes(header + bytes(int(np.prod(shape))))
+    monkeypatch.setattr(archives, "total_memory", lambda: 2 * 5 * 785)
     assert len(sources.load(str(tmp_path)).x_train) == 3
-    monkeypatch.setattr(sources, "total_memory", lambda: 2 * 5 * 785 - 1)
+    monkeypatch.setattr(archives, "total_memory", lambda: 2 * 5 * 785 - 1)
     with pytest.raises(DataError, match=r"at .*t10k-labels-idx1-ubyte\. Use fewer"):
         sources.load(str(tmp_path))
 
@@ -246,7 +246,7 @@ def test_a_process_without_that_memory_is_told_so(tmp_path, monkeypatch):
     def full(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(sources, "aligned_empty", full)
+    monkeypatch.setattr(archives, "aligned_empty", full)
     text = refusal(DataError, save_npz(tmp_path / "large.npz"))
     assert "that this process has memory for" in text
 
@@ -312,7 +312,7 @@ def test_arrays_in_other_orders_are_read(tmp_path, mnist):
 
 def test_an_idx_file_of_many_dimensions_is_refused(tmp_path):
     content = bytes((0, 0, 8, 100)) + struct.pack(">I", 1) * 100 + b"\0"
-    (tmp_path / sources.IDX_FILES["x_train"]).write_bytes(content)
+    (tmp_path / archives.IDX_FILES["x_train"]).write_bytes(content)
     with pytest.raises(DataError, match="one to three dimensions"):
         sources.load(str(tmp_path))
 
@@ -325,7 +325,7 @@ MORE = [100, pytest.param(2_000, marks=pytest.mark.full)]
 def load_or_refuse(path, written, content: bytes) -> None:
     written.write_bytes(content)
     # Four arrays, each of the size that may be declared without more ado.
-    with taking_at_most(4 * sources.SMALL + 5 * MEGABYTE):
+    with taking_at_most(4 * archives.SMALL + 5 * MEGABYTE):
         try:
             assert isinstance(sources.load(str(path)), Digits)
         except TrainerError as error:
@@ -373,8 +373,8 @@ def test_any_idx_file_is_a_data_set_or_one_line(tmp_path, examples):
         bytes((0, 0, 8, len(shape))) + np.array(shape, ">u4").tobytes() + bytes(int(np.prod(shape)))
         for shape in ((2, 28, 28), (2,))
     )
-    for name, file in sources.IDX_FILES.items():
+    for name, file in archives.IDX_FILES.items():
         (tmp_path / file).write_bytes(x if name.startswith("x") else y)
-    images = tmp_path / sources.IDX_FILES["x_train"]
+    images = tmp_path / archives.IDX_FILES["x_train"]
     corpus = [x, gzip.compress(x, mtime=0), y, gzip.compress(x[:16] + bytes(99_999), mtime=0)]
     fuzz(examples, lambda content: load_or_refuse(tmp_path, images, content), damaged(corpus))

@@ -8,7 +8,7 @@ import pytest
 from support import ROOT, save_npz
 
 import trainer
-from trainer.data import sources
+from trainer.data import archives, sources
 from trainer.data.dataset import ARRAYS, Digits
 from trainer.errors import DataError, InputError, UsageError
 
@@ -16,7 +16,7 @@ from trainer.errors import DataError, InputError, UsageError
 def save_idx(folder, digits, *, suffix="", wrap=bytes):
     """Writes the four files in MNIST's own format."""
     folder.mkdir(exist_ok=True)
-    for name, file in sources.IDX_FILES.items():
+    for name, file in archives.IDX_FILES.items():
         array = getattr(digits, name)
         header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
         (folder / f"{file}{suffix}").write_bytes(wrap(header + array.tobytes()))
@@ -208,7 +208,7 @@ def test_a_folder_without_a_file_names_it(tmp_path, few):
     ],
 )
 def test_a_damaged_idx_file_says_how(tmp_path, few, damage, message):
-    path = save_idx(tmp_path, few) / sources.IDX_FILES["x_test"]
+    path = save_idx(tmp_path, few) / archives.IDX_FILES["x_test"]
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=message):
         sources.load(str(tmp_path))

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.data.archives import IDX_FILES
 from trainer.data.dataset import ARRAYS
-from trainer.data.sources import IDX_FILES, load
+from trainer.data.sources import load
 
 # Of the four files once unpacked, as they have been published.
 SHA256 = {
