@@ -12,7 +12,7 @@ import pytest
 from support import ROOT
 
 from trainer import files
-from trainer.errors import OutputError
+from trainer.errors import InputError, OutputError
 
 
 def tree(path: Path) -> dict[str, str]:
@@ -202,3 +202,23 @@ def test_files_that_another_run_wrote_meanwhile_are_noticed(tmp_path):
     assert files.is_complete(tmp_path)
     (tmp_path / "mnist.h5").write_bytes(run_files(2)["mnist.h5"])
     assert not files.is_complete(tmp_path)
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    folder = tmp_path / "models" / "digits"
+    with pytest.raises(InputError), files.lock_output_dir(folder):
+        raise InputError("No such data.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_leaves_the_folder_that_was_there(tmp_path):
+    with pytest.raises(InputError), files.lock_output_dir(tmp_path):
+        raise InputError("No such data.")
+    assert tmp_path.is_dir()
+
+
+def test_a_run_that_fails_leaves_the_folder_it_has_written_to(tmp_path):
+    with contextlib.suppress(InputError), files.lock_output_dir(tmp_path / "out"):
+        files.write_files(tmp_path / "out", {"history.json": b"{}"})
+        raise InputError("No such data.")
+    assert (tmp_path / "out" / "history.json").exists()

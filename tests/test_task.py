@@ -118,7 +118,9 @@ def test_damaged_data_is_65(command, tmp_path):
 
 
 def test_a_missing_input_is_66(command):
-    assert_one_line(command.run("--data", "nowhere.npz"), 66, "nowhere.npz", "Use data='bundled'")
+    done = command.run("--data", "nowhere.npz", "--output-dir", "out")
+    assert_one_line(done, 66, "nowhere.npz", "Use data='bundled'")
+    assert not (command.folder / "out").exists()
 
 
 def test_an_unreachable_network_is_66(command):
@@ -181,6 +183,11 @@ def test_a_python_without_tensorflow_is_78(command, tmp_path):
 def test_another_backend_of_keras_is_78(command):
     command.env["KERAS_BACKEND"] = "numpy"
     assert_one_line(command.run(), 78, "Received: KERAS_BACKEND=numpy")
+
+
+def test_a_keras_json_with_which_keras_cannot_be_imported_is_78(command):
+    (command.home / "keras.json").write_text('{"floatx": "float8"}')
+    assert_one_line(command.run(), 78, "keras.json has floatx='float8'. Correct or remove it.")
 
 
 @pytest.mark.full

@@ -39,7 +39,8 @@ def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
 
     It first creates the folder where it does not exist, and checks that it can be written and that
     what a run would replace there is an earlier run's. A save that was killed between its renames
-    is finished; one that was killed before is forgotten.
+    is finished; one that was killed before is forgotten. Where the block raises before anything
+    is written, folders that were created are removed.
 
     Args:
         folder: The output folder.
@@ -52,13 +53,19 @@ def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         StoppedError: Another run is using it still, after the wait.
     """
     with output_errors(folder):
-        make_folder(folder)
+        created = make_folder(folder)
     with hold_lock(folder, wait):
-        with output_errors(folder):
-            _check_writable(folder)
-            _finish_killed_save(folder)
-            _check_replaceable(folder)
-        yield
+        try:
+            with output_errors(folder):
+                _check_writable(folder)
+                _finish_killed_save(folder)
+                _check_replaceable(folder)
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # Not empty, most likely.
+                for path in reversed(created):
+                    path.rmdir()
+            raise
 
 
 def check_output_dir(folder: Path) -> None:
@@ -133,17 +140,21 @@ def is_marked(path: Path) -> bool:
         return MARK.encode() in file.read(4096)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> list[Path]:
     """Creates a folder, and its parents, where they do not exist, on disk.
+
+    Returns:
+        Those that did not exist, parents first.
 
     Raises:
         OSError: It cannot be created, or is a file.
     """
-    if not folder.parent.exists():
-        make_folder(folder.parent)
+    created = [] if folder.parent.exists() else make_folder(folder.parent)
     if not folder.is_dir():
         folder.mkdir(exist_ok=True)
         flush(folder.parent)
+        created.append(folder)
+    return created
 
 
 def place(source: Path, target: Path) -> None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 
-from trainer import machine
+from trainer import keras_json, machine
 from trainer.config import Precision
 from trainer.errors import ConfigurationError
 from trainer.log_lines import DroppingStream
@@ -106,6 +106,11 @@ ONEDNN = _set_onednn()
 # Checked before Keras is imported, which fails where the packages of that backend are missing.
 if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
     raise _wrong_backend(f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}")
+if (file := keras_json.read(os.environ)).fault and "keras" not in sys.modules:
+    raise ConfigurationError(
+        "Expected a keras.json with which Keras and TensorFlow can be imported. Received: "
+        f"{file.path} {file.fault}. Correct or remove it."
+    )
 try:
     with _silent_import():
         import tensorflow as tf

@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 
 import pytest
@@ -21,19 +20,10 @@ def keras_json(tmp_path):
     return check
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"floatx": "float8"}, "floatx='float8'"),
-        ({"epsilon": 1}, "epsilon=1"),
-        ({"image_data_format": "channels"}, "image_data_format='channels'"),
-        ([], "no object"),
-    ],
-)
-def test_a_keras_json_with_which_keras_cannot_start_is_an_error(keras_json, settings, named):
-    finding = keras_json(json.dumps(settings))
+def test_a_keras_json_with_which_keras_cannot_be_imported_is_an_error(keras_json):
+    finding = keras_json(json.dumps({"floatx": "float8"}))
     assert finding.status == "error"
-    assert named in finding.seen
+    assert "floatx='float8'" in finding.seen
     assert "keras.json" in finding.remedy
 
 
@@ -46,12 +36,6 @@ def test_a_keras_json_that_only_others_obey_is_a_warning(keras_json):
 
 def test_a_sound_keras_json_is_ok(keras_json):
     assert keras_json('{"floatx": "float16", "backend": "tensorflow"}').status == "ok"
-
-
-def test_a_keras_json_that_is_a_pipe_is_an_error_and_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "keras.json")
-    (finding,) = check_keras_json({"KERAS_HOME": str(tmp_path)})
-    assert (finding.status, "a pipe" in finding.seen) == ("error", True)
 
 
 def test_no_keras_json_is_ok(tmp_path):

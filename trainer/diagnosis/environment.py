@@ -3,23 +3,15 @@
 findings = check_environment(config, os.environ)
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from trainer import inputs
+from trainer import keras_json
 from trainer.config import TrainConfig
 from trainer.data.sources import downloads
 from trainer.diagnosis.connections import examine_address
 from trainer.diagnosis.finding import Finding
 
-_FLOAT_TYPES = (
-    "float16",
-    "float32",
-    "float64",
-)  # Of Keras 3.15, which raises ValueError for others.
 _PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
 
 
@@ -35,44 +27,16 @@ def check_environment(config: TrainConfig, environ: Mapping[str, str]) -> Iterat
 
 
 def check_keras_json(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Reads Keras' configuration file as Keras does when it is imported."""
-    path = keras_folder(environ) / "keras.json"
+    """Looks at what Keras' configuration file has."""
+    path, settings, fault = keras_json.read(environ)
+    remedy = f"Correct or remove {path}."
     if not path.exists():
         yield Finding("keras.json", "ok", f"none at {path}")
-        return
-    remedy = f"Correct or remove {path}."
-    try:
-        with inputs.open_file(path) as file:
-            settings = json.load(file)
-    except OSError as error:
-        seen = f"{path} cannot be read: {error.strerror}"
+    elif fault:
+        seen = f"{path} {fault}: Keras cannot be imported"
         yield Finding("keras.json", "error", seen, remedy)
-        return
-    except (ValueError, RecursionError):
+    elif settings is None:
         yield Finding("keras.json", "warning", f"{path} is no JSON: Keras ignores it", remedy)
-        return
-    if not isinstance(settings, dict):
-        yield Finding("keras.json", "error", f"{path} has no object: Keras cannot start", remedy)
-        return
-    float_type = settings.get("floatx", "float32")
-    image_data_format = settings.get("image_data_format", "channels_last")
-    epsilon = settings.get("epsilon", 1e-7)
-    wrong = [
-        f"{name}={value!r}"
-        for name, value, right in (
-            ("floatx", float_type, float_type in _FLOAT_TYPES),
-            ("epsilon", epsilon, isinstance(epsilon, float)),
-            (
-                "image_data_format",
-                image_data_format,
-                image_data_format in ("channels_last", "channels_first"),
-            ),
-        )
-        if not right
-    ]
-    if wrong:
-        seen = f"{path} has {', '.join(wrong)}: Keras cannot start"
-        yield Finding("keras.json", "error", seen, remedy)
     elif (backend := settings.get("backend", "tensorflow")) != "tensorflow":
         yield Finding(
             "keras.json",
@@ -117,11 +81,3 @@ def check_proxies(config: TrainConfig, environ: Mapping[str, str]) -> Iterator[F
             )
         else:
             yield Finding("proxies", "ok", f"{place} answers; {use}")
-
-
-def keras_folder(environ: Mapping[str, str]) -> Path:
-    """Returns the folder of Keras' configuration and cache, as Keras finds it."""
-    if "KERAS_HOME" in environ:
-        return Path(environ["KERAS_HOME"]).expanduser()
-    home = Path("~").expanduser()
-    return (home if os.access(home, os.W_OK) else Path("/tmp")) / ".keras"  # noqa: S108

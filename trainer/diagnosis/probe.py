@@ -21,10 +21,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import files
+from trainer import files, keras_json
 from trainer.cli import module_command
 from trainer.config import TrainConfig
-from trainer.diagnosis.environment import keras_folder
 from trainer.errors import InputError, TrainerError
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def start(config: TrainConfig, *, job: str | None, seconds: float = SECONDS) -> 
     # What it logs is shown where it dies of that.
     environ, end = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0"}, ""
     with tempfile.TemporaryDirectory(prefix="digits-trainer-") as home:
-        if not (keras_folder(environ) / "keras.json").exists():
+        if not keras_json.read(environ).path.exists():
             environ["KERAS_HOME"] = home  # Keras would leave one behind.
         try:
             done = subprocess.run(

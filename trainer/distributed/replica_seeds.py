@@ -6,8 +6,11 @@ It must be called before the training step is traced.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from trainer.runtime import keras, tf
+
+Found = TypeVar("Found")
 
 _SEED_STRIDE = 0x9E3779B9  # 2**32 divided by the golden ratio: far apart for any few replicas
 
@@ -21,21 +24,39 @@ def separate_seeds(model: keras.Model) -> None:
     layers stay stock Keras layers, and replica 0 draws what a single device would.
 
     Args:
-        model: Any Keras model; nested layers are found through their ``layers`` attribute. A
-            second call changes nothing.
+        model: Any Keras model; layers inside layers are found, too. A second call changes
+            nothing.
     """
-    for layer in all_layers(model):
-        for generator in vars(layer).values():
-            if isinstance(generator, keras.random.SeedGenerator) and not isinstance(
-                generator.next, _ReplicaSeed
-            ):
-                generator.next = _ReplicaSeed(generator.next)
+    for generator in _tracked(model, keras.random.SeedGenerator):
+        if not isinstance(generator.next, _ReplicaSeed):
+            generator.next = _ReplicaSeed(generator.next)
 
 
 def all_layers(layer: keras.Layer) -> list[keras.Layer]:
-    """Returns a layer or model and the layers in it, nested ones too, by their ``layers``."""
-    inner = (nested for child in getattr(layer, "layers", []) for nested in all_layers(child))
-    return [layer, *inner]
+    """Returns a layer or model, and the layers in it: those that it or they have as attributes, or
+    in lists, tuples, sets and dictionaries, which is where Keras looks for them, too.
+    """
+    return _tracked(layer, keras.Layer)
+
+
+def _tracked(layer: keras.Layer, kind: type[Found]) -> list[Found]:
+    found: dict[int, Found] = {}
+    seen: set[int] = set()
+    waiting: list[object] = [layer]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, kind):
+            found[id(value)] = value
+        if isinstance(value, keras.Layer):
+            waiting.extend(reversed(list(vars(value).values())))
+        elif isinstance(value, dict):
+            waiting.extend(reversed(list(value.values())))
+        elif isinstance(value, (list, tuple, set)):
+            waiting.extend(reversed(list(value)))
+    return list(found.values())
 
 
 class _ReplicaSeed:
