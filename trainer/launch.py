@@ -11,18 +11,21 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 from trainer import cli
 from trainer.cli import TASK
 from trainer.config import TrainConfig
 from trainer.distributed.local import LocalWorkers, share_gpus
 from trainer.distributed.private_network import PrivateNetwork, open_private_network
-from trainer.errors import StoppedError, TrainerError, UsageError
+from trainer.errors import ConfigurationError, StoppedError, TrainerError, UsageError
 from trainer.log_lines import DroppingStream, json_line
 from trainer.machine import available_cpus
 from trainer.signals import Signals
 
 PROG = "python -m trainer.launch"
+
+Network = Literal["auto", "private", "host"]
 
 # A restart cannot help against these: wrong flags, inputs, outputs, configurations.
 _FINAL = {error.exit_code for error in TrainerError.__subclasses__()} - {StoppedError.exit_code}
@@ -44,6 +47,11 @@ class LaunchConfig:
     max_restarts: int = 0
     """Number of times that all workers are restarted,
     from the last checkpoint, after one was lost."""
+
+    network: Network = "auto"
+    """private: one of the workers' own, which nobody
+    else can reach; host: this machine's; auto: private
+    where that is possible, else host and a warning."""
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 1), ("max_restarts", 0)):
@@ -77,7 +85,7 @@ def launch(config: LaunchConfig, flags: Sequence[str]) -> None:
 
     Raises:
         UsageError: A flag is wrong; nothing was started.
-        ConfigurationError: There are fewer GPUs than workers.
+        ConfigurationError: There are fewer GPUs than workers, or there is no private network.
     """
     task = cli.parse(TASK, TrainConfig, flags)
     command = [*cli.module_command("trainer.task"), *flags]
@@ -106,21 +114,31 @@ def launch(config: LaunchConfig, flags: Sequence[str]) -> None:
 def _private_network(
     config: LaunchConfig, task: TrainConfig
 ) -> contextlib.AbstractContextManager[PrivateNetwork | None]:
-    """Returns a network that only the workers can reach; else tells the user what that means."""
+    """Returns a network that only the workers can reach; None for that of this machine.
+
+    Raises:
+        ConfigurationError: There is none, and no other would do.
+    """
     from trainer.data.sources import downloads  # Here, for --help: it takes NumPy's time.
 
-    if config.workers == 1:  # It listens at no port.
+    if config.workers == 1 or config.network == "host":  # One alone listens at no port.
         return contextlib.nullcontext()
     try:
         if downloads(task.data):
             raise OSError(f"data={task.data!r} may have to be downloaded")
         return contextlib.closing(open_private_network())
     except OSError as error:
-        text = (
-            "TensorFlow listens on all network interfaces of this machine, and authenticates "
-            "nobody: whoever reaches a worker's port has the rights of this process (SECURITY.md). "
-            f"The workers have no network of their own: {error.strerror or error}."
+        reason = error.strerror or error
+    if config.network == "private":
+        raise ConfigurationError(
+            f"Expected a network of the workers' own for network='private'. Received: {reason}. "
+            "Use network='host' on a machine that only you use, or whose firewall protects it."
         )
+    text = (
+        "TensorFlow listens on all network interfaces of this machine, and authenticates "
+        "nobody: whoever reaches a worker's port has the rights of this process (SECURITY.md). "
+        f"The workers have no network of their own: {reason}."
+    )
     if task.log_format == "json":
         text = json_line("notice", text, severity="WARNING")
     print(text, file=DroppingStream(sys.stderr), flush=True)

@@ -126,6 +126,21 @@ def test_one_worker_alone_needs_none(networks, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_network_of_the_machine_is_used_where_it_is_asked_for(networks, capsys):
+    assert launch.main(["--workers", "2", "--network", "host"]) == 0
+    assert networks == [None]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_private_network_that_is_asked_for_and_not_there_is_78(networks, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "open_private_network", refuse)
+    assert launch.main(["--workers", "2", "--network", "private"]) == 78
+    assert networks == []
+    line = capsys.readouterr().err
+    assert "Received: Operation not permitted. Use network='host'" in line
+    assert "(--network)" in line
+
+
 def test_another_system_than_linux_has_none(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(OSError, match="only Linux has network namespaces"):
