@@ -195,7 +195,7 @@ class Replicas:
             flags = (name, devices, json.dumps(arguments), outputs[-1])
             runs.append(self.command.start(*flags, stdin=subprocess.PIPE, stdout=None))
         try:
-            wait_for(lambda: all(output.exists() for output in outputs), *runs, seconds=600)
+            wait_for(lambda: all(output.exists() for output in outputs), *runs)
             return [json.loads(output.read_text()) for output in outputs]
         finally:  # Together, when all have what they reduced together.
             for run in runs:

@@ -220,7 +220,7 @@ def test_after_an_epoch_all_workers_hold_the_same_weights(launch, command, count
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy", "all_proxy"])
 def test_workers_reach_one_another_past_a_proxy(launch, command, variable):
     command.env |= {variable: "http://127.0.0.1:9", "no_proxy": "example.com"}
-    flags = ("--train-limit", 256, "--test-limit", 100, "--startup-timeout", 60)
+    flags = ("--train-limit", 256, "--test-limit", 100)
     done = launch("--workers", 2).run(*RUN, *flags)
     assert (done.returncode, done.stderr) == (0, "")
 

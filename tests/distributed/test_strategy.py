@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from support import assert_alike, assert_gradients_alike
+from support import TIMEOUT, assert_alike, assert_gradients_alike
 
 from trainer.data import pipeline
 from trainer.distributed import strategy
@@ -22,8 +22,8 @@ from trainer.training import loop
 
 
 def chosen(kind="auto", **options):
-    defaults = {"cluster": None, "gpus": None, "collectives": "tensorflow", "startup_timeout": 2}
-    return create(kind, **{**defaults, **options})
+    defaults = {"cluster": None, "gpus": None, "collectives": "tensorflow"}
+    return create(kind, **{**defaults, "startup_timeout": TIMEOUT, **options})
 
 
 @pytest.mark.parametrize(
