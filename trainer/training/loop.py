@@ -4,24 +4,22 @@
                   loss=keras.losses.categorical_crossentropy, metrics={}, epochs=10)
 
 It replaces ``model.fit``, because Keras 3's own does not run on several workers
-(https://github.com/keras-team/keras/issues/20585). Several steps run inside one call of a
-``tf.function``; the sums of each step are returned one by one and added up here in float64, so the
+(https://github.com/keras-team/keras/issues/20585). Several steps run inside one call
+(``execution``); the sums of each step are returned one by one and added up here in float64, so the
 number of steps in a call changes no result.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from trainer.distributed.collectives import Workers
 from trainer.distributed.replica_seeds import all_layers, separate_seeds
 from trainer.errors import NotFiniteError
 from trainer.runtime import keras, tf
+from trainer.training.execution import Execution
 from trainer.training.position import Position
-
-SECONDS_PER_CALL = 1.0  # Long enough to hide the overhead of a call, short enough for progress.
 
 _MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")  # of keras.losses.Loss
 
@@ -70,7 +68,8 @@ def fit(
         preprocess: Applied to ``(x, y)`` on the device, inside the step.
         forward: Called in place of ``model``, as ``forward(x, training=True)``, and equivalent to
             it; None: ``model`` itself.
-        jit_compile: Whether to compile the forward and backward pass of a step with XLA.
+        jit_compile: Whether to compile with XLA: all steps of a call as one program, where there is
+            one replica; where there are several, the forward and backward pass of a step.
         steps_per_execution: Number of steps in a call; None: as many as take about a second.
         callbacks: Keras callbacks. ``on_train_batch_begin`` and ``on_test_batch_begin`` are called
             once per call, with the number of its first step, counted from 0;
@@ -99,9 +98,11 @@ def fit(
     prepare = preprocess or (lambda x, y: (x, y))
     forward = forward or model
     dtype = _sums_dtype(model)
-    train_step = _train_step(model, forward, functions, prepare, dtype, jit_compile)
-    train = _compile(train_step, len(functions), dtype, strategy)
-    test = _compile(_test_step(forward, functions, prepare, dtype), len(functions), dtype, strategy)
+    whole = jit_compile and strategy.num_replicas_in_sync == 1
+    train_step = _train_step(model, forward, functions, prepare, dtype, jit_compile and not whole)
+    execute = {"values": 1 + len(functions), "dtype": dtype, "strategy": strategy}
+    train = Execution(train_step, **execute, jit_compile=whole)
+    test = Execution(_test_step(forward, functions, prepare, dtype), **execute, jit_compile=whole)
     position = position or Position()
     listeners = keras.callbacks.CallbackList(list(callbacks), model=model)
 
@@ -120,12 +121,10 @@ def fit(
         listeners.on_epoch_begin(position.epoch)
         where = f"in epoch {position.epoch + 1}"
         totals = _Totals(functions, position.totals)
-        for rows in _calls(
-            train,
+        for rows in train.calls(
             batches.skip(position.step),
-            strategy,
-            steps_per_execution,
-            clock,
+            steps_per_execution=steps_per_execution,
+            clock=clock,
             first=position.step,
             begin=listeners.on_train_batch_begin,
         ):
@@ -139,12 +138,10 @@ def fit(
             after_call(position)
         test_totals = _Totals(functions)
         listeners.on_test_begin()
-        for rows in _calls(
-            test,
+        for rows in test.calls(
             validation_data,
-            strategy,
-            steps_per_execution,
-            clock,
+            steps_per_execution=steps_per_execution,
+            clock=clock,
             begin=listeners.on_test_batch_begin,
         ):
             test_totals.add(rows, f"{where}'s evaluation")
@@ -188,8 +185,8 @@ def evaluate(
     dtype = _sums_dtype(model)
     step = _test_step(model, functions, preprocess or (lambda x, y: (x, y)), dtype)
     totals = _Totals(functions)
-    call = _compile(step, len(functions), dtype, strategy)
-    for rows in _calls(call, data, strategy, None):
+    execution = Execution(step, values=1 + len(functions), dtype=dtype, strategy=strategy)
+    for rows in execution.calls(data, steps_per_execution=None):
         totals.add(rows, "in the evaluation")
     return totals.means()
 
@@ -346,85 +343,6 @@ def _sums(
             )
         values.append(weight * tf.cast(value, dtype))
     return tf.stack([tf.reduce_sum(value) for value in (weight, *values)])
-
-
-def _compile(
-    step: Callable[..., tf.Tensor],
-    functions: int,
-    dtype: str,
-    strategy: tf.distribute.Strategy,
-) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
-    """Compiles several steps into one ``tf.function``, which returns their sums, one row a step.
-
-    Every replica is given whole batches and takes its slice of them.
-    ``strategy.distribute_datasets_from_function``, which Keras uses, ends each epoch with iterators
-    whose autotuning, which no option switches off, can take seconds (TensorFlow 2.21).
-    """
-    replicas, workers = strategy.num_replicas_in_sync, Workers(strategy)
-
-    def of_replica(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
-        number = tf.distribute.get_replica_context().replica_id_in_sync_group
-
-        def own(rows: tf.Tensor) -> tf.Tensor:
-            size = rows.shape[0] // replicas
-            return tf.reshape(rows, (replicas, size, *rows.shape[1:]))[number]
-
-        # With the number of real examples in the global batch: a slice may be padding alone.
-        return step(own(x), own(y), own(sample_weight), tf.reduce_sum(sample_weight))
-
-    # Written out as a tf.while_loop, because AutoGraph does not convert a "for" on Python 3.13
-    # (TensorFlow 2.21).
-    @tf.function(autograph=False)
-    def call(iterator: tf.distribute.DistributedIterator, steps: tf.Tensor) -> tf.Tensor:
-        def one(number: tf.Tensor, rows: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
-            sums = strategy.run(of_replica, args=iterator.get_next())
-            here = strategy.experimental_local_results(sums)
-            return number + 1, rows.write(number, tf.add_n(here))
-
-        rows = tf.TensorArray(dtype, steps, element_shape=(1 + functions,))
-        _, rows = tf.while_loop(lambda number, rows: number < steps, one, (0, rows))
-        return workers.sum(rows.stack())
-
-    return call
-
-
-def _calls(
-    call: Callable[[Iterator, tf.Tensor], tf.Tensor],
-    data: tf.data.Dataset,
-    strategy: tf.distribute.Strategy,
-    steps_per_execution: int | None,
-    clock: Callable[[], float] = time.perf_counter,
-    *,
-    first: int = 0,
-    begin: Callable[[int], object] = lambda number: None,
-) -> Iterator[np.ndarray]:
-    """Iterates over a data set once; yields the sums of each call's steps, (steps, 1 + functions).
-    Before each call, ``begin`` is called with the number of its first step, counted from ``first``.
-
-    Raises:
-        ValueError: The cardinality of the data set is not known.
-    """
-    remaining = int(data.cardinality())
-    end = first + remaining
-    if remaining < 0:
-        raise ValueError(f"Expected a data set of known cardinality. Received: {remaining}.")
-    with tf.device("CPU:0"):
-        iterator = iter(data)
-    workers = Workers(strategy)
-    steps = steps_per_execution or 1
-    while remaining:
-        # The clocks of workers differ, and all must run the same number of steps.
-        steps = min(workers.first(steps), remaining)
-        begin(end - remaining)
-        start = clock()
-        rows = call(iterator, tf.constant(steps)).numpy()
-        seconds = clock() - start
-        yield rows
-        remaining -= steps
-        if steps_per_execution is None:
-            # At most twice as many: the first call also compiles, and tells nothing of the next.
-            fitting = SECONDS_PER_CALL * steps / max(seconds, 1e-6)
-            steps = max(1, min(2 * steps, round(fitting)))
 
 
 class _Totals:

@@ -1,0 +1,228 @@
+"""How a loop's steps are executed: several of them in one call of a compiled function.
+
+    execution = Execution(step, values=2, dtype="float32", strategy=strategy, jit_compile=False)
+    for rows in execution.calls(batches, steps_per_execution=None):     # (steps, 2) a call
+        ...
+
+The values of each step are returned one by one, so the number of steps in a call changes no result.
+With ``jit_compile`` and one replica a call is a single program of XLA: the batches of many steps go
+in together, the values of the steps come out, and nothing is launched by the host in between.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.distributed.collectives import Workers
+from trainer.runtime import tf
+
+SECONDS_PER_CALL = 1.0  # Long enough to hide the overhead of a call, short enough for progress.
+CHUNK_BYTES = 64 * 2**20  # Of the batches that a program is given at once.
+
+# (x, y, sample_weight, the number of real examples in the global batch) -> values (n,)
+Step = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+class Execution:
+    """Executes a step on each batch of a data set.
+
+    Args:
+        step: Called in the replica context, with a slice of a batch.
+        values: How many values it returns.
+        dtype: Their dtype.
+        strategy: Splits each batch, which is a global one, among its replicas.
+        jit_compile: Whether to compile all steps of a call into one program of XLA. Only for a
+            strategy of one replica: between the steps of several these all-reduce.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        *,
+        values: int,
+        dtype: str,
+        strategy: tf.distribute.Strategy,
+        jit_compile: bool = False,
+    ) -> None:
+        self.strategy = strategy
+        self.workers = Workers(strategy)
+        self._source: Callable[[tf.data.Dataset, int], _Batches | _Chunks]
+        if not jit_compile:
+            steps = _compile_steps(step, values, dtype, strategy)
+            self._source = functools.partial(_Batches, steps)
+            return
+        if strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                "Expected one replica for a program of several steps. Received: "
+                f"{strategy.num_replicas_in_sync}. Use jit_compile=False."
+            )
+        self._source = functools.partial(_Chunks, _compile_program(step, values, dtype))
+
+    def calls(
+        self,
+        data: tf.data.Dataset,
+        *,
+        steps_per_execution: int | None,
+        clock: Callable[[], float] = time.perf_counter,
+        first: int = 0,
+        begin: Callable[[int], object] = lambda number: None,
+    ) -> Iterator[np.ndarray]:
+        """Iterates over a data set once; yields the values of each call's steps, (steps, values).
+
+        Args:
+            data: Batches ``(x, y, sample_weight)``, all of the same shapes.
+            steps_per_execution: Number of steps in a call; None: as many as take about a second.
+            clock: Monotonic time in seconds.
+            first: Number of the first step in the epoch, counted from 0.
+            begin: Called before each call with the number of its first step.
+
+        Raises:
+            ValueError: The cardinality of the data set is not known.
+        """
+        remaining = int(data.cardinality())
+        end = first + remaining
+        if remaining < 0:
+            raise ValueError(f"Expected a data set of known cardinality. Received: {remaining}.")
+        source = self._source(data, end)
+        steps = steps_per_execution or 1
+        while remaining:
+            # The clocks of workers differ, and all must run the same number of steps.
+            steps = min(self.workers.first(steps), remaining)
+            begin(end - remaining)
+            start = clock()
+            rows = source.run(steps)
+            seconds = clock() - start
+            yield rows
+            remaining -= len(rows)
+            if steps_per_execution is None:
+                # At most twice as many: the first call also compiles, and tells nothing of the
+                # next.
+                fitting = SECONDS_PER_CALL * len(rows) / max(seconds, 1e-6)
+                steps = max(1, min(2 * steps, round(fitting)))
+
+
+class _Batches:
+    """Gives the calls an iterator, from which each step takes its batch."""
+
+    def __init__(
+        self, call: Callable[[Iterator, tf.Tensor], tf.Tensor], data: tf.data.Dataset, epoch: int
+    ) -> None:
+        self.call = call
+        with tf.device("CPU:0"):
+            self.iterator = iter(data)
+
+    def run(self, steps: int) -> np.ndarray:
+        """Runs the steps; returns their values."""
+        return self.call(self.iterator, tf.constant(steps)).numpy()
+
+
+class _Chunk(NamedTuple):
+    """The batches of several steps, each component (capacity, ...); the last ones may be unused."""
+
+    x: tf.Tensor
+    y: tf.Tensor
+    sample_weight: tf.Tensor
+
+
+Program = Callable[[_Chunk, tf.Tensor, tf.Tensor], tf.Tensor]  # From a step on, so many.
+
+
+class _Chunks:
+    """Gives the calls the batches of as many steps as fit in ``CHUNK_BYTES``, always of the same
+    shape, so that the program is compiled once: those of a whole epoch where they are row numbers.
+
+    Args:
+        call: The program.
+        data: The batches that remain of an epoch.
+        epoch: Number of all its batches.
+    """
+
+    def __init__(self, call: Program, data: tf.data.Dataset, epoch: int) -> None:
+        self.call = call
+        size = sum(
+            spec.dtype.size * spec.shape.num_elements()
+            for spec in tf.nest.flatten(data.element_spec)
+        )
+        self.capacity = max(1, min(epoch, CHUNK_BYTES // max(size, 1)))
+        with tf.device("CPU:0"):
+            self.iterator = iter(data.batch(self.capacity))
+        self.chunk: _Chunk
+        self.first = self.filled = 0
+
+    def run(self, steps: int) -> np.ndarray:
+        """Runs the steps, or as many as are left in the chunk; returns their values."""
+        if self.first == self.filled:
+            with tf.device("CPU:0"):
+                self._next()
+        steps = min(steps, self.filled - self.first)
+        rows = self.call(self.chunk, tf.constant(self.first), tf.constant(steps)).numpy()
+        self.first += steps
+        return rows[:steps]
+
+    def _next(self) -> None:
+        chunk = next(self.iterator)
+        self.first, self.filled = 0, int(chunk[2].shape[0])
+        missing = self.capacity - self.filled
+
+        def fill(batches: tf.Tensor) -> tf.Tensor:
+            return tf.pad(batches, [[0, missing], *[[0, 0]] * (len(batches.shape) - 1)])
+
+        self.chunk = _Chunk(*(tf.nest.map_structure(fill, part) for part in chunk))
+
+
+def _compile_steps(
+    step: Step, values: int, dtype: str, strategy: tf.distribute.Strategy
+) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
+    """Compiles several steps into one ``tf.function``, which returns their values, one row a step.
+
+    Every replica is given whole batches and takes its slice of them.
+    ``strategy.distribute_datasets_from_function``, which Keras uses, ends each epoch with iterators
+    whose autotuning, which no option switches off, can take seconds (TensorFlow 2.21).
+    """
+    replicas, workers = strategy.num_replicas_in_sync, Workers(strategy)
+
+    def of_replica(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
+        number = tf.distribute.get_replica_context().replica_id_in_sync_group
+
+        def own(rows: tf.Tensor) -> tf.Tensor:
+            size = rows.shape[0] // replicas
+            return tf.reshape(rows, (replicas, size, *rows.shape[1:]))[number]
+
+        # With the number of real examples in the global batch: a slice may be padding alone.
+        return step(own(x), own(y), own(sample_weight), tf.reduce_sum(sample_weight))
+
+    # Written out as a tf.while_loop, because AutoGraph does not convert a "for" on Python 3.13
+    # (TensorFlow 2.21).
+    @tf.function(autograph=False)
+    def call(iterator: tf.distribute.DistributedIterator, steps: tf.Tensor) -> tf.Tensor:
+        def one(number: tf.Tensor, rows: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+            sums = strategy.run(of_replica, args=iterator.get_next())
+            here = strategy.experimental_local_results(sums)
+            return number + 1, rows.write(number, tf.add_n(here))
+
+        rows = tf.TensorArray(dtype, steps, element_shape=(values,))
+        _, rows = tf.while_loop(lambda number, rows: number < steps, one, (0, rows))
+        return workers.sum(rows.stack())
+
+    return call
+
+
+def _compile_program(step: Step, values: int, dtype: str) -> Program:
+    """Compiles several steps into one program of XLA, whose number is known when it runs."""
+
+    @tf.function(autograph=False, jit_compile=True)
+    def call(chunk: _Chunk, first: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+        def one(number: tf.Tensor, rows: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+            x, y, sample_weight = tf.nest.map_structure(lambda part: part[first + number], chunk)
+            return number + 1, rows.write(
+                number, step(x, y, sample_weight, tf.reduce_sum(sample_weight))
+            )
+
+        rows = tf.TensorArray(dtype, chunk.sample_weight.shape[0], element_shape=(values,))
+        _, rows = tf.while_loop(lambda number, rows: number < steps, one, (0, rows))
+        return rows.stack()
+
+    return call
