@@ -65,30 +65,58 @@ def test_a_test_set_smaller_than_a_batch_is_one_batch():
     assert numbers[weights == 1].tolist() == list(range(5))
 
 
-def augmented(seed=0, epoch=0):
-    """The seeds that the batches of an epoch are augmented by."""
+def augmented(seed=0, epoch=0, batch_size=32):
+    """What the images of an epoch are augmented by, in the order of the data set."""
     x, y = numbered(100)
     batches = pipeline.train_batches(
-        x,
-        y,
-        batch_size=32,
-        seed=seed,
-        epoch=epoch,
-        augment=lambda x, seed: tf.broadcast_to(seed, (32, 2)),
+        x, y, batch_size=batch_size, seed=seed, epoch=epoch, augment=lambda x, drawn: drawn
     )
-    assert batches.cardinality() == 4
     assert all(None not in spec.shape for spec in batches.element_spec)
-    return batches, [tuple(x[0].numpy().tolist()) for x, _, _ in batches]
+    drawn = np.concatenate([x.numpy() for x, _, _ in batches])
+    numbers, weights = rows(batches)
+    assert (
+        numbers.tolist()
+        == rows(train(100, batch_size=batch_size, seed=seed, epoch=epoch))[0].tolist()
+    )
+    return drawn[weights == 1][np.argsort(numbers[weights == 1])]
 
 
-def test_each_batch_is_augmented_by_a_seed_of_its_own():
-    batches, seeds = augmented()
-    assert len(set(seeds)) == 4
-    assert augmented()[1] == seeds
-    assert not set(seeds) & {*augmented(epoch=1)[1], *augmented(seed=1)[1]}
-    # A run that is resumed goes on with the same, and the order of the examples is as without.
-    assert [tuple(x[0].numpy().tolist()) for x, _, _ in batches.skip(2)] == seeds[2:]
-    assert rows(batches)[0].tolist() == rows(train(100, batch_size=32))[0].tolist()
+def test_each_image_is_augmented_by_what_is_drawn_for_it():
+    drawn = augmented()
+    np.testing.assert_array_equal(drawn, augment.draw(100, 0, 0))
+    np.testing.assert_array_equal(augmented(batch_size=7), drawn)
+    np.testing.assert_array_equal(augmented(seed=1), augment.draw(100, 1, 0))
+    np.testing.assert_array_equal(augmented(epoch=1), augment.draw(100, 0, 1))
+
+
+@pytest.mark.parametrize("kind", [None, augment.warp])
+def test_what_is_gathered_on_the_device_is_what_the_host_sends(mnist, kind):
+    few = mnist.first(50, 20)
+    strategy = tf.distribute.get_strategy()
+    host, device = (
+        pipeline.put_on_devices(few, strategy=where, preprocess=lambda x, y: (x, y), augment=kind)
+        for where in (None, strategy)
+    )
+    for there, here in (
+        (
+            pipeline.train_batches(
+                *device.train, batch_size=16, seed=0, epoch=1, augment=device.augment
+            ),
+            pipeline.train_batches(
+                *host.train, batch_size=16, seed=0, epoch=1, augment=host.augment
+            ),
+        ),
+        (
+            pipeline.test_batches(*device.test, batch_size=16),
+            pipeline.test_batches(*host.test, batch_size=16),
+        ),
+    ):
+        for (x, y, weight), (expected_x, expected_y, same) in zip(there, here, strict=True):
+            x, y = device.preprocess(x, y)
+            real = same.numpy() == 1  # Padding is row 0 of each.
+            np.testing.assert_array_equal(x[real], expected_x[real])
+            np.testing.assert_array_equal(y[real], expected_y[real])
+            np.testing.assert_array_equal(weight, same)
 
 
 def test_the_arrays_are_not_copied(mnist):

@@ -12,16 +12,18 @@ so there is no shuffle buffer and no cache. ``bench/pipeline.py`` compares this 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from trainer.data.augment import draw
 from trainer.data.dataset import Digits
 from trainer.data.order import epoch_order
 from trainer.machine import ALIGNMENT
 from trainer.runtime import tf
 
 Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
-Augment = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+Augment = Callable[[tf.Tensor, tf.Tensor], Any]
 
 
 def train_batches(
@@ -41,27 +43,17 @@ def train_batches(
         batch_size: Rows in a batch.
         seed: Seed of the order.
         epoch: Number of the epoch, counted from 0.
-        augment: Called with the inputs of each batch and a seed, int32 (2,), that no other batch
-            has; returns inputs of the same shape.
+        augment: Called with the inputs of each batch and their rows of ``augment.draw``; what it
+            returns takes the place of the inputs.
 
     Returns:
         ceil(n / batch_size) batches ``(x, y, sample_weight)`` of shapes (batch_size, ...),
         (batch_size,) and float32 (batch_size,).
     """
-    batches = _batches(x, y, batch_size, epoch_order(len(x), seed, epoch))
+    order = epoch_order(len(x), seed, epoch)
     if augment is None:
-        return batches
-    words = np.random.SeedSequence((seed, epoch, 1)).generate_state(2 * int(batches.cardinality()))
-    seeds = tf.data.Dataset.from_tensor_slices(words.astype(np.int32).reshape(-1, 2))
-
-    def augmented(batch: tuple[tf.Tensor, ...], seed: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return augment(batch[0], seed), *batch[1:]
-
-    return (
-        tf.data.Dataset.zip(batches, seeds)
-        .map(augmented, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .prefetch(tf.data.AUTOTUNE)
-    )
+        return _batches(x, y, batch_size, order)
+    return _batches(x, y, batch_size, order, augment, draw(len(x), seed, epoch))
 
 
 def test_batches(x: np.ndarray, y: np.ndarray, *, batch_size: int) -> tf.data.Dataset:
@@ -102,10 +94,10 @@ def put_on_devices(
         digits: The data.
         strategy: The strategy whose devices receive it; None: the images stay in host memory.
         preprocess: Applied to the images and labels of a batch.
-        augment: Applied to training images on the host, so that with it they stay there, too.
+        augment: Applied to training images, as in ``train_batches``.
     """
     train, test = (digits.x_train, digits.y_train), (digits.x_test, digits.y_test)
-    if strategy is None or augment:
+    if strategy is None:
         return DeviceDataset(train, test, preprocess, augment)
     with strategy.scope():
         images, labels = (
@@ -113,15 +105,29 @@ def put_on_devices(
             for parts in zip(train, test, strict=True)
         )
 
-    def gather(numbers: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return preprocess(tf.gather(images, numbers), tf.gather(labels, numbers))
+    def gather(numbers: Any, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        if augment and isinstance(numbers, tuple):
+            numbers, drawn = numbers
+            x = augment(tf.gather(images, numbers), drawn)
+        else:
+            x = tf.gather(images, numbers)
+        return preprocess(x, tf.gather(labels, numbers))
 
     numbers = np.arange(len(digits.x_train) + len(digits.x_test), dtype=np.int32)
     first, last = np.split(numbers, [len(digits.x_train)])
-    return DeviceDataset((first, first), (last, last), gather, None)
+    # What is drawn goes to the device beside the row numbers.
+    pair = (lambda numbers, drawn: (numbers, drawn)) if augment else None
+    return DeviceDataset((first, first), (last, last), gather, pair)
 
 
-def _batches(x: np.ndarray, y: np.ndarray, batch_size: int, order: np.ndarray) -> tf.data.Dataset:
+def _batches(
+    x: np.ndarray,
+    y: np.ndarray,
+    batch_size: int,
+    order: np.ndarray,
+    augment: Augment | None = None,
+    drawn: np.ndarray | None = None,
+) -> tf.data.Dataset:
     steps = -(-len(order) // batch_size)
     rows = np.zeros(steps * batch_size, np.int32)
     rows[: len(order)] = order
@@ -131,9 +137,13 @@ def _batches(x: np.ndarray, y: np.ndarray, batch_size: int, order: np.ndarray) -
     # the host, where tf.data runs.
     with tf.device("CPU:0"):
         x, y = _tensor(x), _tensor(y)
+        drawn = drawn if drawn is None else _tensor(drawn)
 
-    def gather(rows: tf.Tensor, sample_weight: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return tf.gather(x, rows), tf.gather(y, rows), sample_weight
+    def gather(rows: tf.Tensor, sample_weight: tf.Tensor) -> tuple[Any, ...]:
+        inputs = tf.gather(x, rows)
+        if augment:
+            inputs = augment(inputs, tf.gather(drawn, rows))
+        return inputs, tf.gather(y, rows), sample_weight
 
     # Both with TensorFlow 2.21: the default graph rewrites gain nothing here and copy the arrays;
     # the autotuning thread can delay the end of an epoch by 5 to 60 seconds.

@@ -192,7 +192,8 @@ def _compile_steps(
             return tf.reshape(rows, (replicas, size, *rows.shape[1:]))[number]
 
         # With the number of real examples in the global batch: a slice may be padding alone.
-        return step(own(x), own(y), own(sample_weight), tf.reduce_sum(sample_weight))
+        own_x, own_y, own_weight = tf.nest.map_structure(own, (x, y, sample_weight))
+        return step(own_x, own_y, own_weight, tf.reduce_sum(sample_weight))
 
     # Written out as a tf.while_loop, because AutoGraph does not convert a "for" on Python 3.13
     # (TensorFlow 2.21).
