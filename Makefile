@@ -1,12 +1,14 @@
 # make train         trains: from a fresh clone to mnist.h5 in one command. ARGS="--epochs 2" adds flags
 # make test          the tests, in five minutes or so on two cores. ARGS="-k checkpoint" selects some
 # make test-full     the tests that take longer
+# make test-gpu      the tests that need a GPU, in five minutes or so; make test runs them, too
 # make test-cluster  the manifests, on the cluster of KUBECONFIG with the image loaded into it
 # make chaos         runs with one fault each, ten minutes of them. ARGS="--minutes 60 --seed 7"
 # make lint          rules and format (ruff), types (mypy), imports between layers (import-linter), hadolint
 # make format        applies ruff's fixes and format
 # make docs          the documentation, as HTML in build/docs; a warning is an error
 # make bench         measurements, some hours of them. ARGS="step --repeats 3" selects a part
+# make bench-gpu     the same on a GPU, in six minutes or so. ARGS=--smoke tries it on a CPU
 # make notebook      executes digitclassification-model.ipynb and stores its outputs
 # make image         the container image. TARGET=cpu|gpu|tpu; IMAGE_BUILD="buildah bud" instead of docker
 # make lock          updates docker/requirements-*.txt, the exact versions inside the image
@@ -28,7 +30,7 @@ IMAGE ?= digits-trainer:$(VERSION)$(if $(filter-out cpu,$(TARGET)),-$(TARGET))
 IMAGE_BUILD ?= docker build
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)
 
-.PHONY: train test test-full test-cluster chaos lint format docs bench notebook image lock manifests clean
+.PHONY: train test test-full test-gpu test-cluster chaos lint format docs bench bench-gpu notebook image lock manifests clean
 
 train: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m trainer.task $(ARGS)
@@ -39,6 +41,9 @@ test: $(VENV)/.installed-$(EXTRA),test
 
 test-full: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) -m pytest -n 2 --dist worksteal --durations=10 -m full $(ARGS)
+
+test-gpu: $(VENV)/.installed-$(EXTRA),test
+	$(RUN) -m pytest tests/gpu --durations=10 $(ARGS)
 
 test-cluster: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) -m pytest tests/cluster --durations=10 $(ARGS)
@@ -92,6 +97,9 @@ bench: $(VENV)/.installed-$(EXTRA)
 	$(RUN) bench/pipeline.py
 	$(RUN) bench/checkpoint.py
 	$(RUN) bench/compare.py $(ARGS)
+
+bench-gpu: $(VENV)/.installed-$(EXTRA)
+	$(RUN) bench/gpu.py $(ARGS)
 
 notebook: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) tests/execute_notebook.py

@@ -2,20 +2,53 @@
 
 import fcntl
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support import TIMEOUT, Command, Replicas
 
 # The tests are about CPUs, also in the processes that they start, whatever GPUs the environment
-# names.
+# names; but for those that are marked with gpu.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 
 def pytest_collection_modifyitems(items):
-    """Begins with the modules of the longest tests, lest one of those be alone at the end."""
+    """Skips what needs a GPU where TensorFlow sees none; and begins with the modules of the longest
+    tests, lest one of those be alone at the end.
+    """
+    if marked := [item for item in items if item.get_closest_marker("gpu")]:
+        reason = _missing_gpu()
+        for item in marked if reason else ():
+            item.add_marker(pytest.mark.skip(reason=reason))
     first = ("test_workers.py", "test_local.py", "test_strategy.py")
     items.sort(key=lambda item: item.path.name not in first)
+
+
+def _missing_gpu() -> str:
+    """Returns why the tests for GPUs cannot run here; empty where they can."""
+    if not Path("/dev/nvidia0").exists() and not Path("/dev/dxg").exists():  # of Linux, of WSL
+        return "needs a GPU: there is no NVIDIA device here"
+    program = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=_with_gpus(os.environ), capture_output=True, text=True
+    )
+    return "" if done.stdout.strip() not in ("", "0") else "needs a GPU: TensorFlow sees none"
+
+
+def _with_gpus(environ):
+    hidden = {name: value for name, value in environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return hidden if GPUS is None else {**hidden, "CUDA_VISIBLE_DEVICES": GPUS}
+
+
+@pytest.fixture
+def gpu_command(command):
+    """``command`` on the GPUs of this machine."""
+    command.env = _with_gpus(command.env)
+    return command
 
 
 @pytest.fixture

@@ -119,6 +119,23 @@ def test_what_is_gathered_on_the_device_is_what_the_host_sends(mnist, kind):
             np.testing.assert_array_equal(weight, same)
 
 
+@pytest.mark.parametrize("full", ["Variable", "zeros"])
+def test_a_device_without_room_for_the_images_gets_them_batch_by_batch(mnist, monkeypatch, full):
+    def exhausted(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
+
+    few = mnist.first(50, 20)
+    monkeypatch.setattr(pipeline.tf, full, exhausted)
+    data = pipeline.put_on_devices(
+        few,
+        strategy=tf.distribute.get_strategy(),
+        preprocess=lambda x, y: (x, y),
+        augment=augment.warp,
+    )
+    assert data.train[0] is few.x_train
+    assert data.augment is augment.warp
+
+
 def test_the_arrays_are_not_copied(mnist):
     x, y = mnist.x_test.copy(), mnist.y_test
     x = Digits(x, y, x, y).x_train

@@ -59,6 +59,22 @@ def test_why_no_gpu_is_seen_is_said(cuda, nvidia, remedy, monkeypatch):
         assert remedy in reason
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Physical devices cannot be modified after being initialized"),
+        ValueError("Cannot set memory growth on device when virtual devices configured"),
+    ],
+)
+def test_a_gpu_that_the_caller_has_set_up_stays_so(monkeypatch, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU"])
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", refuse)
+    assert chosen().reason == "one device: GPU 0 of 1"
+
+
 TWO = Cluster(("a:1", "b:2"), 0)
 
 

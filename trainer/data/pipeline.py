@@ -87,8 +87,9 @@ def put_on_devices(
     preprocess: Preprocess,
     augment: Augment | None,
 ) -> DeviceDataset:
-    """Copies images and labels once to every device of a strategy. The step then gathers its
-    batches there, and the host sends only their row numbers, a few hundred bytes.
+    """Copies images and labels once to every device of a strategy, if at least as much of its
+    memory stays free. The step then gathers its batches there, and the host sends only their row
+    numbers, a few hundred bytes. Where there is less memory, the images stay on the host.
 
     Args:
         digits: The data.
@@ -97,13 +98,10 @@ def put_on_devices(
         augment: Applied to training images, as in ``train_batches``.
     """
     train, test = (digits.x_train, digits.y_train), (digits.x_test, digits.y_test)
-    if strategy is None:
+    placed = _place(train, test, strategy) if strategy else None
+    if placed is None:
         return DeviceDataset(train, test, preprocess, augment)
-    with strategy.scope():
-        images, labels = (
-            tf.Variable(np.concatenate(parts), trainable=False)
-            for parts in zip(train, test, strict=True)
-        )
+    images, labels = placed
 
     def gather(numbers: Any, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         if augment and isinstance(numbers, tuple):
@@ -118,6 +116,24 @@ def put_on_devices(
     # What is drawn goes to the device beside the row numbers.
     pair = (lambda numbers, drawn: (numbers, drawn)) if augment else None
     return DeviceDataset((first, first), (last, last), gather, pair)
+
+
+def _place(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    strategy: tf.distribute.Strategy,
+) -> tuple[tf.Variable, tf.Variable] | None:
+    """Returns all inputs and all labels on every device of a strategy; None where that does not
+    leave as much memory as it takes, for the training itself.
+    """
+    x, y = (np.concatenate(parts) for parts in zip(train, test, strict=True))
+    try:
+        with strategy.scope():
+            placed = tf.Variable(x, trainable=False), tf.Variable(y, trainable=False)
+        tf.zeros((x.nbytes,), tf.uint8)
+    except tf.errors.ResourceExhaustedError:
+        return None
+    return placed
 
 
 def _batches(

@@ -190,8 +190,8 @@ def _configure_gpus(count: int | None) -> list:
     for gpu in seen:
         try:
             tf.config.experimental.set_memory_growth(gpu, True)
-        except RuntimeError:
-            break  # TensorFlow is running already, with the setting of who started it.
+        except (RuntimeError, ValueError):
+            break  # TensorFlow is running already, or whoever called has set a limit of memory.
     return seen
 
 
