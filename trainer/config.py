@@ -161,8 +161,9 @@ class TrainConfig:
     weights, and mnist.h5, are float32."""
 
     jit_compile: bool = False
-    """Compile the step with XLA, for GPUs. (On CPUs its
-    convolutions take thirty times as long.)"""
+    """Compile with XLA, for GPUs: on one device all steps
+    of a call into one program. (On CPUs its convolutions
+    take thirty times as long.)"""
 
     steps_per_execution: int | None = dataclasses.field(default=None, metadata=MAY_DIFFER)
     """Steps in one call of the compiled function. None:
