@@ -213,7 +213,9 @@ def _check_model(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
     halves = [
         layer.name
         for layer in all_layers(model)
-        if layer.compute_dtype == "float16" and not getattr(layer, "layers", None)
+        if layer.compute_dtype == "float16"
+        and not getattr(layer, "layers", None)
+        and not isinstance(layer, keras.layers.InputLayer)
     ]
     if halves and not scales and not optimizer.loss_scale_factor:
         raise ValueError(
