@@ -5,7 +5,7 @@
         ...
 
 The values of each step are returned one by one, so the number of steps in a call changes no result.
-With ``jit_compile`` and one replica a call is a single program of XLA: the batches of many steps go
+With ``jit_compile``, on one device, a call is a single program of XLA: the batches of many steps go
 in together, the values of the steps come out, and nothing is launched by the host in between.
 """
 
@@ -34,8 +34,12 @@ class Execution:
         values: How many values it returns.
         dtype: Their dtype.
         strategy: Splits each batch, which is a global one, among its replicas.
-        jit_compile: Whether to compile all steps of a call into one program of XLA. Only for a
-            strategy of one replica: between the steps of several these all-reduce.
+        jit_compile: Whether to compile all steps of a call into one program of XLA. Only under
+            TensorFlow's default strategy: those of others all-reduce between the steps, or place
+            variables elsewhere.
+
+    Raises:
+        ValueError: It is to be compiled, and the strategy is another one.
     """
 
     def __init__(
@@ -54,10 +58,10 @@ class Execution:
             steps = _compile_steps(step, values, dtype, strategy)
             self._source = functools.partial(_Batches, steps)
             return
-        if strategy.num_replicas_in_sync > 1:
+        if strategy is not tf.distribute.get_strategy():
             raise ValueError(
-                "Expected one replica for a program of several steps. Received: "
-                f"{strategy.num_replicas_in_sync}. Use jit_compile=False."
+                "Expected the default strategy for a program of several steps. Received: "
+                f"{type(strategy).__name__}. Use jit_compile=False."
             )
         self._source = functools.partial(_Chunks, _compile_program(step, values, dtype))
 

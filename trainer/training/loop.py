@@ -68,8 +68,8 @@ def fit(
         preprocess: Applied to ``(x, y)`` on the device, inside the step.
         forward: Called in place of ``model``, as ``forward(x, training=True)``, and equivalent to
             it; None: ``model`` itself.
-        jit_compile: Whether to compile with XLA: all steps of a call as one program, where there is
-            one replica; where there are several, the forward and backward pass of a step.
+        jit_compile: Whether to compile with XLA: all steps of a call as one program, under
+            TensorFlow's default strategy; under others, the forward and backward pass of a step.
         steps_per_execution: Number of steps in a call; None: as many as take about a second.
         callbacks: Keras callbacks. ``on_train_batch_begin`` and ``on_test_batch_begin`` are called
             once per call, with the number of its first step, counted from 0;
@@ -98,7 +98,7 @@ def fit(
     prepare = preprocess or (lambda x, y: (x, y))
     forward = forward or model
     dtype = _sums_dtype(model)
-    whole = jit_compile and strategy.num_replicas_in_sync == 1
+    whole = jit_compile and strategy is tf.distribute.get_strategy()
     train_step = _train_step(model, forward, functions, prepare, dtype, jit_compile and not whole)
     execute = {"values": 1 + len(functions), "dtype": dtype, "strategy": strategy}
     train = Execution(train_step, **execute, jit_compile=whole)
