@@ -6,7 +6,7 @@ import string
 import pytest
 from support import fuzz
 
-from trainer.distributed.cluster import resolve, split_address
+from trainer.distributed.cluster import Cluster, resolve, split_address, worker_index
 from trainer.errors import ConfigurationError
 
 
@@ -278,3 +278,12 @@ def test_any_environment_describes_workers_or_is_refused_in_one_line(examples):
             assert resolve({"TF_CONFIG": cluster.tf_config}) == cluster
 
     fuzz(examples, resolve_or_refuse, environments)
+
+
+def test_a_worker_knows_its_number_without_the_secret():
+    tf_config = Cluster(("a:1", "b:2"), 1).tf_config
+    environ = {"TF_CONFIG": tf_config, "TRAINER_TOKEN_FILE": "/nowhere"}
+    assert worker_index(environ) == 1
+    with pytest.raises(ConfigurationError, match="TRAINER_TOKEN_FILE"):
+        resolve(environ)
+    assert worker_index({"TF_CONFIG": "{"}) == 0

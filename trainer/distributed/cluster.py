@@ -87,6 +87,12 @@ def resolve(environ: Mapping[str, str]) -> Cluster | None:
         ConfigurationError: The description is malformed, or the secret is missing; the message
             names the variable.
     """
+    cluster = _described(environ)
+    return cluster and dataclasses.replace(cluster, secret=read_secret(environ))
+
+
+def _described(environ: Mapping[str, str]) -> Cluster | None:
+    """Returns the workers, without the secret that they share."""
     if "TF_CONFIG" in environ:
         cluster = _from_tf_config(environ["TF_CONFIG"])
     elif "TRAINER_WORKERS" in environ:
@@ -98,13 +104,13 @@ def resolve(environ: Mapping[str, str]) -> Cluster | None:
         return None
     if cluster is None or len(cluster.workers) < 2:
         return None
-    return dataclasses.replace(cluster, secret=read_secret(environ))
+    return cluster
 
 
 def worker_index(environ: Mapping[str, str]) -> int:
     """Returns the number of this worker; 0 where it is alone, or the description is malformed."""
     try:
-        cluster = resolve(environ)
+        cluster = _described(environ)
     except ConfigurationError:
         return 0
     return cluster.index if cluster else 0
