@@ -101,16 +101,22 @@ def _wrong_backend(received: object) -> ConfigurationError:
     )
 
 
+def _check_keras_json() -> None:
+    path, _, fault = keras_json.read(os.environ)
+    if fault:
+        raise ConfigurationError(
+            "Expected a keras.json with which Keras and TensorFlow can be imported. Received: "
+            f"{path} {fault}. Correct or remove it."
+        )
+
+
 ONEDNN = _set_onednn()
 
 # Checked before Keras is imported, which fails where the packages of that backend are missing.
 if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
     raise _wrong_backend(f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}")
-if (file := keras_json.read(os.environ)).fault and "keras" not in sys.modules:
-    raise ConfigurationError(
-        "Expected a keras.json with which Keras and TensorFlow can be imported. Received: "
-        f"{file.path} {file.fault}. Correct or remove it."
-    )
+if "keras" not in sys.modules:
+    _check_keras_json()
 try:
     with _silent_import():
         import tensorflow as tf

@@ -51,8 +51,7 @@ class Execution:
         strategy: tf.distribute.Strategy,
         jit_compile: bool = False,
     ) -> None:
-        self.strategy = strategy
-        self.workers = Workers(strategy)
+        self._workers = Workers(strategy)
         self._source: Callable[[tf.data.Dataset, int], _Batches | _Chunks]
         if not jit_compile:
             steps = _compile_steps(step, values, dtype, strategy)
@@ -94,7 +93,7 @@ class Execution:
         steps = steps_per_execution or 1
         while remaining:
             # The clocks of workers differ, and all must run the same number of steps.
-            steps = min(self.workers.first(steps), remaining)
+            steps = min(self._workers.first(steps), remaining)
             begin(end - remaining)
             start = clock()
             rows = source.run(steps)
