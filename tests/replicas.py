@@ -181,6 +181,78 @@ def saved(chosen, *, examples, batch_size, folder):
     return artifacts.weights_sha256(model)
 
 
+OPTIMIZERS = {
+    "clipnorm": lambda: keras.optimizers.SGD(0.5, clipnorm=0.01),
+    "global_clipnorm": lambda: keras.optimizers.SGD(0.5, global_clipnorm=0.01),
+    "clipvalue": lambda: keras.optimizers.SGD(0.5, clipvalue=0.001),
+    "weight_decay": lambda: keras.optimizers.AdamW(0.1, weight_decay=0.1),
+    "accumulation": lambda: keras.optimizers.Adam(0.1, gradient_accumulation_steps=2),
+    "average": lambda: keras.optimizers.Adadelta(1.0, use_ema=True, ema_overwrite_frequency=2),
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.1, momentum=0.9), dynamic_growth_steps=2
+    ),
+    "scaled, not finite": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+}
+
+
+def optimized(chosen, *, jit_compile=False):
+    """In float64: the variables of a small network and of each optimizer after six steps."""
+    keras.config.set_dtype_policy("float64")
+    noise = np.random.default_rng(0)
+    x = noise.integers(1, 7, (24, 3)).astype("float64")
+    y = noise.normal(0, 1, (24, 1))
+    results = {}
+    for name, optimizer in OPTIMIZERS.items():
+        layers = keras.layers
+        with chosen.scope():
+            network = keras.Sequential(
+                [
+                    keras.Input((3,)),
+                    layers.Embedding(7, 2, embeddings_initializer=_normal(1)),  # Sparse gradients.
+                    layers.Flatten(),
+                    layers.Dense(1, kernel_initializer=_normal(2), kernel_constraint="max_norm"),
+                ]
+            )
+            network.compile(optimizer=optimizer(), loss="mean_squared_error")
+            network.optimizer.build(network.trainable_variables)
+        if name == "scaled, not finite":
+            # The square root's derivative, at the last example of the first batch alone: another
+            # replica than the first meets it.
+            embeddings = network.layers[0].embeddings
+            embeddings.assign(np.concatenate([np.zeros((1, 2)), embeddings.numpy()[1:]]))
+            x[3], y[3] = 0, 0
+        batches = tf.data.Dataset.from_tensor_slices((x, y, np.ones(24, "float32")))
+        batches = batches.batch(4, drop_remainder=True)
+        loop.fit(
+            network,
+            lambda epoch, batches=batches: batches,
+            batches,
+            strategy=chosen,
+            loss=_root_error if name == "scaled, not finite" else _squared_error,
+            metrics={},
+            epochs=1,
+            jit_compile=jit_compile,
+        )
+        variables = [*network.trainable_variables, *network.optimizer.variables]
+        results[name] = [
+            [np.ravel(copy).tolist() for copy in chosen.experimental_local_results(variable.value)]
+            for variable in variables
+        ]
+    return results
+
+
+def _normal(seed):
+    return keras.initializers.RandomNormal(seed=seed)
+
+
+def _squared_error(y, output):
+    return tf.reduce_mean((y - output) ** 2, axis=-1)
+
+
+def _root_error(y, output):
+    return tf.reduce_mean(tf.sqrt(tf.abs(y - output)), axis=-1)
+
+
 def exchanged(chosen):
     """What ``Workers`` passes on, and what replicas reduce: dense, sparse, of several types."""
     workers = Workers(chosen)

@@ -134,6 +134,7 @@ def test_a_device_without_room_for_the_images_gets_them_batch_by_batch(mnist, mo
     )
     assert data.train[0] is few.x_train
     assert data.augment is augment.warp
+    assert data.notice.startswith("The images (0 MiB) do not fit into the devices' memory")
 
 
 def test_the_arrays_are_not_copied(mnist):

@@ -11,7 +11,7 @@ import pytest
 from support import TIMEOUT, assert_alike, assert_gradients_alike
 
 from trainer.data import pipeline
-from trainer.distributed import strategy
+from trainer.distributed import replica_updates, strategy
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.collectives import Workers
 from trainer.distributed.strategy import bypass_proxy, check_batch_size, create, has_tpu
@@ -210,8 +210,13 @@ def test_the_step_can_be_compiled_for_a_device_with_static_shapes_only(mnist):
     network.compile(optimizer=keras.optimizers.Adadelta(1.0), loss="categorical_crossentropy")
     network.optimizer.build(network.trainable_variables)
     functions = {"loss": cnn.LOSS, **cnn.METRICS}
+    update = replica_updates.create(
+        network.optimizer, network.trainable_variables, tf.distribute.get_strategy()
+    )
     step = tf.function(
-        loop._train_step(network, network, functions, cnn.preprocess, "float32"),
+        loop._train_step(
+            network, network, functions, cnn.preprocess, "float32", update, jit_compile=False
+        ),
         jit_compile=True,
         autograph=False,
     )

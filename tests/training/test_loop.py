@@ -1,7 +1,5 @@
 """The oracle is Keras' own fit: on one worker it works, and must come to the same."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -202,14 +200,6 @@ def test_float16_without_loss_scaling_is_refused(mixed_float16):
     network = regression(keras.optimizers.SGD(0.1), auto_scale_loss=False)
     with pytest.raises(ValueError, match=r"Received: SGD and dense\w* in float16\. Use keras"):
         fit(network, *regression_data(), preprocess=None)
-
-
-def test_float16_on_several_replicas_is_refused(mixed_float16):
-    # Each would decide by its own gradients whether to skip an update.
-    several = SimpleNamespace(num_replicas_in_sync=2)
-    network = regression(keras.optimizers.SGD(0.1))
-    with pytest.raises(ValueError, match="Received: LossScaleOptimizer and 2 replicas"):
-        fit(network, *regression_data(), preprocess=None, strategy=several)
 
 
 def test_a_model_that_is_not_compiled_is_refused():

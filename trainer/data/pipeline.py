@@ -72,12 +72,14 @@ class DeviceDataset:
         test: Inputs and labels for ``test_batches``.
         preprocess: Applied to the ``(x, y)`` of a batch, on the device.
         augment: The argument of ``train_batches``.
+        notice: A sentence for the user, where the devices were to hold the data and cannot.
     """
 
     train: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
     preprocess: Preprocess
     augment: Augment | None
+    notice: str = ""
 
 
 def put_on_devices(
@@ -98,9 +100,16 @@ def put_on_devices(
         augment: Applied to training images, as in ``train_batches``.
     """
     train, test = (digits.x_train, digits.y_train), (digits.x_test, digits.y_test)
-    placed = _place(train, test, strategy) if strategy else None
-    if placed is None:
+    if strategy is None:
         return DeviceDataset(train, test, preprocess, augment)
+    placed = _place(train, test, strategy)
+    if placed is None:
+        size = sum(array.nbytes for array in (*train, *test)) / 2**20
+        notice = (
+            f"The images ({size:,.0f} MiB) do not fit into the devices' memory beside the "
+            "training: the host sends them batch by batch, with the same results in more time."
+        )
+        return DeviceDataset(train, test, preprocess, augment, notice)
     images, labels = placed
 
     def gather(numbers: Any, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from trainer.distributed import replica_updates
 from trainer.distributed.replica_seeds import all_layers, separate_seeds
+from trainer.distributed.replica_updates import Update
 from trainer.errors import NotFiniteError
 from trainer.runtime import keras, tf
 from trainer.training.execution import Execution
@@ -52,8 +54,8 @@ def fit(
     Args:
         model: Built, and compiled with its optimizer, in the strategy's scope. With layers that
             compute in float16 the optimizer must scale the loss, as ``compile`` sees to under the
-            policy mixed_float16, and the strategy have one replica. Of ``compile`` nothing else is
-            used: loss and metrics are the arguments here.
+            policy mixed_float16. Of ``compile`` nothing else is used: loss and metrics are the
+            arguments here.
         train_data: Returns the batches of an epoch, which is counted from 0: a data set of known
             cardinality with elements ``(x, y, sample_weight)``, all of the same shapes,
             sample_weight float32 (n,). Loss and metrics are means weighted by it, so class weights
@@ -69,7 +71,8 @@ def fit(
         forward: Called in place of ``model``, as ``forward(x, training=True)``, and equivalent to
             it; None: ``model`` itself.
         jit_compile: Whether to compile with XLA: all steps of a call as one program, under
-            TensorFlow's default strategy; under others, the forward and backward pass of a step.
+            TensorFlow's default strategy; under others, what lies before the sum of the gradients,
+            and what lies after it.
         steps_per_execution: Number of steps in a call; None: as many as take about a second.
         callbacks: Keras callbacks. ``on_train_batch_begin`` and ``on_test_batch_begin`` are called
             once per call, with the number of its first step, counted from 0;
@@ -92,14 +95,18 @@ def fit(
             shape than (n,).
         TypeError: A loss or metric is no function, or an object with another mean.
     """
-    _check_model(model, strategy)
+    _check_model(model)
     separate_seeds(model)
     functions = _functions(loss, metrics)
     prepare = preprocess or (lambda x, y: (x, y))
     forward = forward or model
     dtype = _sums_dtype(model)
     whole = jit_compile and strategy is tf.distribute.get_strategy()
-    train_step = _train_step(model, forward, functions, prepare, dtype, jit_compile and not whole)
+    compiled = jit_compile and not whole
+    update = replica_updates.create(
+        model.optimizer, model.trainable_variables, strategy, jit_compile=compiled
+    )
+    train_step = _train_step(model, forward, functions, prepare, dtype, update, compiled)
     execute = {"values": 1 + len(functions), "dtype": dtype, "strategy": strategy}
     train = Execution(train_step, **execute, jit_compile=whole)
     test = Execution(_test_step(forward, functions, prepare, dtype), **execute, jit_compile=whole)
@@ -191,7 +198,7 @@ def evaluate(
     return totals.means()
 
 
-def _check_model(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+def _check_model(model: keras.Model) -> None:
     """Raises ``ValueError`` for a model that would silently be trained otherwise than it says."""
     for name in ("train_step", "compute_loss"):
         if getattr(type(model), name) is not getattr(keras.Model, name):
@@ -204,12 +211,6 @@ def _check_model(model: keras.Model, strategy: tf.distribute.Strategy) -> None:
     if optimizer is None:
         raise ValueError("Expected a compiled model. Received: one without an optimizer.")
     scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    if scales and strategy.num_replicas_in_sync > 1:
-        # Each would judge by its own gradients whether they are finite, and skip the update alone.
-        raise ValueError(
-            "Expected an optimizer that all replicas apply alike. Received: LossScaleOptimizer and "
-            f"{strategy.num_replicas_in_sync} replicas. Use the policy mixed_bfloat16."
-        )
     halves = [
         layer.name
         for layer in all_layers(model)
@@ -284,12 +285,14 @@ def _train_step(
     functions: Mapping[str, PerExample],
     preprocess: Preprocess,
     dtype: str,
-    jit_compile: bool = False,
+    update: Update,
+    jit_compile: bool,
 ) -> Callable[..., tf.Tensor]:
     def gradients(
         x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         replica = tf.distribute.get_replica_context()
+        x, y = preprocess(x, y)
         with tf.GradientTape() as tape:
             sums = _sums(functions, y, forward(x, training=True), sample_weight, dtype)
             objective = sums[1] / tf.cast(examples, sums.dtype)
@@ -298,14 +301,14 @@ def _train_step(
             objective = model.optimizer.scale_loss(objective)  # As it is, for most optimizers.
         return sums, tape.gradient(objective, model.trainable_variables)
 
-    if jit_compile:  # Not the update: replicas synchronize there.
+    if jit_compile:  # What lies before the all-reduce; the update, after it, is another program.
         gradients = tf.function(gradients, jit_compile=True, autograph=False)
 
     def step(
         x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
     ) -> tf.Tensor:
-        sums, values = gradients(*preprocess(x, y), sample_weight, examples)
-        model.optimizer.apply(values, model.trainable_variables)
+        sums, values = gradients(x, y, sample_weight, examples)
+        update(values)
         return sums
 
     return step

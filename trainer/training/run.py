@@ -125,6 +125,7 @@ def train(
                 callbacks=[watcher, *session.callbacks(len(digits.x_train)), *callbacks],
                 begin=session.begin,
                 after_call=session.after_call,
+                notify=lambda text: watcher.say(text, "notice"),
             )
             images, labels = digits.x_test, digits.y_test
             del source, digits, data  # the training images, no longer needed
@@ -166,6 +167,7 @@ def fit(
     callbacks: Sequence["keras.callbacks.Callback"] = (),
     begin: "Callable[[keras.Model], Position] | None" = None,
     after_call: "Callable[[Position], None]" = lambda position: None,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> tuple["keras.Model", dict[str, list[float]]]:
     """Builds the model of a configuration and trains it; writes no file.
 
@@ -179,6 +181,7 @@ def fit(
         begin: Called with the model; returns the position to resume from. None: start from the
             beginning.
         after_call: As that of ``loop.fit``.
+        notify: Called with each sentence for the user.
 
     Returns:
         The compiled model, in float32, and its history as ``loop.fit`` returns it.
@@ -205,6 +208,8 @@ def fit(
         preprocess=cnn.preprocess,
         augment=augment.warp if config.augment == "affine" else None,
     )
+    if dataset.notice:
+        notify(dataset.notice)
     with step.step(model) as forward:
         history = loop.fit(
             model,
