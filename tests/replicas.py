@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+import keras_models
 import numpy as np
 from sessions import Session
 from support import HAS_FAST_STEP
@@ -25,7 +26,7 @@ from trainer.distributed.replica_seeds import separate_seeds
 from trainer.errors import StoppedError
 from trainer.models import cnn, fast_step
 from trainer.runtime import keras, tf
-from trainer.training import artifacts, loop, run
+from trainer.training import artifacts, fitting, loop, run
 from trainer.training.position import Position
 
 CHOICE = None  # strategy.create's, of this process
@@ -199,7 +200,7 @@ def optimized(chosen, *, jit_compile=False):
     """In float64: the variables of a small network and of each optimizer after six steps."""
     keras.config.set_dtype_policy("float64")
     noise = np.random.default_rng(0)
-    x = noise.integers(1, 7, (24, 3)).astype("float64")
+    x = noise.normal(0, 1, (24, 3))
     y = noise.normal(0, 1, (24, 1))
     results = {}
     for name, optimizer in OPTIMIZERS.items():
@@ -208,8 +209,7 @@ def optimized(chosen, *, jit_compile=False):
             network = keras.Sequential(
                 [
                     keras.Input((3,)),
-                    layers.Embedding(7, 2, embeddings_initializer=_normal(1)),  # Sparse gradients.
-                    layers.Flatten(),
+                    layers.Dense(2, "tanh", kernel_initializer=_normal(1)),
                     layers.Dense(1, kernel_initializer=_normal(2), kernel_constraint="max_norm"),
                 ]
             )
@@ -218,8 +218,6 @@ def optimized(chosen, *, jit_compile=False):
         if name == "scaled, not finite":
             # The square root's derivative, at the last example of the first batch alone: another
             # replica than the first meets it.
-            embeddings = network.layers[0].embeddings
-            embeddings.assign(np.concatenate([np.zeros((1, 2)), embeddings.numpy()[1:]]))
             x[3], y[3] = 0, 0
         batches = tf.data.Dataset.from_tensor_slices((x, y, np.ones(24, "float32")))
         batches = batches.batch(4, drop_remainder=True)
@@ -238,6 +236,35 @@ def optimized(chosen, *, jit_compile=False):
             [np.ravel(copy).tolist() for copy in chosen.experimental_local_results(variable.value)]
             for variable in variables
         ]
+    return results
+
+
+def fitted(chosen, *, names=None, batch_size=16):
+    """In float64: what ``trainer.fit`` makes of models of many kinds, in two epochs."""
+    for setting in (keras.config.set_floatx, keras.config.set_dtype_policy):
+        setting("float64")
+    several = chosen.num_replicas_in_sync > 1
+    how = config.TrainConfig(strategy="mirrored" if several else "one")
+    results = {}
+    for name in names or keras_models.MODELS:
+        model, data, options = keras_models.make(keras_models.MODELS[name])
+        history = fitting.fit(
+            model,
+            data,
+            validation_data=data,
+            epochs=2,
+            batch_size=batch_size,
+            shuffle=False,
+            verbose=0,
+            config=how,
+            **options,
+        )
+        results[name] = {
+            "history": history.history,
+            "variables": {
+                variable.path: variable.numpy().ravel().tolist() for variable in model.variables
+            },
+        }
     return results
 
 

@@ -65,6 +65,7 @@ class Session:
         self.options = {"every": "1000h", "stop": stop or Stopper(), **options}
 
     def begin(self, model):
+        self.checkpoints.track(model)
         position, described = resume(
             self.checkpoints,
             model,

@@ -1,25 +1,28 @@
-"""Train a CNN on handwritten digits, on one device or many.
+"""Train a CNN on handwritten digits, or any Keras model on arrays, on one device or many.
 
     import trainer
 
     config = trainer.TrainConfig(epochs=2, output_dir="out")
-    model, history = trainer.fit(config)            # out/mnist.h5, out/report.html, …
+    model, history = trainer.train(config)          # out/mnist.h5, out/report.html, …
     data = trainer.load_data("bundled")
     trainer.evaluate(model, data).accuracy
     model = trainer.load_model("out/mnist.h5")
 
+    history = trainer.fit(your_model, (x, y), epochs=10, output_dir="out")  # for model.fit
+
 Importing the package loads nothing else; each function loads what it needs. The first that needs
 TensorFlow sets TF_ENABLE_ONEDNN_OPTS=1 before it imports it, unless the variable is set: it affects
-the last bits of results, so it is the same here and in ``python -m trainer.task``. ``fit`` sets
+the last bits of results, so it is the same here and in ``python -m trainer.task``. ``train`` sets
 TensorFlow's threads (``config.threads``), its use of TensorFloat-32 (``config.precision``), its
 visible GPUs and memory growth (``config.gpus``), and with ``config.deterministic`` op determinism,
-for the whole process; while it trains in the main thread, it handles SIGINT,
-SIGTERM and SIGHUP. It changes nothing else in the process.
+for the whole process; ``fit`` sets none of them but the GPUs and their memory growth. While they
+train in the main thread, they handle SIGINT, SIGTERM and SIGHUP. They change nothing else in the
+process.
 """
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
@@ -39,13 +42,14 @@ if TYPE_CHECKING:
 
     from trainer.data.dataset import Digits
     from trainer.reporting.scores import Scores
+    from trainer.training.fitting import Data
 
 __version__ = "0.1.0"
 
-__all__ = ["TrainConfig", "evaluate", "fit", "load_data", "load_model"]
+__all__ = ["TrainConfig", "evaluate", "fit", "load_data", "load_model", "train"]
 
 
-def fit(
+def train(
     config: TrainConfig,
     data: "Digits | None" = None,
     *,
@@ -70,20 +74,87 @@ def fit(
         TrainerError: Any other error that the command would end with; see ``trainer.errors``.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
-    from trainer.distributed import cluster
-    from trainer.errors import ConfigurationError
     from trainer.training import run
 
-    if config.strategy != "one" and (workers := cluster.resolve(os.environ)):
-        raise ConfigurationError(
-            "Expected one process: several workers need the parent processes that python -m "
-            "trainer.task and python -m trainer.launch start. Received: TF_CONFIG, "
-            f"TRAINER_WORKERS or a Slurm step with {len(workers.workers)} workers. Use one of "
-            "those commands, or strategy='one' to train in this process alone."
-        )
+    _check_alone(config)
     # None is for the pod of a Job that has finished already.
     trained = cast("run.Run", run.train(config, data=data, callbacks=callbacks))
     return trained.model, trained.history
+
+
+def fit(
+    model: "keras.Model",
+    data: "Data",
+    *,
+    validation_data: "Data | None" = None,
+    validation_split: float = 0.0,
+    epochs: int = 1,
+    batch_size: int = 32,
+    shuffle: bool = True,
+    class_weight: Mapping[int, float] | None = None,
+    callbacks: Sequence["keras.callbacks.Callback"] = (),
+    verbose: int | str = "auto",
+    output_dir: "str | Path | None" = None,
+    config: TrainConfig | None = None,
+) -> "keras.callbacks.History":
+    """Trains a compiled Keras model as ``model.fit`` does, on one device or several, so that it
+    can be stopped at any step and resumed to the same bits.
+
+    Losses, metrics, weights and optimizer are those of the model's ``compile``. On several devices
+    each batch is divided among them; gradients are summed before the optimizer sees them.
+
+    Args:
+        model: Compiled. It may be made without any strategy.
+        data: ``(x, y)`` or ``(x, y, sample_weight)``, each an array, or a list, tuple or dictionary
+            of arrays for models of several inputs or outputs; the examples are the first axis.
+        validation_data: The same, evaluated after each epoch.
+        validation_split: Share of the examples, the last ones, that is used as validation data in
+            place of ``validation_data``.
+        epochs: Number of epochs.
+        batch_size: Examples in a step, over all devices together.
+        shuffle: Whether each epoch has an order of its own, which ``config.seed`` and the number of
+            the epoch decide; else it is that of the data.
+        class_weight: Weight of each class in the loss, by its number, 1 where it is missing. As in
+            Keras, only for a model of one output, without sample weights.
+        callbacks: Keras callbacks. What they remember is in the checkpoints. Those of batches are
+            called once per call of the compiled function, which runs several steps.
+        verbose: As in ``model.fit``.
+        output_dir: Folder for the checkpoints of a run that is not finished. The same call resumes
+            it there. None: nothing is written, and nothing resumed.
+        config: How to train: of its fields, ``seed``, ``strategy``, ``gpus``,
+            ``steps_per_execution``, ``checkpoint_every``, ``keep_checkpoints``, ``resume`` and
+            ``startup_timeout``.
+
+    Returns:
+        The history, as ``model.fit`` returns it.
+
+    Raises:
+        UsageError: An argument has a value that it cannot have.
+        DataError: The data do not belong together.
+        ConfigurationError: The model cannot be trained so; the unfinished run in ``output_dir`` is
+            another one; the devices that were asked for do not exist.
+        OutputError: A checkpoint cannot be written.
+        StoppedError: SIGINT, SIGTERM or SIGHUP; with an ``output_dir``, the same call goes on.
+        NotFiniteError: The loss or a weight became NaN or infinite.
+    """
+    from trainer.training import fitting
+
+    config = config or TrainConfig()
+    _check_alone(config)
+    return fitting.fit(
+        model,
+        data,
+        validation_data=validation_data,
+        validation_split=validation_split,
+        epochs=epochs,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        class_weight=class_weight,
+        callbacks=callbacks,
+        verbose=verbose,
+        output_dir=output_dir,
+        config=config,
+    )
 
 
 def evaluate(model: "keras.Model", data: "Digits", *, batch_size: int = 128) -> "Scores":
@@ -139,6 +210,20 @@ def load_model(path: "str | Path") -> "keras.Sequential":
     from trainer.inference import model_file
 
     return model_file.load(Path(path))
+
+
+def _check_alone(config: TrainConfig) -> None:
+    """Raises ``ConfigurationError`` where the environment describes several workers."""
+    from trainer.distributed import cluster
+    from trainer.errors import ConfigurationError
+
+    if config.strategy != "one" and (workers := cluster.resolve(os.environ)):
+        raise ConfigurationError(
+            "Expected one process: several workers need the parent processes that python -m "
+            "trainer.task and python -m trainer.launch start. Received: TF_CONFIG, "
+            f"TRAINER_WORKERS or a Slurm step with {len(workers.workers)} workers. Use one of "
+            "those commands, or strategy='one' to train in this process alone."
+        )
 
 
 class _Package(ModuleType):

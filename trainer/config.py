@@ -223,7 +223,7 @@ class TrainConfig:
 
     tensorflow_logs: bool = dataclasses.field(default=False, metadata=MAY_DIFFER)
     """Show what TensorFlow logs while it starts. (A
-    command hides it; a program that calls trainer.fit
+    command hides it; a program that calls trainer.train
     decides by TF_CPP_MIN_LOG_LEVEL.)"""
 
     def __post_init__(self) -> None:
@@ -319,6 +319,12 @@ def local_path(name: str, value: str | os.PathLike) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # No such user, or no home folder.
         return Path(text)
+
+
+def may_differ_fields() -> tuple[str, ...]:
+    """Names the other fields."""
+    fixed = fixed_fields()
+    return tuple(field.name for field in dataclasses.fields(TrainConfig) if field.name not in fixed)
 
 
 def fixed_fields() -> tuple[str, ...]:

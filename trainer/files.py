@@ -34,13 +34,38 @@ MARK = "digits-trainer"  # in the first bytes of each of them
 
 
 @contextlib.contextmanager
-def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
-    """Locks the output folder of a run until the ``with`` block ends.
+def lock_folder(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+    """Locks a folder until the ``with`` block ends. It first creates it where it does not exist,
+    and checks that it can be written. Where the block raises before anything is written, folders
+    that were created are removed.
 
-    It first creates the folder where it does not exist, and checks that it can be written and that
-    what a run would replace there is an earlier run's. A save that was killed between its renames
-    is finished; one that was killed before is forgotten. Where the block raises before anything
-    is written, folders that were created are removed.
+    Args:
+        folder: The folder.
+        wait: As in ``lock_output_dir``.
+
+    Raises:
+        OutputError: It is a file, cannot be created or written, or another run is using it.
+        StoppedError: Another run is using it still, after the wait.
+    """
+    with output_errors(folder):
+        created = make_folder(folder)
+    with hold_lock(folder, wait):
+        try:
+            with output_errors(folder):
+                _check_writable(folder)
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # Not empty, most likely.
+                for path in reversed(created):
+                    path.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+    """Locks the output folder of a run, as ``lock_folder`` does, and checks that what the run would
+    replace there is an earlier run's. A save that was killed between its renames is finished; one
+    that was killed before is forgotten.
 
     Args:
         folder: The output folder.
@@ -52,20 +77,11 @@ def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
             a run's names, or another run is using it.
         StoppedError: Another run is using it still, after the wait.
     """
-    with output_errors(folder):
-        created = make_folder(folder)
-    with hold_lock(folder, wait):
-        try:
-            with output_errors(folder):
-                _check_writable(folder)
-                _finish_killed_save(folder)
-                _check_replaceable(folder)
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError):  # Not empty, most likely.
-                for path in reversed(created):
-                    path.rmdir()
-            raise
+    with lock_folder(folder, wait=wait):
+        with output_errors(folder):
+            _finish_killed_save(folder)
+            _check_replaceable(folder)
+        yield
 
 
 def check_output_dir(folder: Path) -> None:

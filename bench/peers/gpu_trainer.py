@@ -147,9 +147,11 @@ def program() -> None:
     write, by the compiled program itself.
     """
     from trainer.data import pipeline
+    from trainer.distributed import replica_updates
     from trainer.models import cnn
     from trainer.runtime import tf
-    from trainer.training import execution, loop
+    from trainer.training import execution
+    from trainer.training.objective import PerExample
 
     digits = Digits(*work.load(flags))
     for precision in flags.precisions:
@@ -160,11 +162,16 @@ def program() -> None:
             data = pipeline.put_on_devices(
                 digits, strategy=strategy, preprocess=cnn.preprocess, augment=None
             )
-            functions = {"loss": cnn.LOSS, **cnn.METRICS}
-            step = loop._train_step(model, model, functions, data.preprocess, "float32")
-            call = execution._compile_program(step, 1 + len(functions), "float32")
+            objective = PerExample(
+                model, loss=cnn.LOSS, metrics=cnn.METRICS, preprocess=data.preprocess
+            )
+            update = replica_updates.create(model.optimizer, model.trainable_variables, strategy)
+            step = objective.train_step(update, jit_compile=False)
+            call = execution._compile_program(
+                step, 1 + len(objective.names), objective.dtype, objective.examples
+            )
             batches = pipeline.train_batches(*data.train, batch_size=batch_size, seed=0, epoch=0)
-            chunk = execution._Chunk(*next(iter(batches.batch(len(batches)))))
+            chunk = next(iter(batches.batch(len(batches))))
             text = call.experimental_get_compiler_ir(chunk, tf.constant(0), tf.constant(1))(
                 stage="optimized_hlo"
             )

@@ -18,7 +18,7 @@ from trainer.distributed.strategy import bypass_proxy, check_batch_size, create,
 from trainer.errors import ConfigurationError, UsageError
 from trainer.models import cnn
 from trainer.runtime import keras, tf
-from trainer.training import loop
+from trainer.training.objective import PerExample
 
 
 def chosen(kind="auto", **options):
@@ -209,14 +209,12 @@ def test_the_step_can_be_compiled_for_a_device_with_static_shapes_only(mnist):
     )
     network.compile(optimizer=keras.optimizers.Adadelta(1.0), loss="categorical_crossentropy")
     network.optimizer.build(network.trainable_variables)
-    functions = {"loss": cnn.LOSS, **cnn.METRICS}
+    objective = PerExample(network, loss=cnn.LOSS, metrics=cnn.METRICS, preprocess=cnn.preprocess)
     update = replica_updates.create(
         network.optimizer, network.trainable_variables, tf.distribute.get_strategy()
     )
     step = tf.function(
-        loop._train_step(
-            network, network, functions, cnn.preprocess, "float32", update, jit_compile=False
-        ),
+        objective.train_step(update, jit_compile=False),
         jit_compile=True,
         autograph=False,
     )

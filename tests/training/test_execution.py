@@ -120,7 +120,8 @@ def test_a_program_is_compiled_once_whatever_is_left_of_an_epoch():
         traced += 1
         return tf.stack([tf.reduce_sum(x), examples])
 
-    run = Execution(step, values=2, dtype="float32", strategy=STRATEGY, jit_compile=True)
+    kinds = {"values": 2, "dtype": "float32", "examples": lambda x, y, sample_weight: 16.0}
+    run = Execution(step, **kinds, strategy=STRATEGY, jit_compile=True)
     x = np.arange(7 * 16, dtype=np.float32).reshape(7, 16)
     batches = tf.data.Dataset.from_tensor_slices((x, x, np.ones_like(x)))
     for first in (0, 5):
@@ -157,4 +158,11 @@ def test_images_on_the_device_are_gathered_in_the_program(few):
 def test_other_strategies_have_no_program_of_several_steps():
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     with pytest.raises(ValueError, match=r"Received: OneDeviceStrategy\. Use jit_compile=False"):
-        Execution(lambda *_: None, values=1, dtype="float32", strategy=strategy, jit_compile=True)
+        Execution(
+            lambda *_: None,
+            values=1,
+            dtype="float32",
+            examples=lambda *_: None,
+            strategy=strategy,
+            jit_compile=True,
+        )

@@ -18,7 +18,7 @@ FIT = """
 import json, sys
 import trainer
 config = trainer.TrainConfig(**json.loads(sys.argv[1]))
-model, history = trainer.fit(config)
+model, history = trainer.train(config)
 print(json.dumps(history["val_accuracy"]))
 """
 
@@ -89,7 +89,7 @@ def test_fit_resumes_the_run_that_another_process_left(command, by_command, tmp_
         "class Stop(keras.callbacks.Callback):\n"
         "    def on_train_batch_end(self, batch, logs=None):\n"
         "        if batch == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
-        f"trainer.fit(trainer.TrainConfig(**{settings}), callbacks=[Stop()])\n",
+        f"trainer.train(trainer.TrainConfig(**{settings}), callbacks=[Stop()])\n",
     )
     assert "StoppedError: stopped by SIGTERM at epoch 1, step 3" in stopped.stderr
     assert not (tmp_path / "out" / "mnist.h5").exists()
@@ -125,7 +125,7 @@ set_threads(2)
 tf.constant(0) + 0  # TensorFlow runs, with two threads.
 for settings in json.loads(sys.argv[1]):
     try:
-        trainer.fit(trainer.TrainConfig(**{"threads": 2, **settings}))
+        trainer.train(trainer.TrainConfig(**{"threads": 2, **settings}))
     except trainer.errors.TrainerError as error:
         print(error)
 """
@@ -160,7 +160,7 @@ def test_every_setting_of_tensorflow_is_set(command):
         command,
         "import trainer\n"
         f"settings = {SMALL}\n"
-        "trainer.fit(trainer.TrainConfig(**settings, threads=1, precision='float32',"
+        "trainer.train(trainer.TrainConfig(**settings, threads=1, precision='float32',"
         " deterministic=True))\n"
         "from trainer.runtime import tf\n"
         "from tensorflow.python.framework import config\n"
@@ -218,7 +218,7 @@ def test_arrays_of_the_callers_are_trained_on(command, by_command, tmp_path):
         "import trainer\n"
         "data = trainer.load_data('bundled').first(256, 100)\n"
         f"settings = {SMALL}\n"
-        "trainer.fit(trainer.TrainConfig(**settings, output_dir='arrays'), data)\n",
+        "trainer.train(trainer.TrainConfig(**settings, output_dir='arrays'), data)\n",
     )
     assert called.returncode == 0, called.stderr
     assert outcome(tmp_path / "arrays") == outcome(by_command())
@@ -231,7 +231,7 @@ def test_keras_json_and_a_global_dtype_policy_decide_nothing(command, by_command
         "import keras, trainer\n"
         "keras.config.set_dtype_policy('mixed_float16')\n"
         f"settings = {SMALL}\n"
-        "model, _ = trainer.fit(trainer.TrainConfig(**settings))\n"
+        "model, _ = trainer.train(trainer.TrainConfig(**settings))\n"
         "assert {layer.compute_dtype for layer in model.layers} == {'float32'}\n"
         "assert keras.config.floatx() == 'float16' and keras.config.epsilon() == 0.1\n"
         "assert keras.config.dtype_policy().name == 'mixed_float16'\n",
@@ -248,7 +248,14 @@ def test_the_package_says_what_is_public():
         text=True,
         check=True,
     )
-    assert done.stdout.split() == ["TrainConfig", "evaluate", "fit", "load_data", "load_model"]
+    assert done.stdout.split() == [
+        "TrainConfig",
+        "evaluate",
+        "fit",
+        "load_data",
+        "load_model",
+        "train",
+    ]
 
 
 def test_the_command_sums_by_the_ring_where_it_is_asked_to(command, tmp_path):

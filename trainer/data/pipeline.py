@@ -63,6 +63,37 @@ def test_batches(x: np.ndarray, y: np.ndarray, *, batch_size: int) -> tf.data.Da
     return _batches(x, y, batch_size, np.arange(len(x)))
 
 
+def tensors(arrays: Any) -> Any:
+    """Returns arrays in any structure as tensors in the host's memory, for ``batches``: without a
+    copy where TensorFlow can use the array's memory. Lists become tuples, since tf.data takes a
+    list for the rows of one tensor.
+    """
+    if isinstance(arrays, dict):
+        return {name: tensors(value) for name, value in arrays.items()}
+    if isinstance(arrays, (list, tuple)):
+        return tuple(map(tensors, arrays))
+    with tf.device("CPU:0"):
+        return _tensor(np.asarray(arrays))
+
+
+def batches(arrays: Any, order: np.ndarray, *, batch_size: int) -> tf.data.Dataset:
+    """Returns rows of arrays in batches; the last one may be shorter.
+
+    Args:
+        arrays: From ``tensors``, each (n, ...).
+        order: Numbers of the rows.
+        batch_size: Rows in a batch.
+
+    Returns:
+        Batches of the structure of ``arrays``, of shapes (batch_size, ...).
+    """
+
+    def gather(rows: tf.Tensor) -> Any:
+        return tf.nest.map_structure(lambda array: tf.gather(array, rows), arrays)
+
+    return _mapped(tf.data.Dataset.from_tensor_slices(order).batch(batch_size), gather)
+
+
 @dataclasses.dataclass(frozen=True)
 class DeviceDataset:
     """A data set in the memory that the training step reads from.
@@ -170,16 +201,19 @@ def _batches(
             inputs = augment(inputs, tf.gather(drawn, rows))
         return inputs, tf.gather(y, rows), sample_weight
 
+    slices = (rows.reshape(steps, -1), sample_weight.reshape(steps, -1))
+    return _mapped(tf.data.Dataset.from_tensor_slices(slices), gather)
+
+
+def _mapped(rows: tf.data.Dataset, gather: Callable[..., Any]) -> tf.data.Dataset:
+    """Returns the batches that are gathered for row numbers, ahead of the step."""
     # Both with TensorFlow 2.21: the default graph rewrites gain nothing here and copy the arrays;
     # the autotuning thread can delay the end of an epoch by 5 to 60 seconds.
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
     options.autotune.enabled = False
     return (
-        tf.data.Dataset.from_tensor_slices(
-            (rows.reshape(steps, -1), sample_weight.reshape(steps, -1))
-        )
-        .map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        rows.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .prefetch(tf.data.AUTOTUNE)
         .with_options(options)
     )

@@ -42,7 +42,7 @@ def check_keras_json(environ: Mapping[str, str]) -> Iterator[Finding]:
             "keras.json",
             "warning",
             f"{path} has backend={backend!r}: the commands use tensorflow nevertheless; "
-            "trainer.fit in another program fails",
+            "trainer.train in another program fails",
             f"Set KERAS_BACKEND=tensorflow there. {remedy}",
         )
     else:

@@ -8,11 +8,25 @@ All of them are built on the all-reduce of the workers' strategy.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from trainer.runtime import tf
+
+
+def all_reduce(operation: tf.distribute.ReduceOp, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns the sums or means of tensors over all replicas; called in the replica context.
+
+    Those of one dtype are reduced together, since TensorFlow packs what it is given at once.
+    """
+    replica = tf.distribute.get_replica_context()
+    reduced: dict[int, tf.Tensor] = {}
+    for dtype in dict.fromkeys(value.dtype for value in values):
+        numbers = [number for number, value in enumerate(values) if value.dtype == dtype]
+        parts = replica.all_reduce(operation, [values[number] for number in numbers])
+        reduced |= zip(numbers, parts, strict=True)
+    return [reduced[number] for number in range(len(values))]
 
 
 class Workers:

@@ -16,6 +16,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
+from trainer.distributed.collectives import all_reduce
+from trainer.distributed.replica_variables import optimizers_of
 from trainer.runtime import keras, tf
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices | None
@@ -63,11 +65,16 @@ class _ReplicaUpdate:
     def __call__(self, gradients: Sequence[Gradient]) -> None:
         present = [number for number, value in enumerate(gradients) if value is not None]
         if not present:
-            self.optimizer.apply(gradients, self.variables)  # Raises.
-        replica = tf.distribute.get_replica_context()
-        summed = replica.all_reduce(
-            tf.distribute.ReduceOp.SUM, [gradients[number] for number in present]
+            self.optimizer.apply(gradients, self.variables)  # Does nothing, or raises.
+            return
+        # Sparse ones (of an embedding) as dense ones: a collective cannot gather another number of
+        # rows in the last batch than in those before (TensorFlow 2.21). Optimizers with a state
+        # then update all rows, as on Keras' other backends; sparse ones update those of the batch.
+        summed = all_reduce(
+            tf.distribute.ReduceOp.SUM,
+            [tf.convert_to_tensor(gradients[number]) for number in present],
         )
+        replica = tf.distribute.get_replica_context()
         replica.merge_call(lambda _, *summed: self._apply(summed, present), args=tuple(summed))
 
     def _apply(self, summed: Sequence[Gradient], present: Sequence[int]) -> None:
@@ -113,10 +120,9 @@ class _ReplicaUpdate:
         try:
             for variable in {id(variable): variable for variable in variables}.values():
                 replace(variable, "_value", self.local(variable._value)[number])
-            for optimizer in (self.optimizer, getattr(self.optimizer, "inner_optimizer", None)):
-                if optimizer:
-                    # By which it would update the copies of all replicas.
-                    replace(optimizer, "_distribution_strategy", self.alone)
+            for optimizer in optimizers_of(self.optimizer):
+                # By which it would update the copies of all replicas.
+                replace(optimizer, "_distribution_strategy", self.alone)
             yield
         finally:
             for thing, name, value in reversed(changed):

@@ -9,6 +9,7 @@ TPU is also tested on logical CPU devices.
 """
 
 import dataclasses
+import functools
 import os
 import queue
 import threading
@@ -284,10 +285,19 @@ def _mirrored(gpus: Sequence) -> StrategyChoice:
                 "Expected GPUs for strategy='mirrored'. Received: none. "
                 f"{_gpu_remedy()} strategy='one' trains on the CPU."
             )
-    strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
+    strategy = _mirrored_strategy(tuple(device.name for device in devices))
     return StrategyChoice(
         strategy, f"MirroredStrategy over {len(devices)} {kind}: all that are seen"
     )
+
+
+@functools.cache
+def _mirrored_strategy(devices: tuple[str, ...]) -> tf.distribute.MirroredStrategy:
+    """Returns the strategy of some devices, one in a process: the collectives of a second one begin
+    with the same numbers, under which the devices wait for the shapes of the first (TensorFlow
+    2.21).
+    """
+    return tf.distribute.MirroredStrategy(list(devices))
 
 
 def _tpu(environ: Mapping[str, str], timeout: float) -> StrategyChoice:

@@ -68,10 +68,20 @@ class Checkpoints:
         self.keep = keep
         self.unreadable: set[int] = set()
 
-    def track(self, model: keras.Model) -> None:
-        """Sets the model, built and compiled, whose variables are saved and restored."""
+    def track(self, model: keras.Model, extra: Callable[[], bytes] | None = None) -> None:
+        """Sets what is saved and restored.
+
+        Args:
+            model: Built and compiled; its variables and its optimizer's.
+            extra: Returns what else a checkpoint is to hold; after a restore, the attribute
+                ``extra`` is a variable with it.
+        """
         self.state = tf.Variable("", dtype=tf.string)
-        self.checkpoint = tf.train.Checkpoint(**variables_of(model), state=self.state)
+        parts = {**variables_of(model), "state": self.state}
+        self.extra, self.make_extra = tf.Variable("", dtype=tf.string), extra
+        if extra:
+            parts["extra"] = self.extra
+        self.checkpoint = tf.train.Checkpoint(**parts)
 
     def newest_first(self) -> list[Path]:
         """Returns the checkpoints there are, as TensorFlow names them: paths without a suffix."""
@@ -127,6 +137,8 @@ class Checkpoints:
         self.unreadable.discard(position.steps)  # It is written anew.
         state = {**manifest.as_dict(), "position": dataclasses.asdict(position)}
         self.state.assign(json.dumps(state))
+        if self.make_extra:
+            self.extra.assign(self.make_extra())
         name = f"steps-{position.steps}"
         unfinished = self.folder / f"{name}.tmp"
         try:

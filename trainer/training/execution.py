@@ -12,7 +12,7 @@ in together, the values of the steps come out, and nothing is launched by the ho
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,17 +22,19 @@ from trainer.runtime import tf
 SECONDS_PER_CALL = 1.0  # Long enough to hide the overhead of a call, short enough for progress.
 CHUNK_BYTES = 64 * 2**20  # Of the batches that a program is given at once.
 
-# (x, y, sample_weight, the number of real examples in the global batch) -> values (n,)
-Step = Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
+# (a slice of each component of a batch, the number of examples in the global batch) -> values (n,)
+Step = Callable[..., tf.Tensor]
 
 
 class Execution:
     """Executes a step on each batch of a data set.
 
     Args:
-        step: Called in the replica context, with a slice of a batch.
+        step: Called in the replica context, with a slice of each component of a batch, and what
+            ``examples`` returns of the whole batch.
         values: How many values it returns.
         dtype: Their dtype.
+        examples: Returns the number of examples in a batch from its components.
         strategy: Splits each batch, which is a global one, among its replicas.
         jit_compile: Whether to compile all steps of a call into one program of XLA. Only under
             TensorFlow's default strategy: those of others all-reduce between the steps, or place
@@ -48,13 +50,14 @@ class Execution:
         *,
         values: int,
         dtype: str,
+        examples: Callable[..., tf.Tensor],
         strategy: tf.distribute.Strategy,
         jit_compile: bool = False,
     ) -> None:
         self._workers = Workers(strategy)
         self._source: Callable[[tf.data.Dataset, int], _Batches | _Chunks]
         if not jit_compile:
-            steps = _compile_steps(step, values, dtype, strategy)
+            steps = _compile_steps(step, values, dtype, examples, strategy)
             self._source = functools.partial(_Batches, steps)
             return
         if strategy is not tf.distribute.get_strategy():
@@ -62,7 +65,7 @@ class Execution:
                 "Expected the default strategy for a program of several steps. Received: "
                 f"{type(strategy).__name__}. Use jit_compile=False."
             )
-        self._source = functools.partial(_Chunks, _compile_program(step, values, dtype))
+        self._source = functools.partial(_Chunks, _compile_program(step, values, dtype, examples))
 
     def calls(
         self,
@@ -76,7 +79,8 @@ class Execution:
         """Iterates over a data set once; yields the values of each call's steps, (steps, values).
 
         Args:
-            data: Batches ``(x, y, sample_weight)``, all of the same shapes.
+            data: Batches, tuples of components. For a program all are of the same shapes; else
+                the last may be shorter than the others, and at least as long as there are replicas.
             steps_per_execution: Number of steps in a call; None: as many as take about a second.
             clock: Monotonic time in seconds.
             first: Number of the first step in the epoch, counted from 0.
@@ -122,14 +126,8 @@ class _Batches:
         return self.call(self.iterator, tf.constant(steps)).numpy()
 
 
-class _Chunk(NamedTuple):
-    """The batches of several steps, each component (capacity, ...); the last ones may be unused."""
-
-    x: tf.Tensor
-    y: tf.Tensor
-    sample_weight: tf.Tensor
-
-
+# The batches of several steps, each component (capacity, ...); the last ones may be unused.
+_Chunk: TypeAlias = tuple[Any, ...]
 Program = Callable[[_Chunk, tf.Tensor, tf.Tensor], tf.Tensor]  # From a step on, so many.
 
 
@@ -167,17 +165,21 @@ class _Chunks:
 
     def _next(self) -> None:
         chunk = next(self.iterator)
-        self.first, self.filled = 0, int(chunk[2].shape[0])
+        self.first, self.filled = 0, int(tf.nest.flatten(chunk)[0].shape[0])
         missing = self.capacity - self.filled
 
         def fill(batches: tf.Tensor) -> tf.Tensor:
             return tf.pad(batches, [[0, missing], *[[0, 0]] * (len(batches.shape) - 1)])
 
-        self.chunk = _Chunk(*(tf.nest.map_structure(fill, part) for part in chunk))
+        self.chunk = tf.nest.map_structure(fill, chunk)
 
 
 def _compile_steps(
-    step: Step, values: int, dtype: str, strategy: tf.distribute.Strategy
+    step: Step,
+    values: int,
+    dtype: str,
+    examples: Callable[..., tf.Tensor],
+    strategy: tf.distribute.Strategy,
 ) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
     """Compiles several steps into one ``tf.function``, which returns their values, one row a step.
 
@@ -187,16 +189,17 @@ def _compile_steps(
     """
     replicas, workers = strategy.num_replicas_in_sync, Workers(strategy)
 
-    def of_replica(x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor) -> tf.Tensor:
+    def of_replica(*batch: Any) -> tf.Tensor:
         number = tf.distribute.get_replica_context().replica_id_in_sync_group
 
         def own(rows: tf.Tensor) -> tf.Tensor:
+            if rows.shape[0] is None:
+                size = tf.shape(rows)[0]
+                return rows[number * size // replicas : (number + 1) * size // replicas]
             size = rows.shape[0] // replicas
             return tf.reshape(rows, (replicas, size, *rows.shape[1:]))[number]
 
-        # With the number of real examples in the global batch: a slice may be padding alone.
-        own_x, own_y, own_weight = tf.nest.map_structure(own, (x, y, sample_weight))
-        return step(own_x, own_y, own_weight, tf.reduce_sum(sample_weight))
+        return step(*tf.nest.map_structure(own, batch), examples(*batch))
 
     # Written out as a tf.while_loop, because AutoGraph does not convert a "for" on Python 3.13
     # (TensorFlow 2.21).
@@ -214,18 +217,19 @@ def _compile_steps(
     return call
 
 
-def _compile_program(step: Step, values: int, dtype: str) -> Program:
+def _compile_program(
+    step: Step, values: int, dtype: str, examples: Callable[..., tf.Tensor]
+) -> Program:
     """Compiles several steps into one program of XLA, whose number is known when it runs."""
 
     @tf.function(autograph=False, jit_compile=True)
     def call(chunk: _Chunk, first: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
         def one(number: tf.Tensor, rows: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
-            x, y, sample_weight = tf.nest.map_structure(lambda part: part[first + number], chunk)
-            return number + 1, rows.write(
-                number, step(x, y, sample_weight, tf.reduce_sum(sample_weight))
-            )
+            batch = tf.nest.map_structure(lambda part: part[first + number], chunk)
+            return number + 1, rows.write(number, step(*batch, examples(*batch)))
 
-        rows = tf.TensorArray(dtype, chunk.sample_weight.shape[0], element_shape=(values,))
+        capacity = tf.nest.flatten(chunk)[0].shape[0]
+        rows = tf.TensorArray(dtype, capacity, element_shape=(values,))
         _, rows = tf.while_loop(lambda number, rows: number < steps, one, (0, rows))
         return rows.stack()
 

@@ -9,6 +9,7 @@ It replaces ``model.fit``, because Keras 3's own does not run on several workers
 number of steps in a call changes no result.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,18 +18,13 @@ import numpy as np
 
 from trainer.distributed import replica_updates
 from trainer.distributed.replica_seeds import all_layers, separate_seeds
-from trainer.distributed.replica_updates import Update
 from trainer.errors import NotFiniteError
 from trainer.runtime import keras, tf
-from trainer.training.execution import Execution
+from trainer.training.execution import Execution, Step
+from trainer.training.objective import Function, Objective, PerExample, Preprocess
 from trainer.training.position import Position
 
-_MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")  # of keras.losses.Loss
-
 _REMEDY = "Use a smaller learning_rate; the files of an earlier run are unchanged."
-
-PerExample = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 
 def fit(
@@ -37,8 +33,8 @@ def fit(
     validation_data: tf.data.Dataset,
     *,
     strategy: tf.distribute.Strategy,
-    loss: PerExample,
-    metrics: Mapping[str, PerExample],
+    loss: Function,
+    metrics: Mapping[str, Function],
     epochs: int,
     preprocess: Preprocess | None = None,
     forward: Callable[..., tf.Tensor] | None = None,
@@ -95,27 +91,84 @@ def fit(
             shape than (n,).
         TypeError: A loss or metric is no function, or an object with another mean.
     """
-    _check_model(model)
-    separate_seeds(model)
-    functions = _functions(loss, metrics)
-    prepare = preprocess or (lambda x, y: (x, y))
-    forward = forward or model
-    dtype = _sums_dtype(model)
-    whole = jit_compile and strategy is tf.distribute.get_strategy()
-    compiled = jit_compile and not whole
-    update = replica_updates.create(
-        model.optimizer, model.trainable_variables, strategy, jit_compile=compiled
+    check_model(model)
+    objective = PerExample(
+        model, loss=loss, metrics=metrics, preprocess=preprocess, forward=forward
     )
-    train_step = _train_step(model, forward, functions, prepare, dtype, update, compiled)
-    execute = {"values": 1 + len(functions), "dtype": dtype, "strategy": strategy}
-    train = Execution(train_step, **execute, jit_compile=whole)
-    test = Execution(_test_step(forward, functions, prepare, dtype), **execute, jit_compile=whole)
+    return train(
+        model,
+        objective,
+        train_data,
+        validation_data,
+        strategy=strategy,
+        epochs=epochs,
+        jit_compile=jit_compile,
+        program=jit_compile and strategy is tf.distribute.get_strategy(),
+        steps_per_execution=steps_per_execution,
+        listeners=keras.callbacks.CallbackList(list(callbacks), model=model),
+        position=position,
+        after_call=after_call,
+        clock=clock,
+    )
+
+
+def train(
+    model: keras.Model,
+    objective: Objective,
+    train_data: Callable[[int], tf.data.Dataset],
+    validation_data: tf.data.Dataset | None,
+    *,
+    strategy: tf.distribute.Strategy,
+    epochs: int,
+    jit_compile: bool,
+    program: bool,
+    steps_per_execution: int | None,
+    listeners: keras.callbacks.CallbackList,
+    verbose: int | str = 0,
+    position: Position | None = None,
+    after_call: Callable[[Position], None] = lambda position: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Trains a model on an objective; other arguments as in ``fit``.
+
+    Args:
+        model: Built and compiled.
+        objective: What to minimize and measure.
+        train_data: As in ``fit``, of the batches that the objective takes.
+        validation_data: The same; None: the model is not evaluated.
+        strategy: Splits each batch, which is a global one, among its replicas.
+        epochs: Number of epochs.
+        jit_compile: Whether to compile with XLA.
+        program: Whether all steps of a call become one program of XLA (``execution``).
+        steps_per_execution: Number of steps in a call; None: as many as take about a second.
+        listeners: Keras callbacks.
+        verbose: What they are told of it.
+        position: Where to resume; None: at the beginning.
+        after_call: As in ``fit``.
+        clock: Monotonic time in seconds.
+
+    Returns:
+        As ``fit``.
+
+    Raises:
+        NotFiniteError: As ``fit`` raises it.
+        ValueError: The cardinality of a data set is not known.
+    """
+    separate_seeds(model)
+    update = replica_updates.create(
+        model.optimizer,
+        model.trainable_variables,
+        strategy,
+        jit_compile=jit_compile and not program,
+    )
+    train_step = objective.train_step(update, jit_compile=jit_compile and not program)
+    train_execution = _execution(objective, train_step, strategy, program)
+    test_execution = _execution(objective, objective.test_step(), strategy, program)
     position = position or Position()
-    listeners = keras.callbacks.CallbackList(list(callbacks), model=model)
 
     def set_params(batches: tf.data.Dataset) -> None:
         steps = int(batches.cardinality())
-        listeners.set_params({"verbose": 0, "epochs": epochs, "steps": steps})
+        listeners.set_params({"verbose": verbose, "epochs": epochs, "steps": steps})
 
     set_params(train_data(min(position.epoch, epochs - 1)))  # on_train_begin may read them.
     model.stop_training = False
@@ -127,8 +180,10 @@ def fit(
         set_params(batches)
         listeners.on_epoch_begin(position.epoch)
         where = f"in epoch {position.epoch + 1}"
-        totals = _Totals(functions, position.totals)
-        for rows in train.calls(
+        totals = _Totals(objective.names, position.totals)
+        objective.reset()
+        objective.set_state(position.state)
+        for rows in train_execution.calls(
             batches.skip(position.step),
             steps_per_execution=steps_per_execution,
             clock=clock,
@@ -141,24 +196,24 @@ def fit(
             position.steps += len(rows)
             position.totals = totals.sums.tolist()
             position.seconds = clock() - start
-            listeners.on_train_batch_end(position.step - 1, totals.means())
+            position.logs = objective.logs(totals.means())
+            position.state = objective.state()
+            listeners.on_train_batch_end(position.step - 1, dict(position.logs))
             after_call(position)
-        test_totals = _Totals(functions)
-        listeners.on_test_begin()
-        for rows in test.calls(
-            validation_data,
-            steps_per_execution=steps_per_execution,
-            clock=clock,
-            begin=listeners.on_test_batch_begin,
-        ):
-            test_totals.add(rows, f"{where}'s evaluation")
-            listeners.on_test_batch_end(test_totals.steps - 1, test_totals.means())
-            after_call(position)
-        listeners.on_test_end(test_totals.means())
-        logs = {
-            **totals.means(),
-            **{f"val_{name}": value for name, value in test_totals.means().items()},
-        }
+        # None of the epoch's calls may be left, after a stop in the evaluation.
+        logs = dict(position.logs or objective.logs(totals.means()))
+        if validation_data is not None:
+            test_logs = _evaluate(
+                objective,
+                test_execution,
+                validation_data,
+                listeners,
+                where=f"{where}'s evaluation",
+                steps_per_execution=steps_per_execution,
+                after_call=functools.partial(after_call, position),
+                clock=clock,
+            )
+            logs |= {f"val_{name}": value for name, value in test_logs.items()}
         for name, value in {**logs, "seconds": clock() - start}.items():
             position.history.setdefault(name, []).append(value)
         listeners.on_epoch_end(position.epoch, logs)
@@ -176,8 +231,8 @@ def evaluate(
     data: tf.data.Dataset,
     *,
     strategy: tf.distribute.Strategy,
-    loss: PerExample,
-    metrics: Mapping[str, PerExample],
+    loss: Function,
+    metrics: Mapping[str, Function],
     preprocess: Preprocess | None = None,
 ) -> dict[str, float]:
     """Returns the means of ``loss`` and of each metric over a data set; arguments as in ``fit``.
@@ -188,17 +243,60 @@ def evaluate(
             another shape than (n,).
         TypeError: A loss or metric is no function, or an object with another mean.
     """
-    functions = _functions(loss, metrics)
-    dtype = _sums_dtype(model)
-    step = _test_step(model, functions, preprocess or (lambda x, y: (x, y)), dtype)
-    totals = _Totals(functions)
-    execution = Execution(step, values=1 + len(functions), dtype=dtype, strategy=strategy)
-    for rows in execution.calls(data, steps_per_execution=None):
-        totals.add(rows, "in the evaluation")
-    return totals.means()
+    objective = PerExample(model, loss=loss, metrics=metrics, preprocess=preprocess)
+    return _evaluate(
+        objective,
+        _execution(objective, objective.test_step(), strategy, program=False),
+        data,
+        keras.callbacks.CallbackList([], model=model),
+        where="in the evaluation",
+        steps_per_execution=None,
+    )
 
 
-def _check_model(model: keras.Model) -> None:
+def _execution(
+    objective: Objective, step: Step, strategy: tf.distribute.Strategy, program: bool
+) -> Execution:
+    return Execution(
+        step,
+        values=1 + len(objective.names),
+        dtype=objective.dtype,
+        examples=objective.examples,
+        strategy=strategy,
+        jit_compile=program,
+    )
+
+
+def _evaluate(
+    objective: Objective,
+    execution: Execution,
+    data: tf.data.Dataset,
+    listeners: keras.callbacks.CallbackList,
+    *,
+    where: str,
+    steps_per_execution: int | None,
+    after_call: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    totals = _Totals(objective.names)
+    objective.reset()
+    logs: dict[str, float] = {}
+    listeners.on_test_begin()
+    for rows in execution.calls(
+        data,
+        steps_per_execution=steps_per_execution,
+        clock=clock,
+        begin=listeners.on_test_batch_begin,
+    ):
+        totals.add(rows, where)
+        logs = objective.logs(totals.means())
+        listeners.on_test_batch_end(totals.steps - 1, dict(logs))
+        after_call()
+    listeners.on_test_end(dict(logs))
+    return logs
+
+
+def check_model(model: keras.Model) -> None:
     """Raises ``ValueError`` for a model that would silently be trained otherwise than it says."""
     for name in ("train_step", "compute_loss"):
         if getattr(type(model), name) is not getattr(keras.Model, name):
@@ -226,45 +324,6 @@ def _check_model(model: keras.Model) -> None:
         )
 
 
-def _functions(loss: PerExample, metrics: Mapping[str, PerExample]) -> dict[str, PerExample]:
-    """Returns loss and metrics by name, as functions of one value per example."""
-    if "loss" in metrics:
-        raise TypeError("Expected metrics of other names than loss. Received: one named loss.")
-    given = {"loss": loss, **metrics}
-    return {name: _per_example(name, function) for name, function in given.items()}
-
-
-def _per_example(name: str, function: PerExample) -> PerExample:
-    if isinstance(function, keras.losses.Loss) and function.reduction in _MEANS:
-
-        def values(y: tf.Tensor, output: tf.Tensor) -> tf.Tensor:
-            # As Loss.__call__ does, but for the mean.
-            return function.call(tf.cast(y, function.dtype), tf.cast(output, function.dtype))
-
-        return values
-    if isinstance(function, keras.losses.Loss):
-        received = f"{type(function).__name__} with the reduction {function.reduction!r}"
-    elif isinstance(function, keras.metrics.Metric):
-        received = f"{type(function).__name__}, a metric with a state of its own"
-    elif not callable(function):
-        received = repr(function)
-    else:
-        return function
-    raise TypeError(
-        "Expected a function that returns one value per example, like "
-        f"keras.metrics.categorical_accuracy, for {name}. Received: {received}. Use the function "
-        "in keras.losses or keras.metrics."
-    )
-
-
-def _sums_dtype(model: keras.Model) -> str:
-    """Returns the dtype in which values are added up: float32 where they have a lower precision,
-    whatever ``keras.config.floatx()`` is.
-    """
-    double = any(variable.dtype == "float64" for variable in model.trainable_variables)
-    return "float64" if double else "float32"
-
-
 def _check_weights(model: keras.Model, where: str) -> None:
     """Raises ``NotFiniteError`` for a weight that is NaN or infinite.
 
@@ -279,84 +338,13 @@ def _check_weights(model: keras.Model, where: str) -> None:
             )
 
 
-def _train_step(
-    model: keras.Model,
-    forward: Callable[..., tf.Tensor],
-    functions: Mapping[str, PerExample],
-    preprocess: Preprocess,
-    dtype: str,
-    update: Update,
-    jit_compile: bool,
-) -> Callable[..., tf.Tensor]:
-    def gradients(
-        x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        replica = tf.distribute.get_replica_context()
-        x, y = preprocess(x, y)
-        with tf.GradientTape() as tape:
-            sums = _sums(functions, y, forward(x, training=True), sample_weight, dtype)
-            objective = sums[1] / tf.cast(examples, sums.dtype)
-            if model.losses:  # Regularization: once a batch, so each replica adds its share.
-                objective += tf.add_n(model.losses) / replica.num_replicas_in_sync
-            objective = model.optimizer.scale_loss(objective)  # As it is, for most optimizers.
-        return sums, tape.gradient(objective, model.trainable_variables)
-
-    if jit_compile:  # What lies before the all-reduce; the update, after it, is another program.
-        gradients = tf.function(gradients, jit_compile=True, autograph=False)
-
-    def step(
-        x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
-    ) -> tf.Tensor:
-        sums, values = gradients(x, y, sample_weight, examples)
-        update(values)
-        return sums
-
-    return step
-
-
-def _test_step(
-    forward: Callable[..., tf.Tensor],
-    functions: Mapping[str, PerExample],
-    preprocess: Preprocess,
-    dtype: str,
-) -> Callable[..., tf.Tensor]:
-    def step(
-        x: tf.Tensor, y: tf.Tensor, sample_weight: tf.Tensor, examples: tf.Tensor
-    ) -> tf.Tensor:
-        x, y = preprocess(x, y)
-        return _sums(functions, y, forward(x, training=False), sample_weight, dtype)
-
-    return step
-
-
-def _sums(
-    functions: Mapping[str, PerExample],
-    y: tf.Tensor,
-    output: tf.Tensor,
-    sample_weight: tf.Tensor,
-    dtype: str,
-) -> tf.Tensor:
-    """Returns the sum of the weights, then the weighted sum of each function."""
-    weight = tf.cast(sample_weight, dtype)
-    values = []
-    for name, function in functions.items():
-        value = function(y, output)
-        if not value.shape.is_compatible_with(weight.shape):  # A product of them may exist.
-            raise ValueError(
-                f"Expected one value per example for {name}, of shape {weight.shape}. Received: "
-                f"shape {value.shape}. Return the values of a batch, not their mean."
-            )
-        values.append(weight * tf.cast(value, dtype))
-    return tf.stack([tf.reduce_sum(value) for value in (weight, *values)])
-
-
 class _Totals:
     """Adds up the sums of steps, in float64 and one by one, so that the result does not depend on
     the number of steps in a call; ``sums`` are those of earlier steps.
     """
 
-    def __init__(self, functions: Mapping[str, PerExample], sums: Sequence[float] = ()) -> None:
-        self.names = list(functions)
+    def __init__(self, names: Sequence[str], sums: Sequence[float] = ()) -> None:
+        self.names = list(names)
         self.sums = np.array(sums or [0.0] * (1 + len(self.names)), np.float64)
         self.steps = 0
 
@@ -364,7 +352,7 @@ class _Totals:
         """Adds the steps of one call.
 
         Args:
-            rows: Their sums, (steps, 1 + functions).
+            rows: Their sums, (steps, 1 + names).
             where: The place, for the error.
             before: Number of earlier steps, for the error.
 

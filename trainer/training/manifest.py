@@ -66,9 +66,7 @@ class RunManifest:
             replicas: Number of replicas, over all workers.
             job: UID of the Kubernetes Job; None outside one.
         """
-        return cls(
-            run=uuid.uuid4().hex,
-            job=job,
+        return cls.describe(
             config=config.as_dict(),
             data={
                 "source": config.data,
@@ -76,6 +74,32 @@ class RunManifest:
                 "train_examples": len(used.x_train),
                 "test_examples": len(used.x_test),
             },
+            job=job,
+            threads=config.threads,
+            step=step,
+            collectives=config.collectives,
+            workers=workers,
+            replicas=replicas,
+        )
+
+    @classmethod
+    def describe(
+        cls, *, config: dict, data: dict, job: str | None, threads: int, **environment: str | int
+    ) -> "RunManifest":
+        """Describes a new run, in the words of its fields.
+
+        Args:
+            config: What a run that resumes it must have, too; ``epochs`` among it.
+            data: With ``sha256``.
+            job: UID of the Kubernetes Job; None outside one.
+            threads: Number of TensorFlow's threads.
+            environment: ``step``, ``collectives``, ``workers`` and ``replicas``.
+        """
+        return cls(
+            run=uuid.uuid4().hex,
+            job=job,
+            config=config,
+            data=data,
             versions={
                 "digits-trainer": trainer.__version__,
                 "python": platform.python_version(),
@@ -85,13 +109,10 @@ class RunManifest:
             },
             environment={
                 "processor": machine.processor(),
-                "threads": config.threads,
+                "threads": threads,
                 "TF_ENABLE_ONEDNN_OPTS": ONEDNN,
                 "variables": deciding_variables(os.environ),
-                "step": step,
-                "collectives": config.collectives,
-                "workers": workers,
-                "replicas": replicas,
+                **environment,
             },
         )
 

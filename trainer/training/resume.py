@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trainer.config import Resume, fixed_fields
+from trainer.config import Resume, may_differ_fields
 from trainer.distributed.collectives import Workers
 from trainer.errors import ConfigurationError, DataError, InputError, TrainerError
 from trainer.runtime import keras, tf
@@ -34,8 +34,8 @@ def resume(
     leaves them as they are where there is none.
 
     Args:
-        checkpoints: Those in the output folder.
-        model: Built and compiled; its checkpoints are tracked from now on.
+        checkpoints: Those in the output folder, which track the model.
+        model: Built and compiled.
         manifest: The manifest of the new run.
         policy: As ``TrainConfig.resume``. In a Kubernetes Job ``never`` does not discard what
             another pod of the same Job has saved.
@@ -53,7 +53,6 @@ def resume(
         InputError: ``policy`` is ``must`` and there is nothing to resume.
         OutputError: There is a checkpoint of another program, which this run would replace.
     """
-    checkpoints.track(model)
     resumed = None
     if workers.index == 0:
         checkpoints.check_ours()
@@ -144,14 +143,17 @@ def check_same_run(state: dict, manifest: RunManifest, *, where: str) -> None:
         ConfigurationError: They differ in configuration or data.
     """
     theirs, ours = state["config"], manifest.config
-    names = [name for name in fixed_fields() if name != "epochs" and name in theirs]
+    may_differ = {"epochs", *may_differ_fields()}
+    names = [name for name in ours if name not in may_differ and name in theirs]
     if theirs["epochs"] > ours["epochs"] or theirs.get("schedule", "constant") != "constant":
         names.append("epochs")
     differences = [
         f"{name}={ours[name]!r} where it has {name}={theirs[name]!r}"
         for name in names
-        if ours[name] != theirs[name]
+        if ours[name] != theirs[name] and name != "model"
     ]
+    if ours.get("model") != theirs.get("model"):  # Digests.
+        differences.append("another model or optimizer")
     if manifest.data["sha256"] != state["data"]["sha256"]:
         differences.append("other images or labels")
     if differences:

@@ -3,7 +3,7 @@
     run = train(TrainConfig(epochs=2, output_dir="out"))
     run.model, run.history, run.manifest
 
-``python -m trainer.task`` calls it in a process of its own for each worker, and ``trainer.fit``
+``python -m trainer.task`` calls it in a process of its own for each worker, and ``trainer.train``
 in the caller's.
 """
 

@@ -53,6 +53,7 @@ class Session:
 
     def begin(self, model: keras.Model) -> Position:
         """Restores the unfinished run, if there is one."""
+        self.checkpoints.track(model)
         position, self.manifest = resume(
             self.checkpoints,
             model,

@@ -1,0 +1,307 @@
+"""The oracle is ``model.fit``: what it computes on the same batches, ``trainer.fit`` computes."""
+
+import signal
+
+import keras_models
+import numpy as np
+import pytest
+from keras_models import MODELS
+
+from trainer import TrainConfig
+from trainer.errors import (
+    ConfigurationError,
+    DataError,
+    NotFiniteError,
+    StoppedError,
+    UsageError,
+)
+from trainer.runtime import keras
+from trainer.training.fitting import fit
+
+ONE = TrainConfig(steps_per_execution=1)
+BATCHES = {"epochs": 2, "batch_size": 16, "shuffle": False, "verbose": 0}
+
+
+class Steps(keras.callbacks.Callback):
+    """Keeps what callbacks are told after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(dict(logs))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_trains_as_keras_does(name, float64):
+    ours, data, options = keras_models.make(MODELS[name])
+    theirs, (x, y, *weight), _ = keras_models.make(MODELS[name])
+    steps, expected = Steps(), Steps()
+    history = fit(
+        ours, data, validation_data=data, callbacks=[steps], config=ONE, **BATCHES, **options
+    )
+    weight = weight[0] if weight else None
+    same = theirs.fit(
+        x,
+        y,
+        sample_weight=weight,
+        validation_data=data,
+        callbacks=[expected],
+        **BATCHES,
+        **options,
+    )
+    assert len(steps.seen) == len(expected.seen) == 6
+    results = (*steps.seen, history.history), (*expected.seen, same.history)
+    for seen, there in zip(*results, strict=True):
+        assert seen.keys() == there.keys()
+        for key, value in there.items():
+            np.testing.assert_allclose(seen[key], value, rtol=1e-6, err_msg=key)
+    for a, b in zip(ours.variables, theirs.variables, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-9, atol=1e-12, err_msg=a.path)
+
+
+# Whose replicas draw dropout masks of their own, and normalize by the statistics of their slice, as
+# Keras' do under a strategy.
+DIFFERENT = ("convolution and dropout", "batch normalization")
+FEW = ("regularized", "synchronized batch normalization", "two outputs", "accumulation")
+
+
+def assert_alike(several, one):
+    assert several.keys() == one.keys()
+    for name, expected in one.items():
+        if name in DIFFERENT:
+            continue
+        for part, values in expected.items():
+            assert several[name][part].keys() == values.keys()
+            for key, value in values.items():
+                np.testing.assert_allclose(
+                    several[name][part][key], value, rtol=1e-6, atol=1e-9, err_msg=f"{name} {key}"
+                )
+
+
+def test_several_devices_train_as_one(replicas):
+    one, two = (replicas.compute("fitted", devices=n, names=FEW) for n in (1, 2))
+    assert_alike(two, one)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [2, 3])
+def test_several_devices_train_models_of_any_kind_as_one(replicas, devices):
+    # Batches of 16 examples are not for three devices: 15, and a last one of 14.
+    one, several = (
+        replicas.compute("fitted", devices=n, batch_size=16 if devices == 2 else 15)
+        for n in (1, devices)
+    )
+    assert_alike(several, one)
+
+
+class StopAt(keras.callbacks.Callback):
+    """Sends this process a signal after a step."""
+
+    def __init__(self, epoch=None, step=None):
+        super().__init__()
+        self.at = epoch, step
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.now = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.now, batch + 1) == self.at:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def long_run(folder, stop=None, resume="auto", **options):
+    """Trains until EarlyStopping ends it, in the eighth epoch or so; returns all there is to see.
+
+    The steps of a call are three, of seven in an epoch.
+    """
+    folder.mkdir(exist_ok=True)
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(6, activation="tanh"),
+            layers.Dropout(0.3, seed=1),
+            layers.BatchNormalization(),
+            layers.Dense(1, activation="sigmoid"),
+        ]
+    )
+    model.compile(
+        keras.optimizers.Adam(0.05), loss="binary_crossentropy", metrics=["accuracy", "auc"]
+    )
+    noise = np.random.default_rng(0)
+    x = noise.normal(size=(130, 4)).astype("float32")
+    y = (x.sum(1) + noise.normal(size=130) > 0).astype("float32")
+    callbacks = [
+        keras.callbacks.EarlyStopping(patience=3, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau(patience=1, factor=0.5),
+        keras.callbacks.ModelCheckpoint(folder / "best.keras", save_best_only=True),
+        keras.callbacks.CSVLogger(folder / "log.csv"),
+        stop or StopAt(),
+    ]
+    history = fit(
+        model,
+        (x, y),
+        validation_split=0.2,
+        epochs=40,
+        batch_size=16,
+        verbose=0,
+        callbacks=callbacks,
+        output_dir=folder,
+        config=TrainConfig(steps_per_execution=3, checkpoint_every="1", resume=resume),
+        **options,
+    )
+    best = keras.models.load_model(folder / "best.keras")
+    return {
+        "history": history.history,
+        "epochs": history.epoch,
+        "weights": [weight.tobytes() for weight in model.get_weights()],
+        "best": [weight.tobytes() for weight in best.get_weights()],
+        "optimizer": [variable.numpy().tobytes() for variable in model.optimizer.variables],
+        "log": (folder / "log.csv").read_text(),
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return long_run(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step"),
+    [(1, 3), (2, 7), pytest.param(0, 6, marks=pytest.mark.full), (4, 6)],
+)
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(tmp_path, undisturbed, epoch, step):
+    assert 5 < len(undisturbed["epochs"]) < 40  # EarlyStopping has ended it.
+    assert len(set(undisturbed["history"]["learning_rate"])) > 1
+    with pytest.raises(StoppedError, match="the same command resumes the run"):
+        long_run(tmp_path, StopAt(epoch, step))
+    assert long_run(tmp_path) == undisturbed
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_that_early_stopping_has_ended_is_not_trained_on(tmp_path, undisturbed):
+    class Killed(StopAt):
+        def on_train_end(self, logs=None):
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        long_run(tmp_path, Killed())
+    # The name of a callback's class is compared.
+    with pytest.raises(ConfigurationError, match=r"StopAt\. Use its callbacks"):
+        long_run(tmp_path)
+    Killed.on_train_end = StopAt.on_train_end
+    assert long_run(tmp_path, Killed()) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [({"batch_size": 8}, "batch_size=8 where it has batch_size=16")],
+)
+def test_another_run_in_the_folder_is_not_resumed(tmp_path, changes, difference):
+    model, data, _ = keras_models.make(keras_models.regularized)
+    config = TrainConfig(checkpoint_every="1", steps_per_execution=1)
+    options = {"output_dir": tmp_path, "config": config, "batch_size": 16, "verbose": 0}
+    with pytest.raises(StoppedError):
+        fit(model, data, callbacks=[StopAt(0, 1)], **options)
+    model, data, _ = keras_models.make(keras_models.regularized)
+    with pytest.raises(ConfigurationError, match=difference):
+        fit(model, data, callbacks=[StopAt()], **{**options, **changes})
+    other = keras_models.make(keras_models.layer_normalization)[0]
+    with pytest.raises(ConfigurationError, match="another model or optimizer"):
+        fit(other, data, callbacks=[StopAt()], **options)
+    x, y = data
+    with pytest.raises(ConfigurationError, match="other images or labels"):
+        fit(model, (x + 1, y), callbacks=[StopAt()], **options)
+
+
+def test_the_model_is_the_users_own_afterwards(replicas):
+    # Its variables are TensorFlow's plain ones again, on one device and after several.
+    model, data, _ = keras_models.make(keras_models.batch_normalization)
+    before = [variable.value for variable in model.variables]
+    fit(model, data, batch_size=16, verbose=0)
+    assert all(a is b.value for a, b in zip(before, model.variables, strict=True))
+    history = model.fit(*data, verbose=0)  # Keras goes on with it, its optimizer too.
+    assert history.history["loss"]
+    assert int(model.optimizer.iterations) == 3 + 2
+
+
+class OwnStep(keras.Sequential):
+    """Trains in a way of its own."""
+
+    def train_step(self, data):
+        return {}
+
+
+def compiled(model, **options):
+    model.compile("sgd", loss="mse", **options)
+    return model
+
+
+def small(kind=keras.Sequential):
+    return kind([keras.Input((4,)), keras.layers.Dense(1)])
+
+
+DATA = (np.zeros((8, 4)), np.zeros((8, 1)))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "error", "message"),
+    [
+        (small, DATA, {}, ConfigurationError, "Call model.compile first"),
+        (lambda: compiled(small(OwnStep)), DATA, {}, ConfigurationError, "own train_step"),
+        (
+            lambda: compiled(small(), run_eagerly=True),
+            DATA,
+            {},
+            ConfigurationError,
+            "Received: run_eagerly=True",
+        ),
+        (None, DATA[0], {}, UsageError, r"data must be \(x, y\)"),
+        (None, (DATA[0], DATA[1][:5]), {}, DataError, r"Received: \[5, 8\] examples"),
+        (None, (DATA[0][:0], DATA[1][:0]), {}, DataError, r"Received: \[0\] examples"),
+        (None, DATA, {"batch_size": 0}, UsageError, "batch_size must be an integer"),
+        (None, DATA, {"epochs": 1.5}, UsageError, "epochs must be an integer"),
+        (None, DATA, {"validation_split": 1.0}, UsageError, "validation_split must be from 0"),
+        (None, DATA, {"validation_split": 0.95}, UsageError, "must leave examples on both sides"),
+        (None, (*DATA, np.ones(8)), {"class_weight": {0: 2.0}}, UsageError, "sample weights, too"),
+        (None, DATA, {"config": TrainConfig(epochs=3)}, UsageError, "Received: epochs=3"),
+        (
+            None,
+            DATA,
+            {"callbacks": [keras.callbacks.BackupAndRestore("b")], "output_dir": "o"},
+            ConfigurationError,
+            "Received: BackupAndRestore",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(
+    tmp_path, monkeypatch, model, data, options, error, message
+):
+    monkeypatch.chdir(tmp_path)
+    model = model() if model else compiled(small())
+    with pytest.raises(error, match=message):
+        fit(model, data, verbose=0, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_where():
+    x, y = DATA
+    bad = x.copy()
+    bad[5] = np.nan
+    with pytest.raises(NotFiniteError, match="in epoch 1, step 3"):
+        fit(compiled(small()), (bad, y), batch_size=2, shuffle=False, verbose=0)
+
+
+def test_the_order_of_an_epoch_is_the_seeds():
+    def train(**options):
+        model, data, _ = keras_models.make(keras_models.regularized)
+        fit(model, data, epochs=2, batch_size=16, verbose=0, **options)
+        return b"".join(weight.tobytes() for weight in model.get_weights())
+
+    first = train()
+    assert train() == first
+    assert train(config=TrainConfig(seed=1)) != first
+    assert train(shuffle=False) != first

@@ -1,0 +1,214 @@
+"""What a compiled Keras model minimizes and measures: its own losses, weights and metrics.
+
+    objective = CompiledModel(model, strategy)
+
+A replica computes with its own copies of the variables: Keras is given their values in a
+``keras.StatelessScope`` and returns the new ones, as its JAX trainer does it. So layers with a
+moving state and metrics need not know of replicas. The mean of the replicas' new values is what all
+of them go on with, for the state of layers; a metric's copies are shares, which are added up when
+they are read.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from trainer.distributed.collectives import Workers, all_reduce
+from trainer.distributed.replica_updates import Update
+from trainer.runtime import keras, tf
+from trainer.training.execution import Step
+from trainer.training.objective import sums_dtype
+
+Batch: TypeAlias = tuple[Any, ...]  # (x, y) or (x, y, sample_weight)
+
+
+class CompiledModel:
+    """The objective of a compiled model.
+
+    Args:
+        model: Built, with its optimizer and metrics; its variables are those of the strategy
+            (``replica_variables.mirrored``).
+        strategy: What it is trained under.
+    """
+
+    names: Sequence[str] = ("loss",)
+
+    def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+        self.model = model
+        self.strategy = strategy
+        self.dtype = sums_dtype(model)
+        self.replicas = strategy.num_replicas_in_sync
+        self.workers = Workers(strategy)
+        self.trainable = list(model.trainable_variables)
+        self.carried = list(model.non_trainable_variables)
+        self.metrics = list(model.metrics_variables)
+        self.has_training = "training" in inspect.signature(model.call).parameters
+        self.loss_has_training = "training" in inspect.signature(model.compute_loss).parameters
+        self.sum_metrics = tf.function(self._sum_metrics, autograph=False)
+
+    def examples(self, *batch: Any) -> tf.Tensor:
+        """Returns the length of a batch."""
+        return _length(batch)
+
+    def train_step(self, update: Update, *, jit_compile: bool) -> Step:
+        """Returns the training step."""
+
+        def gradients(*batch: Any) -> tuple[tf.Tensor, list[tf.Tensor], _Values]:
+            batch, examples = batch[:-1], batch[-1]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                values = self._values(tape)
+                loss, changed = self._compute(batch, values, training=True)
+                # Every replica's mean counts by the length of its slice.
+                share = tf.cast(_length(batch), loss.dtype) / tf.cast(examples, loss.dtype)
+                objective = self.model.optimizer.scale_loss(loss * share)
+            found = tape.gradient(objective, values[: len(self.trainable)])
+            return self._row(batch, loss), found, changed
+
+        if jit_compile:
+            gradients = tf.function(gradients, jit_compile=True, autograph=False)
+
+        def step(*batch: Any) -> tf.Tensor:
+            row, found, changed = gradients(*batch)
+            self._assign(changed)
+            update(found)
+            return row
+
+        return step
+
+    def test_step(self) -> Step:
+        """Returns the step of the evaluation."""
+
+        def step(*batch: Any) -> tf.Tensor:
+            batch = batch[:-1]
+            loss, changed = self._compute(batch, self._values(), training=False)
+            self._assign(changed)
+            return self._row(batch, loss)
+
+        return step
+
+    def reset(self) -> None:
+        """Resets the metrics."""
+        self.model.reset_metrics()
+
+    def logs(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Returns the mean loss, and the results of all metrics, over all replicas."""
+        with self._total_metrics():
+            results = self.model.get_metrics_result()
+        return {**{name: _number(value) for name, value in results.items()}, **means}
+
+    def state(self) -> list:
+        """Returns the values of the metrics' variables, over all replicas."""
+        several = self.replicas > 1 and self.metrics
+        values = self.sum_metrics() if several else [metric.value for metric in self.metrics]
+        return [value.numpy().tolist() for value in values]
+
+    def set_state(self, state: list) -> None:
+        """Sets the values of the metrics' variables: of one replica all, of the others nothing."""
+        if not state:
+            return
+        for variable, value in zip(self.metrics, state, strict=True):
+            for number, copy in enumerate(self.strategy.experimental_local_results(variable.value)):
+                first = number == 0 and self.workers.index == 0
+                copy.assign(tf.constant(value, copy.dtype) if first else tf.zeros_like(copy))
+
+    def _values(self, tape: tf.GradientTape | None = None) -> list[tf.Tensor]:
+        """Returns the values of this replica's copies, in the order of ``_Values``."""
+        variables = (*self.trainable, *self.carried, *self.metrics)
+        values = [tf.convert_to_tensor(self._own(variable)) for variable in variables]
+        if tape:
+            tape.watch(values[: len(self.trainable)])
+        return values
+
+    def _compute(
+        self, batch: Batch, values: Sequence[tf.Tensor], *, training: bool
+    ) -> tuple[tf.Tensor, "_Values"]:
+        """Returns the loss, a mean over the slice of a batch, and the new values of variables,
+        None where it is the old one.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(tuple(batch))
+        variables = (*self.trainable, *self.carried, *self.metrics)
+        mapping = list(zip(variables, values, strict=True))
+        flag = {"training": training}
+        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+            old = [scope.get_current_value(variable) for variable in variables]
+            output = self.model(x, **(flag if self.has_training else {}))
+            loss = self.model.compute_loss(
+                x=x,
+                y=y,
+                y_pred=output,
+                sample_weight=sample_weight,
+                **(flag if self.loss_has_training else {}),
+            )
+            loss *= self.replicas  # By which Keras divides it.
+            self.model.compute_metrics(x, y, output, sample_weight)
+            new = [scope.get_current_value(variable) for variable in variables]
+        return loss, [b if b is not a else None for a, b in zip(old, new, strict=True)]
+
+    def _assign(self, changed: "_Values") -> None:
+        """Gives this replica's copies their new values; those of layers the mean of all replicas,
+        so that all go on with the same.
+        """
+        variables = (*self.trainable, *self.carried, *self.metrics)
+        values = dict(enumerate(changed))
+        if self.replicas > 1:
+            shared = [
+                number
+                for number in range(len(self.trainable) + len(self.carried))
+                if values[number] is not None and variables[number].value.dtype.is_floating
+            ]
+            if shared:
+                means = all_reduce(
+                    tf.distribute.ReduceOp.MEAN, [values[number] for number in shared]
+                )
+                values |= zip(shared, means, strict=True)
+        for number, value in values.items():
+            if value is not None:
+                self._own(variables[number]).assign(value)
+
+    def _own(self, variable: keras.Variable) -> tf.Variable:
+        """Returns this replica's copy of a variable."""
+        number = tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group)
+        copies = self.strategy.experimental_local_results(variable.value)
+        return copies[number - self.workers.index * self.workers.local_replicas]
+
+    def _row(self, batch: Batch, loss: tf.Tensor) -> tf.Tensor:
+        length = tf.cast(_length(batch), self.dtype)
+        return tf.stack([length, length * tf.cast(loss, self.dtype)])
+
+    def _sum_metrics(self) -> list[tf.Tensor]:
+        """Returns the sums of all replicas' shares of the metrics."""
+
+        def of_replica() -> list[tf.Tensor]:
+            return all_reduce(
+                tf.distribute.ReduceOp.SUM,
+                [tf.convert_to_tensor(self._own(variable)) for variable in self.metrics],
+            )
+
+        summed = self.strategy.run(of_replica)
+        return [self.strategy.experimental_local_results(value)[0] for value in summed]
+
+    @contextlib.contextmanager
+    def _total_metrics(self) -> Iterator[None]:
+        """Has metrics read what all replicas have added up."""
+        if self.replicas == 1 or not self.metrics:
+            yield
+            return
+        totals = zip(self.metrics, self.sum_metrics(), strict=True)
+        with keras.StatelessScope(list(totals)):
+            yield
+
+
+_Values: TypeAlias = list  # Of tensors, of the trainable variables, the layers' state, the metrics.
+
+
+def _length(batch: Any) -> tf.Tensor:
+    return tf.shape(tf.nest.flatten(batch)[0])[0]
+
+
+def _number(value: Any) -> Any:
+    """Returns a metric's result as JSON can hold it."""
+    array = np.asarray(value)
+    return array.tolist() if array.ndim else float(array)
