@@ -246,7 +246,7 @@ def test_a_signal_before_the_first_step_is_one_line(command, tmp_path, point, nu
 # Building, tracing, and training; in the middle of tracing an exception would come out as another.
 DURING = [
     {"calling": "trainer.models.cnn:from_config"},
-    {"calling": "trainer.training.loop:_sums"},
+    {"calling": "trainer.training.objective:PerExample._sums"},
     {"after_step": (1, 2)},
 ]
 
@@ -492,7 +492,7 @@ IN_THE_SAVE = [
 ANYWHERE = [
     {"importing": "tensorflow"},
     {"calling": "trainer.distributed.strategy:create"},
-    {"calling": "trainer.training.loop:_sums"},
+    {"calling": "trainer.training.objective:PerExample._sums"},
     {"after_step": (1, 1)},
     {"after_step": (1, 4)},
     {"after_step": (2, 0)},

@@ -261,6 +261,8 @@ DATA = (np.zeros((8, 4)), np.zeros((8, 1)))
         ),
         (None, DATA[0], {}, UsageError, r"data must be \(x, y\)"),
         (None, (DATA[0], DATA[1][:5]), {}, DataError, r"Received: \[5, 8\] examples"),
+        (None, (np.array([[1], [2, 3]], object), DATA[1][:2]), {}, DataError, "need padding"),
+        (None, (DATA[0], 5.0), {}, DataError, "Received: one number"),
         (None, (DATA[0][:0], DATA[1][:0]), {}, DataError, r"Received: \[0\] examples"),
         (None, DATA, {"batch_size": 0}, UsageError, "batch_size must be an integer"),
         (None, DATA, {"epochs": 1.5}, UsageError, "epochs must be an integer"),

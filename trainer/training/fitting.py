@@ -122,7 +122,7 @@ def fit(
                     "seed": config.seed,
                     "model": _digest_of_model(model),
                 },
-                data={"sha256": _digest([data, validation_data]), "train_examples": examples},
+                data={"sha256": _digest([data, validation_data or ()]), "train_examples": examples},
                 job=None,
                 threads=config.threads,
                 step="keras",
@@ -147,6 +147,7 @@ def fit(
         if run:
             run.callbacks.set_model(model)
             listeners.callbacks.append(run.callbacks)  # After Keras' own, which reset themselves.
+        held.callback(_close_files, callbacks)
         loop.train(
             model,
             CompiledModel(model, strategy),
@@ -215,6 +216,13 @@ class _Run:
     def after_call(self, position: Position) -> None:
         """Saves a checkpoint if one is due."""
         self.checkpointer.after_call(position)
+
+
+def _close_files(callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    """Closes what only the end of a training closes."""
+    for callback in callbacks:
+        if isinstance(callback, keras.callbacks.CSVLogger) and callback.csv_file:
+            callback.csv_file.close()
 
 
 def _stop(signals: Signals, position: Position) -> None:
@@ -325,7 +333,15 @@ def _check_data(name: str, data: Data) -> int:
             f"{name} must be (x, y) or (x, y, sample_weight). Received: {type(data).__name__}"
             f"{f' of {len(data)}' if isinstance(data, tuple) else ''}."
         )
-    counts = {len(array) for array in keras.tree.flatten(data)}
+    arrays = [np.asarray(array) for array in keras.tree.flatten(data)]
+    for array in arrays:
+        if array.dtype == object or not array.ndim:
+            raise DataError(
+                f"Expected arrays of numbers, examples first, in {name}. Received: "
+                f"{f'objects of shape {array.shape}' if array.ndim else 'one number'}. Rows of "
+                "different lengths need padding."
+            )
+    counts = {len(array) for array in arrays}
     if len(counts) != 1 or not max(counts):
         raise DataError(
             f"Expected arrays of one length in {name}. Received: {sorted(counts)} examples."
@@ -343,7 +359,7 @@ def _digest(value: Any) -> str:
     for path, array in keras.tree.flatten_with_path(value):
         array = np.ascontiguousarray(array)
         digest.update(f"{path} {array.dtype.str} {array.shape} ".encode())
-        digest.update(array.data.cast("B") if array.size else b"")
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
