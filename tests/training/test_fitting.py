@@ -15,7 +15,7 @@ from trainer.errors import (
     StoppedError,
     UsageError,
 )
-from trainer.runtime import keras
+from trainer.runtime import keras, tf
 from trainer.training.fitting import fit
 
 ONE = TrainConfig(steps_per_execution=1)
@@ -88,7 +88,7 @@ def test_several_devices_train_as_one(replicas):
 @pytest.mark.full
 @pytest.mark.parametrize("devices", [2, 3])
 def test_several_devices_train_models_of_any_kind_as_one(replicas, devices):
-    # Batches of 16 examples are not for three devices: 15, and a last one of 14.
+    # Batches of 16 examples are not for three devices.
     one, several = (
         replicas.compute("fitted", devices=n, batch_size=16 if devices == 2 else 15)
         for n in (1, devices)
@@ -244,6 +244,11 @@ def small(kind=keras.Sequential):
     return kind([keras.Input((4,)), keras.layers.Dense(1)])
 
 
+def in_a_scope():
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        return compiled(small())
+
+
 DATA = (np.zeros((8, 4)), np.zeros((8, 1)))
 
 
@@ -259,6 +264,7 @@ DATA = (np.zeros((8, 4)), np.zeros((8, 1)))
             ConfigurationError,
             "Received: run_eagerly=True",
         ),
+        (in_a_scope, DATA, {}, ConfigurationError, "Leave the scope out"),
         (None, DATA[0], {}, UsageError, r"data must be \(x, y\)"),
         (None, (DATA[0], DATA[1][:5]), {}, DataError, r"Received: \[5, 8\] examples"),
         (None, (np.array([[1], [2, 3]], object), DATA[1][:2]), {}, DataError, "need padding"),

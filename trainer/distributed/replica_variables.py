@@ -19,9 +19,8 @@ def mirrored(model: keras.Model, strategy: tf.distribute.Strategy) -> Iterator[N
     they are what they were, with the values of the first copy.
 
     Args:
-        model: Built, with optimizer and metrics.
-        strategy: Variables that it mirrors already are left to it; TensorFlow's default strategy
-            mirrors nothing.
+        model: Built, with optimizer and metrics, and made outside of any strategy.
+        strategy: TensorFlow's default strategy mirrors nothing.
     """
     if strategy is tf.distribute.get_strategy():
         yield
@@ -36,9 +35,8 @@ def mirrored(model: keras.Model, strategy: tf.distribute.Strategy) -> Iterator[N
         restored.callback(_number_variables, optimizers)
         variables = [*model.variables, *model.metrics_variables, *model.optimizer.variables]
         for variable in {id(variable): variable for variable in variables}.values():
-            if not isinstance(variable._value, tf.distribute.DistributedValues):
-                restored.callback(_restore, variable, variable._value, strategy)
-                variable._value = _mirror(variable._value, strategy)
+            restored.callback(_restore, variable, variable._value, strategy)
+            variable._value = _mirror(variable._value, strategy)
         _number_variables(optimizers)
         yield
 

@@ -142,7 +142,8 @@ class CompiledModel:
                 sample_weight=sample_weight,
                 **(flag if self.loss_has_training else {}),
             )
-            loss *= self.replicas  # By which Keras divides it.
+            # Keras has multiplied it by this number, which is a third in float32, for example.
+            loss /= keras.ops.cast(1.0 / self.replicas, loss.dtype)
             self.model.compute_metrics(x, y, output, sample_weight)
             new = [scope.get_current_value(variable) for variable in variables]
         return loss, [b if b is not a else None for a, b in zip(old, new, strict=True)]

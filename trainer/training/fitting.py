@@ -274,6 +274,14 @@ def _check_model(model: keras.Model, replicas: int) -> None:
             "Expected a model that can be compiled into a graph. Received: run_eagerly=True. "
             "Use model.compile(run_eagerly=False), and model.fit to debug it."
         )
+    if any(
+        isinstance(variable.value, tf.distribute.DistributedValues) for variable in model.variables
+    ):
+        raise ConfigurationError(
+            "Expected a model that was made outside of any tf.distribute strategy. Received: one "
+            "of a strategy's scope. Leave the scope out: config=TrainConfig(strategy=...) says "
+            "what to train under."
+        )
     for loss in keras.tree.flatten(getattr(model, "loss", None)) if replicas > 1 else []:
         if isinstance(loss, keras.losses.Loss) and loss.reduction not in _MEANS:
             raise ConfigurationError(
