@@ -18,7 +18,7 @@ import numpy as np
 from sessions import Session
 from support import HAS_FAST_STEP
 
-from trainer import config, runtime
+from trainer import config, fit, runtime
 from trainer.data import pipeline, sources
 from trainer.distributed import cluster, ring, strategy
 from trainer.distributed.collectives import Workers
@@ -26,7 +26,7 @@ from trainer.distributed.replica_seeds import separate_seeds
 from trainer.errors import StoppedError
 from trainer.models import cnn, fast_step
 from trainer.runtime import keras, tf
-from trainer.training import artifacts, fitting, loop, run
+from trainer.training import artifacts, loop, run
 from trainer.training.position import Position
 
 CHOICE = None  # strategy.create's, of this process
@@ -248,7 +248,7 @@ def fitted(chosen, *, names=None, batch_size=16):
     results = {}
     for name in names or keras_models.MODELS:
         model, data, options = keras_models.make(keras_models.MODELS[name])
-        history = fitting.fit(
+        history = fit(
             model,
             data,
             validation_data=data,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras_models import MODELS
 
-from trainer import TrainConfig
+from trainer import TrainConfig, fit
 from trainer.errors import (
     ConfigurationError,
     DataError,
@@ -16,7 +16,6 @@ from trainer.errors import (
     UsageError,
 )
 from trainer.runtime import keras, tf
-from trainer.training.fitting import fit
 
 ONE = TrainConfig(steps_per_execution=1)
 BATCHES = {"epochs": 2, "batch_size": 16, "shuffle": False, "verbose": 0}

@@ -1,8 +1,6 @@
 """The call that stands where ``model.fit`` would, for a model and data of the user's own.
 
-    history = fit(model, (x, y), epochs=10, batch_size=128, output_dir="out")
-
-It is ``trainer.fit``.
+It is ``trainer.fit``, which has the defaults and the documentation.
 """
 
 import contextlib
@@ -57,19 +55,18 @@ def fit(
     model: keras.Model,
     data: Data,
     *,
-    validation_data: Data | None = None,
-    validation_split: float = 0.0,
-    epochs: int = 1,
-    batch_size: int = 32,
-    shuffle: bool = True,
-    class_weight: Mapping[int, float] | None = None,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
-    verbose: int | str = "auto",
-    output_dir: str | Path | None = None,
-    config: TrainConfig | None = None,
+    validation_data: Data | None,
+    validation_split: float,
+    epochs: int,
+    batch_size: int,
+    shuffle: bool,
+    class_weight: Mapping[int, float] | None,
+    callbacks: Sequence[keras.callbacks.Callback],
+    verbose: int | str,
+    output_dir: str | Path | None,
+    config: TrainConfig,
 ) -> keras.callbacks.History:
     """Trains a compiled Keras model; arguments, result and errors as ``trainer.fit`` has them."""
-    config = config or TrainConfig()
     _check_arguments(config, epochs, batch_size, validation_split)
     if validation_split:
         data, validation_data = _split(data, validation_split)

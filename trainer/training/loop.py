@@ -91,7 +91,7 @@ def fit(
             shape than (n,).
         TypeError: A loss or metric is no function, or an object with another mean.
     """
-    check_model(model)
+    _check_model(model)
     objective = PerExample(
         model, loss=loss, metrics=metrics, preprocess=preprocess, forward=forward
     )
@@ -296,7 +296,7 @@ def _evaluate(
     return logs
 
 
-def check_model(model: keras.Model) -> None:
+def _check_model(model: keras.Model) -> None:
     """Raises ``ValueError`` for a model that would silently be trained otherwise than it says."""
     for name in ("train_step", "compute_loss"):
         if getattr(type(model), name) is not getattr(keras.Model, name):
