@@ -116,6 +116,11 @@ def shared_replicas(tmp_path_factory):
     return Replicas(Command(folder, folder))
 
 
+@pytest.fixture(scope="module")
+def shared_command(tmp_path_factory):
+    return Command(tmp_path_factory.mktemp("shared"), tmp_path_factory.mktemp("home"))
+
+
 @pytest.fixture
 def float64():
     """Keras in float64: in float32 two right computations part within ten steps of Adadelta."""

@@ -217,3 +217,22 @@ def make(kind):
 
 
 MODELS = {kind.__name__.replace("_", " "): kind for kind in KINDS}
+
+# Whose replicas draw dropout masks of their own, and normalize by the statistics of their slice, as
+# Keras' do under a strategy.
+DIFFERENT = ("convolution and dropout", "batch normalization")
+FEW = ("regularized", "synchronized batch normalization", "two outputs", "accumulation")
+
+
+def assert_alike(several, one):
+    """Compares what ``fit_models`` returns."""
+    assert several.keys() == one.keys()
+    for name, expected in one.items():
+        if name in DIFFERENT:
+            continue
+        for part, values in expected.items():
+            assert several[name][part].keys() == values.keys()
+            for key, value in values.items():
+                np.testing.assert_allclose(
+                    several[name][part][key], value, rtol=1e-6, atol=1e-9, err_msg=f"{name} {key}"
+                )

@@ -13,12 +13,12 @@ import os
 import sys
 from pathlib import Path
 
-import keras_models
+import fit_models
 import numpy as np
 from sessions import Session
 from support import HAS_FAST_STEP
 
-from trainer import config, fit, runtime
+from trainer import config, runtime
 from trainer.data import pipeline, sources
 from trainer.distributed import cluster, ring, strategy
 from trainer.distributed.collectives import Workers
@@ -241,31 +241,9 @@ def optimized(chosen, *, jit_compile=False):
 
 def fitted(chosen, *, names=None, batch_size=16):
     """In float64: what ``trainer.fit`` makes of models of many kinds, in two epochs."""
-    for setting in (keras.config.set_floatx, keras.config.set_dtype_policy):
-        setting("float64")
     several = chosen.num_replicas_in_sync > 1
     how = config.TrainConfig(strategy="mirrored" if several else "one")
-    results = {}
-    for name in names or keras_models.MODELS:
-        model, data, options = keras_models.make(keras_models.MODELS[name])
-        history = fit(
-            model,
-            data,
-            validation_data=data,
-            epochs=2,
-            batch_size=batch_size,
-            shuffle=False,
-            verbose=0,
-            config=how,
-            **options,
-        )
-        results[name] = {
-            "history": history.history,
-            "variables": {
-                variable.path: variable.numpy().ravel().tolist() for variable in model.variables
-            },
-        }
-    return results
+    return fit_models.fit_models(names, batch_size, how)
 
 
 def _normal(seed):
@@ -310,10 +288,10 @@ def exchanged(chosen):
         "gathered": workers.gather(10 + workers.index),
         "first": workers.first(10 + workers.index),
         "shared": list(workers.broadcast(own.tobytes())),
-        "equal": [
-            workers.all_equal(b"the same"),
-            workers.all_equal(b"the same" if workers.index else b"the sane"),
-            workers.all_equal(b"the sane" if workers.index else b"the same"),
+        "differing": [
+            workers.differing(b"the same"),
+            workers.differing(b"the same" if workers.index else b"the sane"),
+            workers.differing(b"the sane" if workers.index == 1 else b"the same"),
         ],
         "summed": [total.numpy().tolist() for total in (*sums, ones)],
         "mean": float(mean),

@@ -150,6 +150,11 @@ def wait_for(
         time.sleep(0.005)
 
 
+def children(pid: int) -> list[int]:
+    """Returns the processes that a process has started, in that order."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def save_npz(path: Path, train: int = 60, test: int = 20, **arrays) -> Path:
     """Writes an archive of Keras' layout with pictures of noise; ``arrays`` replaces some."""
     noise = np.random.default_rng(0)

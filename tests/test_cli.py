@@ -94,7 +94,8 @@ HEAVY = (
 
 
 @pytest.mark.parametrize(
-    "name", ["doctor", "evaluate", "export", "launch", "predict", "serve", "submit", "task"]
+    "name",
+    ["doctor", "evaluate", "export", "launch", "predict", "script", "serve", "submit", "task"],
 )
 def test_help_loads_nothing_that_takes_its_time(command, name):
     command.program = ["-X", "importtime", "-m", f"trainer.{name}"]

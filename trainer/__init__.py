@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["TrainConfig", "evaluate", "fit", "load_data", "load_model", "train"]
+__all__ = ["TrainConfig", "evaluate", "fit", "is_chief", "load_data", "load_model", "train"]
 
 
 def train(
@@ -76,7 +76,7 @@ def train(
     """
     from trainer.training import run
 
-    _check_alone(config)
+    _check_alone(config, "trainer.task")
     # None is for the pod of a Job that has finished already.
     trained = cast("run.Run", run.train(config, data=data, callbacks=callbacks))
     return trained.model, trained.history
@@ -140,7 +140,7 @@ def fit(
     from trainer.training import fitting
 
     config = config or TrainConfig()
-    _check_alone(config)
+    _check_alone(config, "trainer.script")
     return fitting.fit(
         model,
         data,
@@ -212,15 +212,30 @@ def load_model(path: "str | Path") -> "keras.Sequential":
     return model_file.load(Path(path))
 
 
-def _check_alone(config: TrainConfig) -> None:
-    """Raises ``ConfigurationError`` where the environment describes several workers."""
-    from trainer.distributed import cluster
+def is_chief() -> bool:
+    """Tells whether this process is the one that writes files: alone, or worker 0 of several.
+
+    It is for scripts that save or print on their own beside ``fit``.
+    """
+    from trainer.distributed import worker_context
+
+    context = worker_context.current()
+    return context is None or context.cluster.is_chief
+
+
+def _check_alone(config: TrainConfig, command: str) -> None:
+    """Raises ``ConfigurationError`` where the environment describes several workers, and this is
+    none of those that a command connects.
+    """
+    from trainer.distributed import cluster, worker_context
     from trainer.errors import ConfigurationError
 
-    if config.strategy != "one" and (workers := cluster.resolve(os.environ)):
+    if config.strategy == "one" or (command == "trainer.script" and worker_context.current()):
+        return
+    if workers := cluster.resolve(os.environ):
         raise ConfigurationError(
             "Expected one process: several workers need the parent processes that python -m "
-            "trainer.task and python -m trainer.launch start. Received: TF_CONFIG, "
+            f"{command} and python -m trainer.launch start. Received: TF_CONFIG, "
             f"TRAINER_WORKERS or a Slurm step with {len(workers.workers)} workers. Use one of "
             "those commands, or strategy='one' to train in this process alone."
         )

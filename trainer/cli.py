@@ -18,13 +18,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from trainer import machine
-from trainer.errors import ConfigurationError, OutputError, StoppedError, TrainerError, UsageError
+from trainer.errors import (
+    ConfigurationError,
+    InputError,
+    OutputError,
+    StoppedError,
+    TrainerError,
+    UsageError,
+)
 from trainer.log_lines import DroppingStream, Severity, json_line
 from trainer.signals import TERMINATING
 
 Config = TypeVar("Config")
 
 TASK = "python -m trainer.task"  # The training command, which other commands run or name.
+SCRIPT = "python -m trainer.script"
 DOCTOR = "python -m trainer.doctor"
 ADVICE = f"{DOCTOR}, with the same flags, shows what stands in the way of a run."
 JOB = "TRAINER_JOB_UID"  # In a pod: the UID of its Job.
@@ -127,6 +135,35 @@ def split(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
     if "--" not in arguments:
         return arguments, []
     return arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+
+
+def split_script(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits the arguments of a command that runs a script into its own, and the script with those
+    of the script's.
+
+    >>> split_script(["train.py", "--lr", "1"])
+    ([], ['train.py', '--lr', '1'])
+    >>> split_script(["--threads", "2", "--", "train.py"])
+    (['--threads', '2'], ['train.py'])
+    """
+    if arguments and not arguments[0].startswith("-"):
+        return [], list(arguments)
+    return split(arguments)
+
+
+def find_script(script: Sequence[str]) -> Path:
+    """Returns the path of a script from what ``split_script`` has returned.
+
+    Raises:
+        UsageError: There is none.
+        InputError: There is no such file.
+    """
+    if not script:
+        raise UsageError(f"Expected a script: {SCRIPT} train.py. Received: none.")
+    path = Path(script[0])
+    if not path.is_file():
+        raise InputError(f"Expected a Python script at {path}. Received: no such file.")
+    return path
 
 
 def module_command(name: str) -> list[str]:

@@ -303,6 +303,43 @@ class TrainConfig:
         return f"Use {RECIPES[self.recipe][name]}, the value of the recipe {self.recipe}."
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScriptConfig:
+    """Runs a script that calls trainer.fit; the script and its own flags follow --.
+
+    Raises:
+        UsageError: A value is outside its range.
+    """
+
+    threads: int = dataclasses.field(default_factory=available_cpus)
+    """Threads inside one operation; default: the CPUs
+    available. Results have the same bits only with the
+    same number."""
+
+    gpus: int | None = None
+    """Number of GPUs that each worker must have;
+    default: all that it sees; 0: none."""
+
+    collectives: Collectives = TrainConfig.collectives
+    """What several workers sum gradients with: ring is
+    faster on CPUs."""
+
+    startup_timeout: int = TrainConfig.startup_timeout
+    """Seconds to wait for the other workers."""
+
+    step_timeout: int | None = None
+    """Seconds without a step after which a training has
+    hung; default: 20 times the longest, at least 300."""
+
+    def __post_init__(self) -> None:
+        TrainConfig(  # Which checks them.
+            threads=self.threads,
+            gpus=self.gpus,
+            startup_timeout=self.startup_timeout,
+            step_timeout=self.step_timeout,
+        )
+
+
 def local_path(name: str, value: str | os.PathLike) -> Path:
     """Returns the path of a setting, with the home folder for a ``~`` at its beginning.
 

@@ -144,6 +144,7 @@ __all__ = [
     "set_precision",
     "set_threads",
     "tf",
+    "threads",
 ]
 
 
@@ -177,6 +178,11 @@ def set_threads(threads: int) -> None:
             f"a TensorFlow that is running with threads={running}. Start a new Python (in a "
             f"notebook: restart the kernel), or use threads={running}."
         ) from error
+
+
+def threads() -> int:
+    """Returns the number of threads inside one operation."""
+    return tf.config.threading.get_intra_op_parallelism_threads() or machine.affinity_cpus()
 
 
 def release_memory() -> None:

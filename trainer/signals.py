@@ -50,9 +50,13 @@ class Signals:
     def defer(self) -> None:
         """From now on the first signal is only remembered, in ``received``."""
         self.deferred = True
+        self.handle_again()
+
+    def handle_again(self) -> None:
+        """Puts the handlers in place once more, because TensorFlow's cluster of several workers has
+        put one of its own in place of SIGTERM's (SigtermNotifier in TensorFlow 2.21).
+        """
         for number in self.before:
-            # Once more, because TensorFlow's cluster of several workers has put a handler of its
-            # own in place of SIGTERM's (SigtermNotifier in TensorFlow 2.21).
             signal.signal(number, self._receive)
 
     def ignore(self) -> None:

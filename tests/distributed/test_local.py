@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import TIMEOUT, Command, Constant, Pause, outcome, wait_for, with_hooks
+from support import TIMEOUT, Command, Constant, Pause, children, outcome, wait_for, with_hooks
 
 from trainer.distributed import local
 from trainer.distributed.local import LocalWorkers, free_ports, share_gpus
@@ -82,10 +82,6 @@ class Launched:
     def end(self):
         stdout, stderr = self.process.communicate(timeout=TIMEOUT)
         return self.process.returncode, stdout, stderr
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def has_ended(pid):

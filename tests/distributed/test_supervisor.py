@@ -33,6 +33,7 @@ from trainer.distributed.parent import (
 from trainer.distributed.worker import _explain
 
 SECRET = "what all workers of a run know\n"  # noqa: S105
+REPORTS = {"connected", "idle", "training", "step", "trained"}
 HANG = 300  # Seconds that only turn a hang of a test into its failure.
 
 
@@ -93,9 +94,7 @@ class Worker:
         if command.startswith(("tell", "step")):
             self.reports += 1
             self.until(
-                lambda entry: (
-                    entry[0] == "handled" and entry[1].keys() & {"connected", "step", "trained"}
-                ),
+                lambda entry: entry[0] == "handled" and entry[1].keys() & REPORTS,
                 self.reports,
             )
 
@@ -832,6 +831,26 @@ def test_a_run_that_never_takes_a_step_ends(start):
     workers = train(*start(2))
     workers[0].expire("step")
     text = "no step ended for 1200 s after all workers connected (step_timeout)"
+    for worker in workers:
+        assert worker.end() == (75, f"task: {text}. {RESUME_HINT}\n")
+
+
+def test_what_a_script_does_between_two_trainings_may_take_any_time(start):
+    workers = train(*start(2))
+    for worker in workers:
+        worker.do("tell idle")
+        worker.expire("step")
+    assert_succeed(*workers)
+
+
+def test_each_training_of_a_script_compiles_its_own_first_step(start):
+    workers = train(*start(2, step_timeout=40))
+    for worker in workers:
+        for command in ("step 1 1", "step 1 2", "tell idle", "tell training"):
+            worker.do(command)
+        assert worker.seconds("step") == [1200, 40, 40, 1200]
+    workers[0].expire("step")
+    text = "no step ended for 1200 s after training began (step_timeout)"
     for worker in workers:
         assert worker.end() == (75, f"task: {text}. {RESUME_HINT}\n")
 

@@ -68,10 +68,10 @@ class Patch(importlib.abc.MetaPathFinder):
 
 def pause_after_step(loop, hook):
     """Pauses once, when a call of the compiled step has ended at the position or behind it."""
-    fit = loop.fit
+    train = loop.train
     reached = []
 
-    @functools.wraps(fit)
+    @functools.wraps(train)
     def paused(*arguments, after_call=lambda position: None, **options):
         def after(position):
             after_call(position)
@@ -79,9 +79,9 @@ def pause_after_step(loop, hook):
                 reached.append(position)
                 pause(hook)
 
-        return fit(*arguments, after_call=after, **options)
+        return train(*arguments, after_call=after, **options)
 
-    loop.fit = paused
+    loop.train = paused
 
 
 def pause_at_call(module, name, hook):

@@ -5,7 +5,7 @@ import signal
 import keras_models
 import numpy as np
 import pytest
-from keras_models import MODELS
+from keras_models import FEW, MODELS, assert_alike
 
 from trainer import TrainConfig, fit
 from trainer.errors import (
@@ -58,25 +58,6 @@ def test_it_trains_as_keras_does(name, float64):
             np.testing.assert_allclose(seen[key], value, rtol=1e-6, err_msg=key)
     for a, b in zip(ours.variables, theirs.variables, strict=True):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-9, atol=1e-12, err_msg=a.path)
-
-
-# Whose replicas draw dropout masks of their own, and normalize by the statistics of their slice, as
-# Keras' do under a strategy.
-DIFFERENT = ("convolution and dropout", "batch normalization")
-FEW = ("regularized", "synchronized batch normalization", "two outputs", "accumulation")
-
-
-def assert_alike(several, one):
-    assert several.keys() == one.keys()
-    for name, expected in one.items():
-        if name in DIFFERENT:
-            continue
-        for part, values in expected.items():
-            assert several[name][part].keys() == values.keys()
-            for key, value in values.items():
-                np.testing.assert_allclose(
-                    several[name][part][key], value, rtol=1e-6, atol=1e-9, err_msg=f"{name} {key}"
-                )
 
 
 def test_several_devices_train_as_one(replicas):

@@ -371,6 +371,6 @@ class Chief(Parent):
     def _notify_of_waiting(self, seconds: float) -> None:
         lost = [self.cluster.name(index) for index in self.others if index not in self.told]
         self.notify(
-            f"The model is saved. Waiting up to {seconds:g} s to tell {', '.join(lost)}, lost at "
+            f"Worker 0 is done. Waiting up to {seconds:g} s to tell {', '.join(lost)}, lost at "
             "the very end; Ctrl-C ends that."
         )

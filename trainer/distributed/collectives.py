@@ -81,8 +81,8 @@ class Workers:
         """Returns worker 0's ``value``, a 32-bit integer."""
         return self.gather(value)[0]
 
-    def all_equal(self, content: bytes) -> bool:
-        """Tells whether all workers have the same content.
+    def differing(self, content: bytes) -> list[int]:
+        """Returns the numbers of the workers that have another content than worker 0.
 
         Args:
             content: Of the same length on every worker, a multiple of 4 bytes.
@@ -90,7 +90,8 @@ class Workers:
         words = np.frombuffer(content, np.int32)
         rows = np.zeros((self.count, len(words)), np.int32)
         rows[self.index] = words
-        return bool((self._sum(rows) == words).all())
+        rows = self._sum(rows)
+        return np.flatnonzero((rows != rows[0]).any(axis=1)).tolist()
 
     def broadcast(self, content: bytes) -> bytes:
         """Returns worker 0's content, bit for bit; what the others pass is ignored."""

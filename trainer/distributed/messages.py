@@ -14,8 +14,9 @@ their ranges have been checked:
     from worker 0         {"welcome": 1}, {"busy": text}, {"waiting": text}, {"go": 1},
                           {"verdict": [code, text, about]}
     both                  {"heartbeat": 1}
-    from the worker's     {"ready": settings}, {"connected": 1}, {"step": [epoch, step]},
-    process               {"trained": 1}, {"traceback": text}, {"ended": [code, text, kind]}
+    from the worker's     {"ready": settings}, {"connected": 1}, {"idle": 1}, {"training": 1},
+    process               {"step": [epoch, step]}, {"trained": 1}, {"traceback": text},
+                          {"ended": [code, text, kind]}
     to it                 {"go": 1}
 """
 
@@ -338,6 +339,8 @@ _KINDS: Sequence[dict[str, Callable[[Any], object]]] = (
     {"ready": _settings},
     {"go": _one},
     {"connected": _one},
+    {"idle": _one},
+    {"training": _one},
     {"step": _position},
     {"trained": _one},
     {"hang": _text},

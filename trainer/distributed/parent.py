@@ -230,9 +230,13 @@ class Parent:
             if "ready" in message:
                 self.settings = message["ready"]
                 self.on_ready()
-            elif "connected" in message:
-                self.cancel_deadlines("connecting")
-                self._limit_step(step_deadline(self.step_timeout, None), "all workers connected")
+            elif "connected" in message or "training" in message:
+                self.cancel_deadlines("connecting", "step")
+                longest_step = last_report = None
+                start = "all workers connected" if "connected" in message else "training began"
+                self._limit_step(step_deadline(self.step_timeout, None), start)
+            elif "idle" in message:
+                self.cancel_deadlines("step")
             elif "step" in message:
                 now = self.loop.time()
                 longest_step = max(longest_step or 0.0, now - (last_report or now))

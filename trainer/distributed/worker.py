@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping, Sequence
 from typing import Literal, NoReturn
 
 from trainer.cli import INTERRUPTED
@@ -116,11 +116,13 @@ class Link:
         threading.Thread(target=self._listen, daemon=True).start()
 
     @classmethod
-    def find(cls, environ: Mapping[str, str]) -> "Link | None":
-        """Returns the connection to the parent; None where there is no parent."""
+    def find(cls, environ: MutableMapping[str, str]) -> "Link | None":
+        """Returns the connection to the parent; None where there is no parent. What names it is
+        removed from the environment, which the processes that this one starts inherit.
+        """
         if _VARIABLE not in environ:
             return None
-        return cls(socket.socket(fileno=int(environ[_VARIABLE])))
+        return cls(socket.socket(fileno=int(environ.pop(_VARIABLE))))
 
     def run(self, function: Callable[[], object]) -> NoReturn:
         """Calls the function, reports how it ended, and waits to be killed by the parent.
@@ -151,8 +153,14 @@ class Link:
         self._send(ready=settings)
         self.may_go.wait()
 
-    def tell(self, event: Literal["connected", "trained"]) -> None:
-        """Reports that TensorFlow is connected to the other workers, or that training is done."""
+    def tell(self, event: Literal["connected", "idle", "training", "trained"]) -> None:
+        """Reports what this process does now.
+
+        Args:
+            event: ``connected``: TensorFlow is connected to the other workers, and training begins.
+                ``idle``: what takes its own time goes on before and between trainings. ``training``
+                follows it. ``trained``: all training is done.
+        """
         self._send(**{event: 1})
 
     def report_step(self, epoch: int, step: int) -> None:

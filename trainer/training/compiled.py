@@ -185,7 +185,8 @@ class CompiledModel:
         def of_replica() -> list[tf.Tensor]:
             return all_reduce(
                 tf.distribute.ReduceOp.SUM,
-                [tf.convert_to_tensor(self._own(variable)) for variable in self.metrics],
+                # A value as it is read has no device of its own in the graph, which this asks for.
+                [tf.identity(self._own(variable)) for variable in self.metrics],
             )
 
         summed = self.strategy.run(of_replica)

@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,10 +20,14 @@ from trainer.config import TrainConfig
 from trainer.data import pipeline
 from trainer.data.order import epoch_order
 from trainer.distributed import strategy as strategies
+from trainer.distributed import worker_context
 from trainer.distributed.collectives import Workers
 from trainer.distributed.replica_variables import mirrored
+from trainer.distributed.strategy import StrategyChoice
+from trainer.distributed.worker import peer_errors
+from trainer.distributed.worker_context import WorkerContext
 from trainer.errors import ConfigurationError, DataError, StoppedError, UsageError
-from trainer.runtime import keras, tf
+from trainer.runtime import keras, tf, threads
 from trainer.signals import Signals
 from trainer.training import loop
 from trainer.training.callback_state import CallbackState
@@ -49,6 +54,7 @@ _HOW = (
     "resume",
     "startup_timeout",
 )
+_OF_THE_PROCESS = ("gpus", "startup_timeout")  # Decided before several workers connect.
 
 
 def fit(
@@ -67,21 +73,16 @@ def fit(
     config: TrainConfig,
 ) -> keras.callbacks.History:
     """Trains a compiled Keras model; arguments, result and errors as ``trainer.fit`` has them."""
-    _check_arguments(config, epochs, batch_size, validation_split)
+    context = worker_context.current() if config.strategy in ("auto", "multiworker") else None
+    _check_arguments(config, epochs, batch_size, validation_split, context)
     if validation_split:
         data, validation_data = _split(data, validation_split)
     data = _with_class_weight(data, class_weight)
     examples = _check_data("data", data)
     if validation_data is not None:
         _check_data("validation_data", validation_data)
-    choice = strategies.create(
-        config.strategy,
-        cluster=None,
-        gpus=config.gpus,
-        collectives="tensorflow",
-        startup_timeout=config.startup_timeout,
-    )
-    strategy = choice.strategy
+    strategy = (context.choice if context else _create_strategy(config)).strategy
+    workers = Workers(strategy)
     replicas = strategy.num_replicas_in_sync
     strategies.check_batch_size(batch_size, replicas)
     _check_model(model, replicas)
@@ -108,9 +109,8 @@ def fit(
     callbacks = list(callbacks)
     with contextlib.ExitStack() as held:
         signals = held.enter_context(Signals())
-        held.enter_context(mirrored(model, strategy))
-        run = None
-        if output_dir is not None:
+        manifest = None
+        if output_dir is not None or context:
             manifest = RunManifest.describe(
                 config={
                     "epochs": epochs,
@@ -120,20 +120,29 @@ def fit(
                     "model": _digest_of_model(model),
                 },
                 data={"sha256": _digest([data, validation_data or ()]), "train_examples": examples},
-                job=None,
-                threads=config.threads,
+                job=context.job if context else None,
+                threads=threads(),
                 step="keras",
-                collectives="tensorflow",
-                workers=1,
+                collectives="ring" if context and context.choice.ring else "tensorflow",
+                workers=workers.count,
                 replicas=replicas,
             )
+        if context and manifest:
+            held.enter_context(_training(context))
+            _check_same(manifest, workers)
+        held.enter_context(mirrored(model, strategy))
+        run = None
+        if manifest and output_dir is not None:
             folder = Path(output_dir)
-            held.enter_context(files.lock_folder(folder))
-            run = _Run(folder, model, callbacks, manifest, config, Workers(strategy), signals)
+            if workers.index == 0:
+                held.enter_context(files.lock_folder(folder))
+            run = _Run(folder, model, callbacks, manifest, config, workers, signals)
         signals.defer()
         position = run.begin() if run else Position()
+        if workers.index:
+            verbose = 0
         listeners = keras.callbacks.CallbackList(
-            callbacks,
+            [callback for callback in callbacks if not (workers.index and _writes(callback))],
             add_history=True,
             add_progbar=verbose != 0,
             model=model,
@@ -145,6 +154,16 @@ def fit(
             run.callbacks.set_model(model)
             listeners.callbacks.append(run.callbacks)  # After Keras' own, which reset themselves.
         held.callback(_close_files, callbacks)
+
+        def after_call(position: Position) -> None:
+            report = context.link.report_step if context else lambda epoch, step: None
+            report(position.epoch + 1, position.step)
+            if run:
+                run.after_call(position)
+            else:
+                _stop(signals, workers, position)
+            report(position.epoch + 1, position.step)  # Saving is not a step that hangs.
+
         loop.train(
             model,
             CompiledModel(model, strategy),
@@ -158,11 +177,48 @@ def fit(
             listeners=listeners,
             verbose=verbose,
             position=position,
-            after_call=run.after_call if run else lambda position: _stop(signals, position),
+            after_call=after_call,
         )
-        if run:
+        if run and workers.index == 0:
             run.checkpoints.delete_all()
     return model.history
+
+
+def _create_strategy(config: TrainConfig) -> StrategyChoice:
+    return strategies.create(
+        config.strategy,
+        cluster=None,
+        gpus=config.gpus,
+        collectives="tensorflow",
+        startup_timeout=config.startup_timeout,
+    )
+
+
+@contextlib.contextmanager
+def _training(context: WorkerContext) -> Iterator[None]:
+    """Tells the parent process when steps are to be expected; names the errors of a lost peer."""
+    context.link.tell("training")
+    with peer_errors():
+        yield
+    context.link.tell("idle")
+
+
+def _check_same(manifest: RunManifest, workers: Workers) -> None:
+    """Compares what the workers are about to train, before any of them waits for the others.
+
+    Raises:
+        ConfigurationError: One of them trains something else; on all workers.
+    """
+    config = dict(manifest.config)
+    parts = {"model": config.pop("model"), "data": manifest.data, "arguments": config}
+    for name, value in parts.items():
+        content = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+        if others := workers.differing(content):
+            raise ConfigurationError(
+                f"Expected the same {name} on all workers. Received: another one on worker "
+                f"{', '.join(map(str, others))} than on worker 0. Make it there from the same "
+                "files and seeds."
+            )
 
 
 class _Run:
@@ -196,7 +252,7 @@ class _Run:
             policy=self.config.resume,
             finished_run=None,
             workers=self.workers,
-            notify=print,
+            notify=print if self.workers.index == 0 else lambda text: None,
         )
         self.checkpointer = Checkpointer(
             self.checkpoints,
@@ -222,20 +278,41 @@ def _close_files(callbacks: Sequence[keras.callbacks.Callback]) -> None:
             callback.csv_file.close()
 
 
-def _stop(signals: Signals, position: Position) -> None:
-    if signals.received:
+def _writes(callback: keras.callbacks.Callback) -> bool:
+    """Tells whether all that a callback does is to write files, which worker 0 alone does."""
+    kinds = keras.callbacks
+    return isinstance(callback, (kinds.ModelCheckpoint, kinds.CSVLogger, kinds.TensorBoard))
+
+
+def _stop(signals: Signals, workers: Workers, position: Position) -> None:
+    """Ends a run that has no folder, on all workers at the same position."""
+    numbers = workers.gather(getattr(signal, signals.received or "", 0))
+    if number := next(filter(None, numbers), 0):
         raise StoppedError(
-            f"stopped by {signals.received} at {position}. Nothing is saved: use output_dir."
+            f"stopped by {signal.Signals(number).name} at {position}. Nothing is saved: use "
+            "output_dir."
         )
 
 
 def _check_arguments(
-    config: TrainConfig, epochs: int, batch_size: int, validation_split: float
+    config: TrainConfig,
+    epochs: int,
+    batch_size: int,
+    validation_split: float,
+    context: WorkerContext | None,
 ) -> None:
     default = TrainConfig()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in _HOW and value != getattr(default, field.name):
+        if value == getattr(default, field.name):
+            continue
+        if context and field.name in _OF_THE_PROCESS:
+            raise UsageError(
+                f"{field.name} is the command's where there are several workers. Received: "
+                f"{field.name}={value!r}. Leave it out, and use python -m trainer.script "
+                f"--{field.name.replace('_', '-')}."
+            )
+        if field.name not in _HOW:
             raise UsageError(
                 f"Expected a configuration of how to train: {', '.join(_HOW)}. Received: "
                 f"{field.name}={value!r}. Give it to fit or to model.compile, or leave it out."

@@ -100,13 +100,7 @@ class RunManifest:
             job=job,
             config=config,
             data=data,
-            versions={
-                "digits-trainer": trainer.__version__,
-                "python": platform.python_version(),
-                "tensorflow": tf.__version__,
-                "keras": keras.__version__,
-                "numpy": np.__version__,
-            },
+            versions={"python": platform.python_version(), **package_versions()},
             environment={
                 "processor": machine.processor(),
                 "threads": threads,
@@ -118,10 +112,9 @@ class RunManifest:
 
     def shared_by_workers(self) -> dict:
         """Returns, by name, what must be equal on all workers of a run."""
-        packages = {name: value for name, value in self.versions.items() if name != "python"}
         return {
             **{name: self.config[name] for name in fixed_fields()},
-            **packages,
+            **package_versions(),
             "data": self.data["sha256"],
             "step": self.environment["step"],
             "collectives": self.environment["collectives"],
@@ -130,3 +123,15 @@ class RunManifest:
     def as_dict(self) -> dict:
         """Returns the fields as JSON can hold them."""
         return dataclasses.asdict(self)
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions of this package and of those that compute, which all workers must
+    share.
+    """
+    return {
+        "digits-trainer": trainer.__version__,
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+    }

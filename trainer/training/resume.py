@@ -66,7 +66,7 @@ def resume(
                 "Use resume='auto' to start one."
             )
     if workers.count > 1:
-        resumed = _broadcast(resumed, model, workers)
+        resumed = _broadcast(resumed, model, checkpoints, workers)
     if resumed is None:
         return Position(), manifest
     return Position(**resumed["position"]), dataclasses.replace(manifest, run=resumed["run"])
@@ -181,7 +181,9 @@ def changed_environment(state: dict, manifest: RunManifest) -> list[str]:
     return changes
 
 
-def _broadcast(state: dict | None, model: keras.Model, workers: Workers) -> dict | None:
+def _broadcast(
+    state: dict | None, model: keras.Model, checkpoints: Checkpoints, workers: Workers
+) -> dict | None:
     """Gives the other workers what worker 0 has restored, bit for bit."""
     state = json.loads(workers.broadcast(json.dumps(state).encode()))
     if state is None:
@@ -195,4 +197,5 @@ def _broadcast(state: dict | None, model: keras.Model, workers: Workers) -> dict
             value = np.frombuffer(content, dtype, shape.num_elements(), start).reshape(shape)
             variable.assign(value)
             start += value.nbytes
+    checkpoints.extra.assign(workers.broadcast(checkpoints.extra.numpy()))
     return state

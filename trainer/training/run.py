@@ -332,7 +332,7 @@ def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "Watcher
     if workers.count == 1:
         return
     sha256 = artifacts.weights_sha256(model)
-    same = workers.all_equal(bytes.fromhex(sha256))
+    same = not workers.differing(bytes.fromhex(sha256))
     others = "the same weights as the others, bit for bit"
     if not same:
         others = "other weights than the others: their processors round differently"
