@@ -11,7 +11,7 @@ from pathlib import Path
 
 import keras_models
 
-from trainer import fit, is_chief
+from trainer import evaluate, fit, is_chief
 from trainer.config import TrainConfig
 from trainer.runtime import keras
 
@@ -34,8 +34,11 @@ def fit_models(names, batch_size, config=None):
             config=config or TrainConfig(),
             **options,
         )
+        measured = evaluate(
+            model, data, batch_size=batch_size, verbose=0, config=config or TrainConfig()
+        )
         results[name] = {
-            "history": history.history,
+            "history": history.history | measured,
             "variables": {
                 variable.path: variable.numpy().ravel().tolist() for variable in model.variables
             },

@@ -288,6 +288,7 @@ def exchanged(chosen):
         "gathered": workers.gather(10 + workers.index),
         "first": workers.first(10 + workers.index),
         "shared": list(workers.broadcast(own.tobytes())),
+        "nothing": list(workers.broadcast(b"" if workers.index == 0 else b"ignored")),
         "differing": [
             workers.differing(b"the same"),
             workers.differing(b"the same" if workers.index else b"the sane"),

@@ -190,6 +190,40 @@ def test_sigterm_stops_all_workers_with_a_checkpoint(script, tmp_path, undisturb
     assert (weights(done.stdout), results(command.folder)) == undisturbed
 
 
+COUNTED = """
+import keras, numpy as np, trainer
+
+class Items:
+    def __init__(self):
+        self.read = []
+
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, number):
+        self.read.append(number)
+        return np.full(4, number, "float32"), float(number)
+
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+model.compile(keras.optimizers.SGD(1e-6), loss="mse")
+items = Items()
+trainer.fit(model, items, epochs=1, batch_size=20, verbose=0)
+print("read", *sorted(items.read), flush=True)
+"""
+
+
+def test_each_worker_reads_its_own_half_of_the_examples(script):
+    done = script(COUNTED).run("train.py")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" read ")[1] for line in done.stdout.splitlines()]
+    read = [list(map(int, line.split())) for line in lines]
+    for sample in (0, 0, 100, 199):  # for spec and digest
+        for worker in read:
+            worker.remove(sample)
+    assert [len(worker) for worker in read] == [100, 100]
+    assert sorted(read[0] + read[1]) == list(range(200))
+
+
 DIFFERENT = """
 import os, keras, numpy as np, trainer
 worker = 0 if trainer.is_chief() else 1

@@ -1,4 +1,4 @@
-"""Train a CNN on handwritten digits, or any Keras model on arrays, on one device or many.
+"""Train a CNN on handwritten digits, or any Keras model on your data, on one device or many.
 
     import trainer
 
@@ -24,7 +24,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, overload
 
 # ``python -m trainer.task``, of which Python makes "-m" until the module is found, puts the current
 # folder first in the path, and so a user's random.py or keras.py before Python's and Keras' own. It
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     import keras
 
-    from trainer.data.dataset import Digits
+    from trainer.data.digits import Digits
     from trainer.reporting.scores import Scores
     from trainer.training.fitting import Data
 
@@ -106,12 +106,15 @@ def fit(
     Args:
         model: Compiled. It may be made without any strategy.
         data: ``(x, y)`` or ``(x, y, sample_weight)``, each an array, or a list, tuple or dictionary
-            of arrays for models of several inputs or outputs; the examples are the first axis.
+            of arrays for models of several inputs or outputs; the examples are the first axis. Or
+            any object with ``__len__`` and ``__getitem__``, which returns such a tuple for the
+            number of one example; a ``trainer.data.dataset.Dataset``, as
+            ``trainer.data.folders.ImageFolder`` is; or a ``tf.data.Dataset`` of batches.
         validation_data: The same, evaluated after each epoch.
         validation_split: Share of the examples, the last ones, that is used as validation data in
             place of ``validation_data``.
         epochs: Number of epochs.
-        batch_size: Examples in a step, over all devices together.
+        batch_size: Examples in a step, over all devices together; not for a ``tf.data.Dataset``.
         shuffle: Whether each epoch has an order of its own, which ``config.seed`` and the number of
             the epoch decide; else it is that of the data.
         class_weight: Weight of each class in the loss, by its number, 1 where it is missing. As in
@@ -157,25 +160,71 @@ def fit(
     )
 
 
-def evaluate(model: "keras.Model", data: "Digits", *, batch_size: int = 128) -> "Scores":
-    """Measures a model on the test images of a data set.
+@overload
+def evaluate(model: "keras.Model", data: "Digits", *, batch_size: int = ...) -> "Scores": ...
+
+
+@overload
+def evaluate(
+    model: "keras.Model",
+    data: "Data",
+    *,
+    batch_size: int = ...,
+    callbacks: Sequence["keras.callbacks.Callback"] = ...,
+    verbose: int | str = ...,
+    config: TrainConfig | None = ...,
+) -> dict[str, float]: ...
+
+
+def evaluate(
+    model: "keras.Model",
+    data: "Digits | Data",
+    *,
+    batch_size: int = 128,
+    callbacks: Sequence["keras.callbacks.Callback"] = (),
+    verbose: int | str = "auto",
+    config: TrainConfig | None = None,
+) -> "Scores | dict[str, float]":
+    """Measures a model: on the test images of the digits, or as ``model.evaluate`` does.
 
     Args:
-        model: From ``fit`` or ``load_model``.
-        data: From ``load_data``.
-        batch_size: Number of images that go through the model at once.
+        model: From ``train`` or ``load_model``; or compiled, for data of your own.
+        data: From ``load_data``; or whatever ``fit`` takes.
+        batch_size: Examples that go through the model at once, over all devices together.
+        callbacks: Keras callbacks, for data of your own.
+        verbose: As in ``model.evaluate``, for data of your own.
+        config: As in ``fit``, for data of your own: ``strategy``, ``gpus``,
+            ``steps_per_execution`` and ``startup_timeout``.
 
     Returns:
-        Accuracy, loss, calibration, confusion matrix, and the mistakes.
+        For the digits accuracy, loss, calibration, confusion matrix, and the mistakes. For data of
+        your own, loss and metrics by name.
 
     Raises:
         NotFiniteError: The model gives NaN: its weights overflow.
+        TrainerError: For data of your own, the errors of ``fit``.
     """
-    from trainer.models import cnn
-    from trainer.reporting import scores
+    from trainer.data.digits import Digits
 
-    probabilities = cnn.probabilities(model, data.x_test, batch_size=batch_size)
-    return scores.score(data.y_test, probabilities)
+    if isinstance(data, Digits):
+        from trainer.models import cnn
+        from trainer.reporting import scores
+
+        probabilities = cnn.probabilities(model, data.x_test, batch_size=batch_size)
+        return scores.score(data.y_test, probabilities)
+
+    from trainer.training import fitting
+
+    config = config or TrainConfig()
+    _check_alone(config, "trainer.script")
+    return fitting.evaluate(
+        model,
+        data,
+        batch_size=batch_size,
+        callbacks=callbacks,
+        verbose=verbose,
+        config=config,
+    )
 
 
 def load_data(source: "str | os.PathLike[str]" = "bundled") -> "Digits":

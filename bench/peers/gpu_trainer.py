@@ -15,7 +15,7 @@ import gpu_work as work
 import numpy as np
 
 from trainer.config import TrainConfig
-from trainer.data.dataset import Digits
+from trainer.data.digits import Digits
 
 flags = work.arguments()
 

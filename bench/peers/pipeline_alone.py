@@ -6,7 +6,7 @@ import time
 import work
 
 from trainer.data import pipeline
-from trainer.data.dataset import Digits
+from trainer.data.digits import Digits
 from trainer.runtime import set_threads
 
 flags = work.arguments()

@@ -5,7 +5,7 @@ import work
 
 from trainer import runtime
 from trainer.config import TrainConfig
-from trainer.data.dataset import Digits
+from trainer.data.digits import Digits
 from trainer.training.run import fit
 
 flags = work.arguments()

@@ -18,7 +18,7 @@ from support import damaged, fuzz, save_npz
 
 from trainer import inputs
 from trainer.data import archives, sources
-from trainer.data.dataset import ARRAYS, Digits
+from trainer.data.digits import ARRAYS, Digits
 from trainer.errors import DataError, InputError, TrainerError
 
 MEGABYTE = 10**6

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from trainer.data import augment, pipeline
-from trainer.data.dataset import Digits
+from trainer.data.digits import Digits
 from trainer.machine import aligned_empty
 from trainer.runtime import tf
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
-from trainer.data.dataset import Digits
+from trainer.data.digits import Digits
 from trainer.data.plausibility import MNIST_MEANS, ORIENTATIONS, _pooled, notices
 
 

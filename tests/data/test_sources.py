@@ -9,7 +9,7 @@ from support import ROOT, save_npz
 
 import trainer
 from trainer.data import archives, sources
-from trainer.data.dataset import ARRAYS, Digits
+from trainer.data.digits import ARRAYS, Digits
 from trainer.errors import DataError, InputError, UsageError
 
 

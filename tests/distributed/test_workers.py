@@ -117,6 +117,7 @@ def test_what_workers_exchange_arrives(replicas, collectives):
             "gathered": [10, 11],
             "first": 10,
             "shared": list(range(7)),
+            "nothing": [],
             "differing": [[], [1], [1]],
             "summed": [[1.0, 1.0], 1.0, 2],
             "mean": 0.5,

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from keras_models import FEW, MODELS, assert_alike
 
-from trainer import TrainConfig, fit
+from trainer import TrainConfig, evaluate, fit
+from trainer.data.order import epoch_order
 from trainer.errors import (
     ConfigurationError,
     DataError,
@@ -27,9 +28,13 @@ class Steps(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
         self.seen = []
+        self.tested = []
 
     def on_train_batch_end(self, batch, logs=None):
         self.seen.append(dict(logs))
+
+    def on_test_batch_end(self, batch, logs=None):
+        self.tested.append(batch)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -195,6 +200,118 @@ def test_another_run_in_the_folder_is_not_resumed(tmp_path, changes, difference)
     x, y = data
     with pytest.raises(ConfigurationError, match="other images or labels"):
         fit(model, (x + 1, y), callbacks=[StopAt()], **options)
+
+
+class Items:
+    """The rows of arrays, one by one; remembers which were read."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+        self.read = []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, number):
+        self.read.append(number)
+        return self.x[number], self.y[number]
+
+
+def mapped(folder, array):
+    path = folder / f"{array.ndim}.npy"
+    np.save(path, array)
+    return np.load(path, mmap_mode="r")
+
+
+KINDS = {
+    "an object": lambda folder, x, y: Items(x, y),
+    "files": lambda folder, x, y: (mapped(folder, x), mapped(folder, y)),
+    "arrays": lambda folder, x, y: (x, y),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"validation_split": 0.3, "class_weight": {1: 2.0}}])
+def test_data_of_any_kind_train_to_the_same_bits(tmp_path, options):
+    results = []
+    for kind in KINDS.values():
+        model, (x, y), _ = keras_models.make(keras_models.regularized)
+        history = fit(model, kind(tmp_path, x, y), epochs=2, batch_size=16, verbose=0, **options)
+        results.append((history.history, [weight.tobytes() for weight in model.get_weights()]))
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_stream_trains_as_its_batches_do_and_says_what_it_cannot(capsys):
+    model, (x, y), _ = keras_models.make(keras_models.regularized)
+    same = keras_models.make(keras_models.regularized)[0]
+    stream = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    ours = fit(model, stream, validation_data=stream, epochs=2, verbose=0)
+    assert capsys.readouterr().out.startswith("A tf.data.Dataset is read in its own order")
+    theirs = fit(
+        same, (x, y), validation_data=(x, y), epochs=2, batch_size=16, shuffle=False, verbose=0
+    )
+    assert ours.history == theirs.history
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UsageError, match="validation_split is for data with examples by number"):
+        fit(model, stream, validation_split=0.5)
+
+
+def test_a_resumed_epoch_reads_nothing_before_where_it_goes_on(tmp_path):
+    def train(items, stop=None, folder=tmp_path):
+        model = keras_models.make(keras_models.regularized)[0]
+        fit(
+            model,
+            items,
+            epochs=2,
+            batch_size=4,
+            verbose=0,
+            output_dir=folder,
+            callbacks=[stop or StopAt()],
+            config=TrainConfig(steps_per_execution=1, checkpoint_every="1"),
+        )
+        return [weight.tobytes() for weight in model.get_weights()]
+
+    x, y = keras_models.make(keras_models.regularized)[1]
+    whole = train(Items(x, y), folder=tmp_path / "whole")
+    stopped, resumed = Items(x, y), Items(x, y)
+    with pytest.raises(StoppedError):
+        train(stopped, StopAt(1, 7))
+    assert train(resumed) == whole
+    order = epoch_order(len(x), 0, 1).tolist()
+    sample = [0, 0, len(x) // 2, len(x) - 1]  # for spec and digest
+    assert sorted(resumed.read) == sorted(order[7 * 4 :] + sample)
+
+
+def test_an_example_that_cannot_be_read_ends_the_run_and_can_be_mended(tmp_path):
+    class Broken(Items):
+        def __getitem__(self, number):
+            if number == 11 and broken:
+                raise OSError("the disk is gone")
+            return super().__getitem__(number)
+
+    model, (x, y), _ = keras_models.make(keras_models.regularized)
+    broken = True
+    options = {"batch_size": 2, "shuffle": False, "verbose": 0, "output_dir": tmp_path}
+    with pytest.raises(DataError, match=r"return example 11\. Received: OSError: the disk is gone"):
+        fit(model, Broken(x, y), config=TrainConfig(checkpoint_every="1"), **options)
+    broken = False
+    model = keras_models.make(keras_models.regularized)[0]
+    fit(model, Broken(x, y), config=TrainConfig(checkpoint_every="1"), **options)
+    assert int(model.optimizer.iterations) == 21
+
+
+@pytest.mark.parametrize("name", ["two outputs", "stateful metrics", "sample weights"])
+def test_it_evaluates_as_keras_does(name, float64):
+    model, data, _ = keras_models.make(MODELS[name])
+    x, y, *weight = data
+    expected = model.evaluate(
+        x, y, 16, sample_weight=weight[0] if weight else None, return_dict=True, verbose=0
+    )
+    steps = Steps()
+    found = evaluate(model, data, batch_size=16, verbose=0, callbacks=[steps], config=ONE)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-6, err_msg=key)
+    assert steps.tested == [0, 1, 2]
 
 
 def test_the_model_is_the_users_own_afterwards(replicas):

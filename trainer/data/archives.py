@@ -23,7 +23,7 @@ from typing import IO, cast
 import numpy as np
 
 from trainer import inputs
-from trainer.data.dataset import ARRAYS, check_specs
+from trainer.data.digits import ARRAYS, check_specs
 from trainer.errors import DataError, InputError
 from trainer.machine import aligned_empty, total_memory
 

@@ -1,149 +1,183 @@
-"""A data set: validated arrays of images and labels, with their SHA-256.
+"""What a data set is: examples by number, so that any order, any share of an epoch, and a run that
+goes on in the middle of one, read only what they use.
 
-    digits = Digits(x_train, y_train, x_test, y_test)
-    digits.sha256
-    digits.first(1000, None)            # the first 1,000 training images, all test images
+    dataset = arrays.ArrayDataset((x, y))
+    len(dataset), dataset.spec, dataset.digest
+    for x, y in dataset.batches(np.array([7, 3, 5]), batch_size=2): ...
 
-``trainer.data.sources`` loads one.
+``trainer.data.examples`` makes one of what a user gives.
 """
 
-import dataclasses
-import functools
+import abc
 import hashlib
-from collections.abc import Mapping
-from typing import Protocol
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
-from trainer.errors import DataError, UsageError
-from trainer.machine import ALIGNMENT, aligned_empty
-
-IMAGE_SHAPE = (28, 28)
-NUM_CLASSES = 10
-
-ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-PAIRS = (("x_train", "y_train"), ("x_test", "y_test"))
+from trainer.errors import UsageError
+from trainer.runtime import keras, tf
 
 
-@dataclasses.dataclass(frozen=True)
-class Digits:
-    """Images and labels for training and for testing.
+class Dataset(abc.ABC):
+    """Examples by number.
 
     Attributes:
-        x_train: Training images, uint8 (n, 28, 28), 0 for background and 255 for ink.
-        y_train: Their labels, integers (n,) from 0 to 9; kept as uint8.
-        x_test: Test images, as ``x_train``.
-        y_test: Their labels, as ``y_train``.
-
-    Raises:
-        DataError: An array has another shape or dtype, a label is out of range, or there are not
-            as many labels as images.
+        classes: Names of the classes, in the order of their numbers; None where they have none.
+        notice: A sentence for the user about what this kind of data cannot do; or empty.
     """
 
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
+    classes: Sequence[str] | None = None
+    notice: ClassVar[str] = ""
 
-    def __post_init__(self) -> None:
-        check_specs({name: getattr(self, name) for name in ARRAYS})
-        for images, labels in PAIRS:
-            _check_range(labels, getattr(self, labels))
-            object.__setattr__(self, images, _aligned(getattr(self, images)))
-            object.__setattr__(self, labels, _aligned(getattr(self, labels).astype(np.uint8)))
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """SHA-256 over the names, dtypes, shapes and bytes of the four arrays: equal for equal
-        data, whatever file it came from.
-        """
-        digest = hashlib.sha256()
-        for name in ARRAYS:
-            array = getattr(self, name)
-            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
-
-    def first(self, train: int | None, test: int | None) -> "Digits":
-        """Returns the first ``train`` training and ``test`` test examples; None means all.
-
-        Raises:
-            UsageError: There are fewer examples than that.
-        """
-        for name, limit, have in (
-            ("train_limit", train, len(self.x_train)),
-            ("test_limit", test, len(self.x_test)),
-        ):
-            if limit is not None and limit > have:
-                raise UsageError(
-                    f"{name} must be at most the {have} examples there are. "
-                    f"Received: {name}={limit}. Leave it out to use them all."
-                )
-        return Digits(
-            self.x_train[:train], self.y_train[:train], self.x_test[:test], self.y_test[:test]
-        )
-
-
-class Spec(Protocol):
-    """Shape and dtype of an array, or of one that is still in its file."""
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Returns the number of examples."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The array's."""
+    @abc.abstractmethod
+    def spec(self) -> tuple:
+        """Shapes and dtypes of one example: ``(x, y)`` or ``(x, y, sample_weight)``, each a
+        ``tf.TensorSpec``, or a tuple or dictionary of them.
+        """
 
     @property
-    def dtype(self) -> np.dtype:
-        """The array's."""
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """What is equal for equal data, and changes with them, as hexadecimal digits."""
+
+    @abc.abstractmethod
+    def batches(self, numbers: np.ndarray, batch_size: int) -> tf.data.Dataset:
+        """Returns examples in batches, read as they are iterated over.
+
+        Args:
+            numbers: Numbers of the examples, int64 (n,), in the order to return them.
+            batch_size: Examples in a batch; the last one may have fewer.
+
+        Returns:
+            Batches of the structure of ``spec``, each component (batch_size, ...).
+        """
+
+    def explain(self, error: Exception) -> Exception:
+        """Returns the reason for an error of reading that TensorFlow has raised."""
+        return error
 
 
-def check_specs(specs: Mapping[str, Spec]) -> None:
-    """Checks what of the four arrays can be checked before they are read.
+class Subset(Dataset):
+    """The examples of a data set from one number to another.
 
     Args:
-        specs: Arrays, or their shapes and dtypes, by the names in ``ARRAYS``.
+        dataset: The whole.
+        start: Number of the first example.
+        stop: Number after that of the last one.
+    """
+
+    def __init__(self, dataset: Dataset, start: int, stop: int) -> None:
+        self.dataset = dataset
+        self.start = start
+        self.stop = stop
+        self.classes = dataset.classes
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def spec(self) -> tuple:
+        """That of the whole."""
+        return self.dataset.spec
+
+    @property
+    def digest(self) -> str:
+        """Of the whole, and which part it is."""
+        return _combined(self.dataset.digest, self.start, self.stop)
+
+    def batches(self, numbers: np.ndarray, batch_size: int) -> tf.data.Dataset:
+        """Returns batches of the whole."""
+        return self.dataset.batches(numbers + self.start, batch_size)
+
+    def explain(self, error: Exception) -> Exception:
+        """Returns the reason that the whole has for an error."""
+        return self.dataset.explain(error)
+
+
+class ClassWeighted(Dataset):
+    """A data set whose sample weights are those of the classes.
+
+    Args:
+        dataset: Of examples ``(x, y)``, y one output: a class number, or one-hot.
+        class_weight: Weights by class number; 1 where it is missing.
 
     Raises:
-        DataError: One has another shape or dtype, or there are not as many labels as images.
+        UsageError: There are several outputs, or sample weights.
     """
-    for images, labels in PAIRS:
-        _check_images(images, specs[images])
-        _check_labels(labels, specs[labels])
-        if specs[images].shape[0] != specs[labels].shape[0]:
-            raise DataError(
-                f"Expected one label for each image. Received: {specs[images].shape[0]} images in "
-                f"{images} and {specs[labels].shape[0]} labels in {labels}."
+
+    def __init__(self, dataset: Dataset, class_weight: Mapping[int, float]) -> None:
+        spec = dataset.spec
+        if len(spec) != 2 or isinstance(spec[1], (tuple, dict)):
+            raise UsageError(
+                "class_weight is for one output, without sample weights. Received: "
+                f"{'sample weights, too' if len(spec) > 2 else 'several outputs'}. Multiply the "
+                "weights yourself, and give them as sample_weight."
             )
+        self.dataset = dataset
+        self.class_weight = dict(class_weight)
+        self.classes = dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def spec(self) -> tuple:
+        """That without weights, and a number."""
+        return (*self.dataset.spec, tf.TensorSpec((), keras.config.floatx()))
+
+    @property
+    def digest(self) -> str:
+        """Of the examples and the weights."""
+        return _combined(self.dataset.digest, sorted(self.class_weight.items()))
+
+    def batches(self, numbers: np.ndarray, batch_size: int) -> tf.data.Dataset:
+        """Returns batches with weights."""
+
+        def add_weights(x: Any, y: tf.Tensor) -> tuple:
+            label = y
+            if y.shape.rank > 1 and y.shape[-1] > 1:
+                label = tf.argmax(y, axis=-1)
+            label = tf.reshape(label, (tf.shape(y)[0], -1))[:, 0]
+            if label.dtype.is_floating:
+                label = tf.round(label)
+            weight = tf.ones(tf.shape(label), keras.config.floatx())
+            for number, value in self.class_weight.items():
+                chosen = tf.equal(label, tf.cast(number, label.dtype))
+                weight = tf.where(chosen, tf.cast(value, weight.dtype), weight)
+            return x, y, weight
+
+        return self.dataset.batches(numbers, batch_size).map(add_weights)
+
+    def explain(self, error: Exception) -> Exception:
+        """Returns the reason that the data without weights have for an error."""
+        return self.dataset.explain(error)
 
 
-def _check_images(name: str, images: Spec) -> None:
-    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or images.shape[0] < 1:
-        raise DataError(
-            f"Expected {name} as uint8 of shape (n, 28, 28) with n of at least 1. "
-            f"Received: {images.dtype} of shape {images.shape}."
+def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Returns a data set without its last examples, and those.
+
+    Args:
+        dataset: The whole.
+        share: Share of the examples in the second part.
+
+    Raises:
+        UsageError: One part would be empty.
+    """
+    count = len(dataset)
+    kept = math.floor(count * (1 - share))
+    if not 0 < kept < count:
+        raise UsageError(
+            f"validation_split must leave examples on both sides. Received: {share} of {count}."
         )
+    return Subset(dataset, 0, kept), Subset(dataset, kept, count)
 
 
-def _check_labels(name: str, labels: Spec) -> None:
-    # By kind: to NumPy a timedelta64 is an integer, too.
-    if labels.dtype.kind not in "iu" or len(labels.shape) != 1:
-        raise DataError(
-            f"Expected {name} as integers of shape (n,). "
-            f"Received: {labels.dtype} of shape {labels.shape}."
-        )
-
-
-def _check_range(name: str, labels: np.ndarray) -> None:
-    if len(labels) and not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
-        raise DataError(
-            f"Expected labels from 0 to {NUM_CLASSES - 1} in {name}. "
-            f"Received: labels from {labels.min()} to {labels.max()}."
-        )
-
-
-def _aligned(array: np.ndarray) -> np.ndarray:
-    """Returns the array, or an aligned copy, whose memory TensorFlow can use without copying."""
-    if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
-        return array
-    aligned = aligned_empty(array.shape, array.dtype)
-    aligned[...] = array
-    return aligned
+def _combined(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

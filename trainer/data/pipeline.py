@@ -12,14 +12,15 @@ so there is no shuffle buffer and no cache. ``bench/pipeline.py`` compares this 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.data.arrays import tensor
 from trainer.data.augment import draw
-from trainer.data.dataset import Digits
+from trainer.data.dataset import Dataset
+from trainer.data.digits import Digits
 from trainer.data.order import epoch_order
-from trainer.machine import ALIGNMENT
 from trainer.runtime import tf
 
 Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
@@ -63,35 +64,66 @@ def test_batches(x: np.ndarray, y: np.ndarray, *, batch_size: int) -> tf.data.Da
     return _batches(x, y, batch_size, np.arange(len(x)))
 
 
-def tensors(arrays: Any) -> Any:
-    """Returns arrays in any structure as tensors in the host's memory, for ``batches``: without a
-    copy where TensorFlow can use the array's memory. Lists become tuples, since tf.data takes a
-    list for the rows of one tensor.
+class Shard(NamedTuple):
+    """Which part of each batch a worker reads: that of its replicas.
+
+    Attributes:
+        first_replica: Number of its first replica.
+        local_replicas: Number of its replicas.
+        replicas: Number of all replicas.
     """
-    if isinstance(arrays, dict):
-        return {name: tensors(value) for name, value in arrays.items()}
-    if isinstance(arrays, (list, tuple)):
-        return tuple(map(tensors, arrays))
-    with tf.device("CPU:0"):
-        return _tensor(np.asarray(arrays))
+
+    first_replica: int = 0
+    local_replicas: int = 1
+    replicas: int = 1
+
+    def bounds(self, size: Any) -> tuple[Any, Any]:
+        """Returns its first row in a batch of a size, and the one after its last."""
+        last = self.first_replica + self.local_replicas
+        return self.first_replica * size // self.replicas, last * size // self.replicas
 
 
-def batches(arrays: Any, order: np.ndarray, *, batch_size: int) -> tf.data.Dataset:
-    """Returns rows of arrays in batches; the last one may be shorter.
+def shard_batches(
+    dataset: Dataset,
+    order: np.ndarray,
+    *,
+    batch_size: int,
+    shard: Shard,
+    first_step: int = 0,
+) -> tf.data.Dataset:
+    """Returns a worker's rows of each batch from a step on; no other row is read.
 
     Args:
-        arrays: From ``tensors``, each (n, ...).
-        order: Numbers of the rows.
-        batch_size: Rows in a batch.
+        dataset: The examples.
+        order: Their numbers, int64 (n,), in the order of the epoch.
+        batch_size: Examples in a global batch, a multiple of the replicas; the last one may have
+            fewer, but one for each replica.
+        shard: The worker's share.
+        first_step: Number of the first batch, counted from 0.
 
     Returns:
-        Batches of the structure of ``arrays``, of shapes (batch_size, ...).
+        Batches ``(*components, examples)``: the components of ``dataset.spec``, each of the length
+        of the worker's share, and the number of examples in the global batch, int32.
     """
-
-    def gather(rows: tf.Tensor) -> Any:
-        return tf.nest.map_structure(lambda array: tf.gather(array, rows), arrays)
-
-    return _mapped(tf.data.Dataset.from_tensor_slices(order).batch(batch_size), gather)
+    order = order[first_step * batch_size :]
+    whole = len(order) // batch_size
+    parts = [
+        order[: whole * batch_size].reshape(whole, batch_size),
+        order[None, whole * batch_size :],
+    ]
+    sizes = np.full(-(-len(order) // batch_size), batch_size, np.int32)
+    if whole < len(sizes):
+        sizes[-1] = parts[1].size
+    own = []
+    for part in parts:
+        start, end = shard.bounds(part.shape[1])
+        own.append(part[:, start:end].ravel())
+    # All whole batches have the same share of it, and what is left is shorter.
+    batches = dataset.batches(
+        np.concatenate(own), batch_size * shard.local_replicas // shard.replicas
+    )
+    pairs = tf.data.Dataset.zip(batches, tf.data.Dataset.from_tensor_slices(sizes))
+    return configured(pairs.map(lambda batch, size: (*batch, size)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +224,8 @@ def _batches(
     # Made outside the mapped function, which would copy arrays into its graph as constants; and on
     # the host, where tf.data runs.
     with tf.device("CPU:0"):
-        x, y = _tensor(x), _tensor(y)
-        drawn = drawn if drawn is None else _tensor(drawn)
+        x, y = tensor(x), tensor(y)
+        drawn = drawn if drawn is None else tensor(drawn)
 
     def gather(rows: tf.Tensor, sample_weight: tf.Tensor) -> tuple[Any, ...]:
         inputs = tf.gather(x, rows)
@@ -207,21 +239,14 @@ def _batches(
 
 def _mapped(rows: tf.data.Dataset, gather: Callable[..., Any]) -> tf.data.Dataset:
     """Returns the batches that are gathered for row numbers, ahead of the step."""
+    return configured(rows.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True))
+
+
+def configured(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns batches that are read ahead of the step."""
     # Both with TensorFlow 2.21: the default graph rewrites gain nothing here and copy the arrays;
     # the autotuning thread can delay the end of an epoch by 5 to 60 seconds.
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
     options.autotune.enabled = False
-    return (
-        rows.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .prefetch(tf.data.AUTOTUNE)
-        .with_options(options)
-    )
-
-
-def _tensor(array: np.ndarray) -> tf.Tensor:
-    """Returns an array as a tensor: the same memory where TensorFlow can use it, else a copy."""
-    usable = array.flags.c_contiguous and array.flags.writeable
-    if usable and array.ctypes.data % ALIGNMENT == 0:
-        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
-    return tf.convert_to_tensor(array)
+    return batches.prefetch(tf.data.AUTOTUNE).with_options(options)

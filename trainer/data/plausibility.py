@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from trainer.data.dataset import NUM_CLASSES, Digits
+from trainer.data.digits import NUM_CLASSES, Digits
 
 EXAMPLES = 2000  # that are looked at, spread over the training images
 

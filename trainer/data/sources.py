@@ -23,7 +23,7 @@ import numpy as np
 
 from trainer import inputs
 from trainer.data import archives
-from trainer.data.dataset import IMAGE_SHAPE, Digits
+from trainer.data.digits import IMAGE_SHAPE, Digits
 from trainer.errors import ConfigurationError, DataError, InputError
 
 # Digits.sha256 of MNIST as its makers published it: 60,000 and 10,000 examples.

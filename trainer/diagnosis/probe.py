@@ -27,7 +27,7 @@ from trainer.config import TrainConfig
 from trainer.errors import InputError, TrainerError
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Digits
+    from trainer.data.digits import Digits
 
 SECONDS = 300.0  # To import TensorFlow and build the model, on a slow disk; beside the TPU's time.
 STAGES = ("data", "tensorflow", "strategy", "libraries", "step", "model", "resume")

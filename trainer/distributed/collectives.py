@@ -98,6 +98,8 @@ class Workers:
         if self.count == 1:
             return content
         size = self.first(len(content))
+        if not size:  # TensorFlow's all-reduce of an empty tensor crashes (2.21).
+            return b""
         words = np.zeros(-(-size // 4), np.int32)
         if self.index == 0:  # As integers: adding zeros changes no bit.
             words = np.frombuffer(content.ljust(4 * len(words), b"\0"), np.int32)

@@ -25,7 +25,7 @@ def mirrored(model: keras.Model, strategy: tf.distribute.Strategy) -> Iterator[N
     if strategy is tf.distribute.get_strategy():
         yield
         return
-    optimizers = optimizers_of(model.optimizer)
+    optimizers = optimizers_of(model.optimizer) if model.optimizer else []
     with contextlib.ExitStack() as restored:
         for optimizer in optimizers:
             restored.callback(
@@ -33,7 +33,8 @@ def mirrored(model: keras.Model, strategy: tf.distribute.Strategy) -> Iterator[N
             )
             optimizer._distribution_strategy = strategy
         restored.callback(_number_variables, optimizers)
-        variables = [*model.variables, *model.metrics_variables, *model.optimizer.variables]
+        variables = [*model.variables, *model.metrics_variables]
+        variables += model.optimizer.variables if model.optimizer else []
         for variable in {id(variable): variable for variable in variables}.values():
             restored.callback(_restore, variable, variable._value, strategy)
             variable._value = _mirror(variable._value, strategy)

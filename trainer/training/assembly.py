@@ -7,7 +7,7 @@ assembly.strategy, assembly.step, assembly.manifest
 from typing import NamedTuple
 
 from trainer.config import TrainConfig
-from trainer.data.dataset import Digits
+from trainer.data.digits import Digits
 from trainer.distributed import strategy as strategies
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.collectives import Workers

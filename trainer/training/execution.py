@@ -36,6 +36,9 @@ class Execution:
         dtype: Their dtype.
         examples: Returns the number of examples in a batch from its components.
         strategy: Splits each batch, which is a global one, among its replicas.
+        sharded: Whether each worker is given the rows of its own replicas alone, and the number of
+            examples in the global batch as a last component (``pipeline.shard_batches``); else the
+            whole batch.
         jit_compile: Whether to compile all steps of a call into one program of XLA. Only under
             TensorFlow's default strategy: those of others all-reduce between the steps, or place
             variables elsewhere.
@@ -52,12 +55,14 @@ class Execution:
         dtype: str,
         examples: Callable[..., tf.Tensor],
         strategy: tf.distribute.Strategy,
+        sharded: bool = False,
         jit_compile: bool = False,
     ) -> None:
         self._workers = Workers(strategy)
         self._source: Callable[[tf.data.Dataset, int], _Batches | _Chunks]
         if not jit_compile:
-            steps = _compile_steps(step, values, dtype, examples, strategy)
+            split = _split_shard if sharded else _split_batch
+            steps = _compile_steps(step, values, dtype, examples, split, strategy)
             self._source = functools.partial(_Batches, steps)
             return
         if strategy is not tf.distribute.get_strategy():
@@ -179,27 +184,20 @@ def _compile_steps(
     values: int,
     dtype: str,
     examples: Callable[..., tf.Tensor],
+    split: Callable[[Any, int | tf.Tensor, tf.distribute.Strategy], Any],
     strategy: tf.distribute.Strategy,
 ) -> Callable[[Iterator, tf.Tensor], tf.Tensor]:
     """Compiles several steps into one ``tf.function``, which returns their values, one row a step.
 
-    Every replica is given whole batches and takes its slice of them.
+    Every replica is given what its worker reads, and takes its slice of that.
     ``strategy.distribute_datasets_from_function``, which Keras uses, ends each epoch with iterators
     whose autotuning, which no option switches off, can take seconds (TensorFlow 2.21).
     """
-    replicas, workers = strategy.num_replicas_in_sync, Workers(strategy)
+    workers = Workers(strategy)
 
     def of_replica(*batch: Any) -> tf.Tensor:
         number = tf.distribute.get_replica_context().replica_id_in_sync_group
-
-        def own(rows: tf.Tensor) -> tf.Tensor:
-            if rows.shape[0] is None:
-                size = tf.shape(rows)[0]
-                return rows[number * size // replicas : (number + 1) * size // replicas]
-            size = rows.shape[0] // replicas
-            return tf.reshape(rows, (replicas, size, *rows.shape[1:]))[number]
-
-        return step(*tf.nest.map_structure(own, batch), examples(*batch))
+        return step(*split(batch, number, strategy), examples(*batch))
 
     # Written out as a tf.while_loop, because AutoGraph does not convert a "for" on Python 3.13
     # (TensorFlow 2.21).
@@ -215,6 +213,30 @@ def _compile_steps(
         return workers.sum(rows.stack())
 
     return call
+
+
+def _split_batch(batch: Any, number: tf.Tensor, strategy: tf.distribute.Strategy) -> Any:
+    """Returns a replica's slice of a batch whose length is a multiple of the replicas."""
+    replicas = strategy.num_replicas_in_sync
+
+    def own(rows: tf.Tensor) -> tf.Tensor:
+        size = rows.shape[0] // replicas
+        return tf.reshape(rows, (replicas, size, *rows.shape[1:]))[number]
+
+    return tf.nest.map_structure(own, batch)
+
+
+def _split_shard(batch: Any, number: tf.Tensor, strategy: tf.distribute.Strategy) -> Any:
+    """Returns a replica's slice of its worker's rows, without the length of the global batch, which
+    comes last.
+    """
+    *rows, examples = batch
+    replicas, workers = strategy.num_replicas_in_sync, Workers(strategy)
+    if replicas == 1:
+        return rows
+    first = workers.index * workers.local_replicas * examples // replicas
+    start, end = (n * examples // replicas - first for n in (number, number + 1))
+    return tf.nest.map_structure(lambda part: part[start:end], rows)
 
 
 def _compile_program(

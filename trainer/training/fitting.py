@@ -17,8 +17,12 @@ import numpy as np
 
 from trainer import files
 from trainer.config import TrainConfig
-from trainer.data import pipeline
+from trainer.data import dataset, pipeline
+from trainer.data.dataset import ClassWeighted, Dataset
+from trainer.data.examples import examples as as_examples
 from trainer.data.order import epoch_order
+from trainer.data.pipeline import Shard
+from trainer.data.streams import Stream
 from trainer.distributed import strategy as strategies
 from trainer.distributed import worker_context
 from trainer.distributed.collectives import Workers
@@ -37,9 +41,7 @@ from trainer.training.manifest import RunManifest
 from trainer.training.position import Position
 from trainer.training.resume import resume
 
-# An array, or a list, tuple or dictionary of them; all of one length, examples first.
-Arrays: TypeAlias = Any
-Data: TypeAlias = tuple[Arrays, ...]  # (x, y) or (x, y, sample_weight)
+Data: TypeAlias = Any  # What data.examples takes.
 
 _MEANS = ("sum_over_batch_size", "mean")  # reductions of keras.losses.Loss
 
@@ -73,39 +75,22 @@ def fit(
     config: TrainConfig,
 ) -> keras.callbacks.History:
     """Trains a compiled Keras model; arguments, result and errors as ``trainer.fit`` has them."""
-    context = worker_context.current() if config.strategy in ("auto", "multiworker") else None
-    _check_arguments(config, epochs, batch_size, validation_split, context)
-    if validation_split:
-        data, validation_data = _split(data, validation_split)
-    data = _with_class_weight(data, class_weight)
-    examples = _check_data("data", data)
-    if validation_data is not None:
-        _check_data("validation_data", validation_data)
+    context = _context(config)
+    _check_arguments(config, context, epochs=epochs, batch_size=batch_size)
+    training, validation = _load(data, validation_data, validation_split, class_weight)
     strategy = (context.choice if context else _create_strategy(config)).strategy
     workers = Workers(strategy)
     replicas = strategy.num_replicas_in_sync
-    strategies.check_batch_size(batch_size, replicas)
     _check_model(model, replicas)
-    for count in (examples, _length(validation_data or data)):
-        if count % batch_size and count % batch_size < replicas:
-            raise UsageError(
-                f"The last batch must have an example for each of the {replicas} devices. "
-                f"Received: {count % batch_size} of {count} examples, with "
-                f"batch_size={batch_size}. Use another batch_size."
-            )
-    arrays = pipeline.tensors(data)
-    validation = None
-    if validation_data is not None:
-        order = np.arange(_length(validation_data))
-        validation = pipeline.batches(
-            pipeline.tensors(validation_data), order, batch_size=batch_size
-        )
-
-    def train_data(epoch: int) -> tf.data.Dataset:
-        order = epoch_order(examples, config.seed, epoch) if shuffle else np.arange(examples)
-        return pipeline.batches(arrays, order, batch_size=batch_size)
-
-    _build(model, train_data(0))
+    shard = _shard(workers)
+    feed = _Feed(training, batch_size, shard, seed=config.seed if shuffle else None)
+    validation_batches = None
+    if validation is not None:
+        validation_batches = _Feed(validation, batch_size, shard, seed=None)(0, 0)
+    for notice in {part.notice for part in (training, validation) if part}:
+        if notice and workers.index == 0:
+            print(notice)
+    _build(model, training.spec, batch_size)
     callbacks = list(callbacks)
     with contextlib.ExitStack() as held:
         signals = held.enter_context(Signals())
@@ -119,7 +104,10 @@ def fit(
                     "seed": config.seed,
                     "model": _digest_of_model(model),
                 },
-                data={"sha256": _digest([data, validation_data or ()]), "train_examples": examples},
+                data={
+                    "sha256": _combined(training.digest, validation.digest if validation else None),
+                    "steps": feed.steps,
+                },
                 job=context.job if context else None,
                 threads=threads(),
                 step="keras",
@@ -129,7 +117,7 @@ def fit(
             )
         if context and manifest:
             held.enter_context(_training(context))
-            _check_same(manifest, workers)
+            _check_same(manifest.config, manifest.data, workers)
         held.enter_context(mirrored(model, strategy))
         run = None
         if manifest and output_dir is not None:
@@ -148,12 +136,13 @@ def fit(
             model=model,
             verbose=verbose,
             epochs=epochs,
-            steps=math.ceil(examples / batch_size),
+            steps=feed.steps,
         )
         if run:
             run.callbacks.set_model(model)
             listeners.callbacks.append(run.callbacks)  # After Keras' own, which reset themselves.
         held.callback(_close_files, callbacks)
+        held.enter_context(_reading(training, validation))
 
         def after_call(position: Position) -> None:
             report = context.link.report_step if context else lambda epoch, step: None
@@ -161,14 +150,14 @@ def fit(
             if run:
                 run.after_call(position)
             else:
-                _stop(signals, workers, position)
+                _stop(signals, workers, f"{position}. Nothing is saved: use output_dir")
             report(position.epoch + 1, position.step)  # Saving is not a step that hangs.
 
         loop.train(
             model,
             CompiledModel(model, strategy),
-            train_data,
-            validation,
+            feed,
+            validation_batches,
             strategy=strategy,
             epochs=epochs,
             jit_compile=model.jit_compile is True,
@@ -184,6 +173,52 @@ def fit(
     return model.history
 
 
+def _load(
+    data: Data,
+    validation_data: Data | None,
+    validation_split: float,
+    class_weight: Mapping[int, float] | None,
+) -> tuple[Dataset | Stream, Dataset | Stream | None]:
+    """Returns what is trained and evaluated on."""
+    if not 0 <= validation_split < 1:
+        raise UsageError(
+            f"validation_split must be from 0 to less than 1. Received: {validation_split!r}."
+        )
+    training = as_examples(data)
+    validation = None
+    if validation_data is not None:
+        validation = as_examples(validation_data, "validation_data")
+        _check_same_spec(training, validation)
+    if not validation_split and not class_weight:
+        return training, validation
+    if isinstance(training, Stream):
+        raise UsageError(
+            f"{'validation_split' if validation_split else 'class_weight'} is for data with "
+            "examples by number. Received: a tf.data.Dataset. Use take() and skip(), or give "
+            "sample weights."
+        )
+    if validation_split:
+        training, validation = dataset.split(training, validation_split)
+    return ClassWeighted(training, class_weight) if class_weight else training, validation
+
+
+def _check_same_spec(training: Dataset | Stream, validation: Dataset | Stream) -> None:
+    """Checks that a model that takes the examples of one takes those of the other.
+
+    Raises:
+        DataError: Their shapes differ.
+    """
+    ours, theirs = (
+        [tuple(spec.shape) for spec in keras.tree.flatten(part.spec[:2])]
+        for part in (training, validation)
+    )
+    if ours != theirs:
+        raise DataError(
+            f"Expected validation_data of the shapes of data, {ours}. Received: {theirs}. "
+            "Prepare both alike."
+        )
+
+
 def _create_strategy(config: TrainConfig) -> StrategyChoice:
     return strategies.create(
         config.strategy,
@@ -192,6 +227,68 @@ def _create_strategy(config: TrainConfig) -> StrategyChoice:
         collectives="tensorflow",
         startup_timeout=config.startup_timeout,
     )
+
+
+class _Feed:
+    """The batches of each epoch, from a step on: those of this worker's replicas.
+
+    Args:
+        data: The examples.
+        batch_size: Examples in a global batch.
+        shard: The worker's replicas.
+        seed: Of the order of each epoch; None: that of the data.
+
+    Raises:
+        UsageError: The batches do not divide among the replicas, or the last one has fewer examples
+            than there are.
+    """
+
+    def __init__(
+        self, data: Dataset | Stream, batch_size: int, shard: Shard, *, seed: int | None
+    ) -> None:
+        self.data = data
+        self.batch_size = batch_size
+        self.shard = shard
+        self.seed = seed
+        if isinstance(data, Stream):
+            self.steps = data.steps
+            return
+        examples = len(data)
+        self.steps = math.ceil(examples / batch_size)
+        strategies.check_batch_size(batch_size, shard.replicas)
+        if examples % batch_size and examples % batch_size < shard.replicas:
+            raise UsageError(
+                f"The last batch must have an example for each of the {shard.replicas} devices. "
+                f"Received: {examples % batch_size} of {examples} examples, with "
+                f"batch_size={batch_size}. Use another batch_size."
+            )
+
+    def __call__(self, epoch: int, first_step: int) -> tf.data.Dataset:
+        """Returns the batches of an epoch from a step on."""
+        if isinstance(self.data, Stream):
+            return self.data.shard_batches(self.shard, first_step)
+        order = np.arange(len(self.data))
+        if self.seed is not None:
+            order = epoch_order(len(self.data), self.seed, epoch)
+        return pipeline.shard_batches(
+            self.data,
+            order,
+            batch_size=self.batch_size,
+            shard=self.shard,
+            first_step=first_step,
+        )
+
+
+@contextlib.contextmanager
+def _reading(*parts: Dataset | Stream | None) -> Iterator[None]:
+    """Raises the error of an example that cannot be read in place of TensorFlow's."""
+    try:
+        yield
+    except Exception as error:
+        for part in parts:
+            if isinstance(part, Dataset) and (reason := part.explain(error)) is not error:
+                raise reason from None
+        raise
 
 
 @contextlib.contextmanager
@@ -203,14 +300,14 @@ def _training(context: WorkerContext) -> Iterator[None]:
     context.link.tell("idle")
 
 
-def _check_same(manifest: RunManifest, workers: Workers) -> None:
+def _check_same(config: dict, data: dict, workers: Workers) -> None:
     """Compares what the workers are about to train, before any of them waits for the others.
 
     Raises:
         ConfigurationError: One of them trains something else; on all workers.
     """
-    config = dict(manifest.config)
-    parts = {"model": config.pop("model"), "data": manifest.data, "arguments": config}
+    arguments = {name: value for name, value in config.items() if name != "model"}
+    parts = {"model": config["model"], "data": data, "arguments": arguments}
     for name, value in parts.items():
         content = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
         if others := workers.differing(content):
@@ -219,6 +316,60 @@ def _check_same(manifest: RunManifest, workers: Workers) -> None:
                 f"{', '.join(map(str, others))} than on worker 0. Make it there from the same "
                 "files and seeds."
             )
+
+
+def evaluate(
+    model: keras.Model,
+    data: Data,
+    *,
+    batch_size: int,
+    callbacks: Sequence[keras.callbacks.Callback],
+    verbose: int | str,
+    config: TrainConfig,
+) -> dict[str, float]:
+    """Evaluates a compiled Keras model; arguments, result and errors as ``trainer.evaluate`` has
+    them.
+    """
+    context = _context(config)
+    _check_arguments(config, context, batch_size=batch_size)
+    examples = as_examples(data)
+    strategy = (context.choice if context else _create_strategy(config)).strategy
+    workers = Workers(strategy)
+    _check_model(model, workers.strategy.num_replicas_in_sync)
+    feed = _Feed(examples, batch_size, _shard(workers), seed=None)
+    _build(model, examples.spec, batch_size)
+    with contextlib.ExitStack() as held:
+        signals = held.enter_context(Signals())
+        if context:
+            held.enter_context(_training(context))
+            arguments = {"batch_size": batch_size, "model": _digest_of_model(model)}
+            _check_same(arguments, {"sha256": examples.digest}, workers)
+        held.enter_context(mirrored(model, strategy))
+        signals.defer()
+        chief = workers.index == 0
+        listeners = keras.callbacks.CallbackList(
+            [callback for callback in callbacks if chief or not _writes(callback)],
+            add_progbar=chief and verbose != 0,
+            model=model,
+            verbose=verbose if chief else 0,
+            epochs=1,
+            steps=feed.steps,
+        )
+        held.enter_context(_reading(examples))
+
+        def after_call() -> None:
+            if context:
+                context.link.report_step(1, 0)
+            _stop(signals, workers, "an evaluation")
+
+        return loop.measure(
+            CompiledModel(model, strategy),
+            feed(0, 0),
+            strategy=strategy,
+            listeners=listeners,
+            steps_per_execution=config.steps_per_execution,
+            after_call=after_call,
+        )
 
 
 class _Run:
@@ -284,23 +435,24 @@ def _writes(callback: keras.callbacks.Callback) -> bool:
     return isinstance(callback, (kinds.ModelCheckpoint, kinds.CSVLogger, kinds.TensorBoard))
 
 
-def _stop(signals: Signals, workers: Workers, position: Position) -> None:
-    """Ends a run that has no folder, on all workers at the same position."""
+def _stop(signals: Signals, workers: Workers, where: str) -> None:
+    """Ends on all workers at the same place what has no checkpoints."""
     numbers = workers.gather(getattr(signal, signals.received or "", 0))
     if number := next(filter(None, numbers), 0):
-        raise StoppedError(
-            f"stopped by {signal.Signals(number).name} at {position}. Nothing is saved: use "
-            "output_dir."
-        )
+        raise StoppedError(f"stopped by {signal.Signals(number).name} at {where}.")
 
 
-def _check_arguments(
-    config: TrainConfig,
-    epochs: int,
-    batch_size: int,
-    validation_split: float,
-    context: WorkerContext | None,
-) -> None:
+def _context(config: TrainConfig) -> WorkerContext | None:
+    """Returns the other workers' context, unless the configuration is for this process alone."""
+    return worker_context.current() if config.strategy in ("auto", "multiworker") else None
+
+
+def _shard(workers: Workers) -> Shard:
+    local = workers.local_replicas
+    return Shard(workers.index * local, local, workers.strategy.num_replicas_in_sync)
+
+
+def _check_arguments(config: TrainConfig, context: WorkerContext | None, **numbers: int) -> None:
     default = TrainConfig()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -317,13 +469,9 @@ def _check_arguments(
                 f"Expected a configuration of how to train: {', '.join(_HOW)}. Received: "
                 f"{field.name}={value!r}. Give it to fit or to model.compile, or leave it out."
             )
-    for name, number in (("epochs", epochs), ("batch_size", batch_size)):
+    for name, number in numbers.items():
         if not isinstance(number, (int, np.integer)) or isinstance(number, bool) or number < 1:
             raise UsageError(f"{name} must be an integer of at least 1. Received: {number!r}.")
-    if not 0 <= validation_split < 1:
-        raise UsageError(
-            f"validation_split must be from 0 to less than 1. Received: {validation_split!r}."
-        )
 
 
 def _check_model(model: keras.Model, replicas: int) -> None:
@@ -365,84 +513,17 @@ def _check_model(model: keras.Model, replicas: int) -> None:
             )
 
 
-def _build(model: keras.Model, batches: tf.data.Dataset) -> None:
+def _build(model: keras.Model, spec: tuple, batch_size: int) -> None:
     """Makes all variables of a model, its metrics and its optimizer, as ``model.fit`` does."""
-    model._symbolic_build(data_batch=next(iter(batches)))
-
-
-def _with_class_weight(data: Data, class_weight: Mapping[int, float] | None) -> Data:
-    """Returns the data with the sample weights that class weights stand for, as in Keras."""
-    if class_weight is None:
-        return data
-    if len(data) != 2 or isinstance(data[1], (list, tuple, dict)):
-        raise UsageError(
-            "class_weight is for one output, without sample weights. Received: "
-            f"{'sample weights, too' if len(data) > 2 else 'several outputs'}. Multiply the "
-            "weights yourself, and give them as sample_weight."
+    model._symbolic_build(
+        data_batch=tf.nest.map_structure(
+            lambda part: keras.KerasTensor((batch_size, *part.shape), part.dtype.name), spec
         )
-    x, y = data
-    labels = np.asarray(y)
-    if labels.ndim > 1 and labels.shape[-1] > 1:
-        labels = labels.argmax(axis=-1)
-    labels = labels.reshape(len(labels), -1)[:, 0]
-    weight = np.ones(len(labels), keras.config.floatx())
-    for number, value in class_weight.items():
-        weight[np.round(labels) == number] = value
-    return x, y, weight
+    )
 
 
-def _split(data: Data, share: float) -> tuple[Data, Data]:
-    """Returns the data without its last examples, and those."""
-    count = _check_data("data", data)
-    kept = math.floor(count * (1 - share))
-    if not 0 < kept < count:
-        raise UsageError(
-            f"validation_split must leave examples on both sides. Received: {share} of {count}."
-        )
-    first = keras.tree.map_structure(lambda array: array[:kept], data)
-    return first, keras.tree.map_structure(lambda array: array[kept:], data)
-
-
-def _check_data(name: str, data: Data) -> int:
-    """Returns the number of examples.
-
-    Raises:
-        DataError: Arrays differ in it, or there are none.
-        UsageError: It is no tuple ``(x, y)`` or ``(x, y, sample_weight)``.
-    """
-    if not isinstance(data, tuple) or len(data) not in (2, 3):
-        raise UsageError(
-            f"{name} must be (x, y) or (x, y, sample_weight). Received: {type(data).__name__}"
-            f"{f' of {len(data)}' if isinstance(data, tuple) else ''}."
-        )
-    arrays = [np.asarray(array) for array in keras.tree.flatten(data)]
-    for array in arrays:
-        if array.dtype == object or not array.ndim:
-            raise DataError(
-                f"Expected arrays of numbers, examples first, in {name}. Received: "
-                f"{f'objects of shape {array.shape}' if array.ndim else 'one number'}. Rows of "
-                "different lengths need padding."
-            )
-    counts = {len(array) for array in arrays}
-    if len(counts) != 1 or not max(counts):
-        raise DataError(
-            f"Expected arrays of one length in {name}. Received: {sorted(counts)} examples."
-        )
-    return counts.pop()
-
-
-def _length(data: Data) -> int:
-    return len(keras.tree.flatten(data)[0])
-
-
-def _digest(value: Any) -> str:
-    """Returns the SHA-256 of arrays in any structure: their places, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for path, array in keras.tree.flatten_with_path(value):
-        array = np.ascontiguousarray(array)
-        digest.update(f"{path} {array.dtype.str} {array.shape} ".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+def _combined(*digests: str | None) -> str:
+    return hashlib.sha256(repr(digests).encode()).hexdigest()
 
 
 def _digest_of_model(model: keras.Model) -> str:

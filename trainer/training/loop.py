@@ -98,7 +98,7 @@ def fit(
     return train(
         model,
         objective,
-        train_data,
+        lambda epoch, first: train_data(epoch).skip(first),
         validation_data,
         strategy=strategy,
         epochs=epochs,
@@ -115,7 +115,7 @@ def fit(
 def train(
     model: keras.Model,
     objective: Objective,
-    train_data: Callable[[int], tf.data.Dataset],
+    train_data: Callable[[int, int], tf.data.Dataset],
     validation_data: tf.data.Dataset | None,
     *,
     strategy: tf.distribute.Strategy,
@@ -134,7 +134,8 @@ def train(
     Args:
         model: Built and compiled.
         objective: What to minimize and measure.
-        train_data: As in ``fit``, of the batches that the objective takes.
+        train_data: Returns the batches of an epoch, counted from 0, that the objective takes, from
+            a step on, also counted from 0.
         validation_data: The same; None: the model is not evaluated.
         strategy: Splits each batch, which is a global one, among its replicas.
         epochs: Number of epochs.
@@ -166,25 +167,26 @@ def train(
     test_execution = _execution(objective, objective.test_step(), strategy, program)
     position = position or Position()
 
-    def set_params(batches: tf.data.Dataset) -> None:
-        steps = int(batches.cardinality())
+    def set_params(batches: tf.data.Dataset, first: int) -> None:
+        steps = first + int(batches.cardinality())
         listeners.set_params({"verbose": verbose, "epochs": epochs, "steps": steps})
 
-    set_params(train_data(min(position.epoch, epochs - 1)))  # on_train_begin may read them.
+    # on_train_begin may read them.
+    set_params(train_data(min(position.epoch, epochs - 1), position.step), position.step)
     model.stop_training = False
     logs: dict[str, float] = {}
     listeners.on_train_begin()
     while position.epoch < epochs and not model.stop_training:
         start = clock() - position.seconds
-        batches = train_data(position.epoch)
-        set_params(batches)
+        batches = train_data(position.epoch, position.step)
+        set_params(batches, position.step)
         listeners.on_epoch_begin(position.epoch)
         where = f"in epoch {position.epoch + 1}"
         totals = _Totals(objective.names, position.totals)
         objective.reset()
         objective.set_state(position.state)
         for rows in train_execution.calls(
-            batches.skip(position.step),
+            batches,
             steps_per_execution=steps_per_execution,
             clock=clock,
             first=position.step,
@@ -244,13 +246,43 @@ def evaluate(
         TypeError: A loss or metric is no function, or an object with another mean.
     """
     objective = PerExample(model, loss=loss, metrics=metrics, preprocess=preprocess)
+    listeners = keras.callbacks.CallbackList([], model=model)
+    return measure(objective, data, strategy=strategy, listeners=listeners)
+
+
+def measure(
+    objective: Objective,
+    data: tf.data.Dataset,
+    *,
+    strategy: tf.distribute.Strategy,
+    listeners: keras.callbacks.CallbackList,
+    steps_per_execution: int | None = None,
+    after_call: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Evaluates an objective on a data set once.
+
+    Args:
+        objective: What to measure.
+        data: Batches that the objective takes.
+        strategy: Splits each batch among its replicas.
+        listeners: Keras callbacks.
+        steps_per_execution: Number of steps in a call; None: as many as take about a second.
+        after_call: Called after each call; what it raises ends the evaluation.
+
+    Returns:
+        What the objective logs.
+
+    Raises:
+        NotFiniteError: The loss is NaN or infinite.
+    """
     return _evaluate(
         objective,
         _execution(objective, objective.test_step(), strategy, program=False),
         data,
-        keras.callbacks.CallbackList([], model=model),
+        listeners,
         where="in the evaluation",
-        steps_per_execution=None,
+        steps_per_execution=steps_per_execution,
+        after_call=after_call,
     )
 
 
@@ -263,6 +295,7 @@ def _execution(
         dtype=objective.dtype,
         examples=objective.examples,
         strategy=strategy,
+        sharded=objective.sharded,
         jit_compile=program,
     )
 

@@ -17,7 +17,7 @@ from trainer.config import TrainConfig, fixed_fields
 from trainer.runtime import ONEDNN, deciding_variables, keras, tf
 
 if TYPE_CHECKING:
-    from trainer.data.dataset import Digits
+    from trainer.data.digits import Digits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

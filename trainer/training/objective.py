@@ -27,10 +27,12 @@ class Objective(Protocol):
         names: Of the values of a step, ``loss`` the first. A step returns their weighted sums,
             after the sum of the weights.
         dtype: Of the values of a step.
+        sharded: Whether a worker is given the rows of its own replicas alone (``Execution``).
     """
 
     names: Sequence[str]
     dtype: str
+    sharded: bool
 
     def examples(self, *batch: tf.Tensor) -> tf.Tensor:
         """Returns the number of examples in a whole batch."""
@@ -71,6 +73,8 @@ class PerExample:
     Raises:
         TypeError: A loss or metric is no function, or an object with another mean.
     """
+
+    sharded = False
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
-    from trainer.data.dataset import Digits
+    from trainer.data.digits import Digits
     from trainer.distributed.cluster import Cluster
     from trainer.distributed.collectives import Workers
     from trainer.distributed.worker import Link

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.data.archives import IDX_FILES
-from trainer.data.dataset import ARRAYS
+from trainer.data.digits import ARRAYS
 from trainer.data.sources import load
 
 # Of the four files once unpacked, as they have been published.
