@@ -12,7 +12,7 @@ so there is no shuffle buffer and no cache. ``bench/pipeline.py`` compares this 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +64,8 @@ def test_batches(x: np.ndarray, y: np.ndarray, *, batch_size: int) -> tf.data.Da
     return _batches(x, y, batch_size, np.arange(len(x)))
 
 
-class Shard(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shard:
     """Which part of each batch a worker reads: that of its replicas.
 
     Attributes:
