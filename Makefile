@@ -96,6 +96,7 @@ docs: $(VENV)/.installed-$(EXTRA),docs
 bench: $(VENV)/.installed-$(EXTRA)
 	$(RUN) bench/pipeline.py
 	$(RUN) bench/checkpoint.py
+	$(RUN) bench/fit.py
 	$(RUN) bench/compare.py $(ARGS)
 
 bench-gpu: $(VENV)/.installed-$(EXTRA)
