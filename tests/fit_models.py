@@ -16,8 +16,9 @@ from trainer.config import TrainConfig
 from trainer.runtime import keras
 
 
-def fit_models(names, batch_size, config=None):
+def fit_models(names, batch_size, config=None, examples=keras_models.EXAMPLES):
     """Returns the history and the variables of each model after two epochs."""
+    keras_models.EXAMPLES = examples
     for setting in (keras.config.set_floatx, keras.config.set_dtype_policy):
         setting("float64")
     results = {}

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import fit_models
+import keras_models
 import numpy as np
 from sessions import Session
 from support import HAS_FAST_STEP
@@ -239,11 +240,11 @@ def optimized(chosen, *, jit_compile=False):
     return results
 
 
-def fitted(chosen, *, names=None, batch_size=16):
+def fitted(chosen, *, names=None, batch_size=16, examples=keras_models.EXAMPLES):
     """In float64: what ``trainer.fit`` makes of models of many kinds, in two epochs."""
     several = chosen.num_replicas_in_sync > 1
     how = config.TrainConfig(strategy="mirrored" if several else "one")
-    return fit_models.fit_models(names, batch_size, how)
+    return fit_models.fit_models(names, batch_size, how, examples)
 
 
 def _normal(seed):

@@ -198,10 +198,17 @@ class Replicas:
                 del self.command.env["TF_CONFIG"]
             self.command.program = [ROOT / "tests" / "replicas.py"]
             flags = (name, devices, json.dumps(arguments), outputs[-1])
-            runs.append(self.command.start(*flags, stdin=subprocess.PIPE, stdout=None))
+            # Not a pipe, which would be full of TensorFlow's warnings before anybody reads it.
+            with outputs[-1].with_suffix(".err").open("w") as stderr:
+                options = {"stdin": subprocess.PIPE, "stdout": None, "stderr": stderr}
+                runs.append(self.command.start(*flags, **options))
         try:
             wait_for(lambda: all(output.exists() for output in outputs), *runs)
             return [json.loads(output.read_text()) for output in outputs]
+        except AssertionError as error:
+            for output in outputs:
+                error.add_note(output.with_suffix(".err").read_text()[-4000:])
+            raise
         finally:  # Together, when all have what they reduced together.
             for run in runs:
                 run.kill()

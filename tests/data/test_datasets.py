@@ -57,7 +57,7 @@ def write_pictures(
 # -- batches of a worker
 
 
-@pytest.mark.parametrize("examples", [24, 28, 29])
+@pytest.mark.parametrize("examples", [24, 26, 28, 29])
 @pytest.mark.parametrize("shares", [(1,), (1, 1), (2, 2), (1, 1, 1, 1)])
 @pytest.mark.parametrize("first_step", [0, 2, 3])
 def test_workers_read_each_example_of_an_epoch_once(examples, shares, first_step):
@@ -80,6 +80,9 @@ def test_workers_read_each_example_of_an_epoch_once(examples, shares, first_step
     assert [len(worker) for worker in workers] == [steps - first_step] * len(shares)
     for number, parts in enumerate(zip(*workers, strict=True), first_step):
         expected = order[8 * number : 8 * number + 8]
+        if len(expected) < replicas:  # Some workers read a row of another one.
+            assert {len(x) for x, _, _ in parts} == {1}
+            continue
         assert np.concatenate([x for x, _, _ in parts]).tolist() == expected.tolist()
         assert {int(size) for _, _, size in parts} == {len(expected)}
 

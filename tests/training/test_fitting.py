@@ -81,6 +81,26 @@ def test_several_devices_train_models_of_any_kind_as_one(replicas, devices):
     assert_alike(several, one)
 
 
+# Synchronized statistics would count the row that a device without any is given; and the losses of
+# several outputs are means of the devices' means.
+NOT_SHORT = {"synchronized batch normalization", "two outputs"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "names"),
+    [
+        (2, ["regularized", "stateful metrics"]),
+        pytest.param(2, sorted(MODELS.keys() - NOT_SHORT), marks=pytest.mark.full),
+        pytest.param(3, sorted(MODELS.keys() - NOT_SHORT), marks=pytest.mark.full),
+    ],
+)
+def test_a_last_batch_may_have_fewer_examples_than_there_are_devices(replicas, devices, names):
+    # It has one.
+    how = {"names": names, "batch_size": 7 * devices, "examples": 43}
+    one, several = (replicas.compute("fitted", devices=n, **how) for n in (1, devices))
+    assert_alike(several, one)
+
+
 class StopAt(keras.callbacks.Callback):
     """Sends this process a signal after a step."""
 

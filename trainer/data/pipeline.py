@@ -79,9 +79,12 @@ class Shard:
     replicas: int = 1
 
     def bounds(self, size: Any) -> tuple[Any, Any]:
-        """Returns its first row in a batch of a size, and the one after its last."""
+        """Returns its first row in a batch of a size, and the one after its last: at least one row,
+        of another worker where it has none.
+        """
         last = self.first_replica + self.local_replicas
-        return self.first_replica * size // self.replicas, last * size // self.replicas
+        start, end = (n * size // self.replicas for n in (self.first_replica, last))
+        return start, (max if isinstance(size, int) else tf.maximum)(end, start + 1)
 
 
 def shard_batches(
@@ -98,7 +101,7 @@ def shard_batches(
         dataset: The examples.
         order: Their numbers, int64 (n,), in the order of the epoch.
         batch_size: Examples in a global batch, a multiple of the replicas; the last one may have
-            fewer, but one for each replica.
+            fewer.
         shard: The worker's share.
         first_step: Number of the first batch, counted from 0.
 
@@ -115,11 +118,12 @@ def shard_batches(
     sizes = np.full(-(-len(order) // batch_size), batch_size, np.int32)
     if whole < len(sizes):
         sizes[-1] = parts[1].size
-    own = []
+    own = [order[:0]]
     for part in parts:
-        start, end = shard.bounds(part.shape[1])
-        own.append(part[:, start:end].ravel())
-    # All whole batches have the same share of it, and what is left is shorter.
+        if part.size:
+            start, end = shard.bounds(part.shape[1])
+            own.append(part[:, start:end].ravel())
+    # Of all whole batches the share has the same length, and of the last one at most that.
     batches = dataset.batches(
         np.concatenate(own), batch_size * shard.local_replicas // shard.replicas
     )

@@ -22,8 +22,6 @@ from trainer.runtime import keras, tf
 from trainer.training.execution import Step
 from trainer.training.objective import sums_dtype
 
-Batch: TypeAlias = tuple[Any, ...]  # (x, y) or (x, y, sample_weight)
-
 
 class CompiledModel:
     """The objective of a compiled model.
@@ -58,22 +56,22 @@ class CompiledModel:
         """Returns the training step."""
 
         def gradients(*batch: Any) -> tuple[tf.Tensor, list[tf.Tensor], _Values]:
-            batch, examples = batch[:-1], batch[-1]
+            *components, length, examples = batch
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 values = self._values(tape)
-                loss, changed = self._compute(batch, values, training=True)
+                loss, changed = self._compute(components, values, training=True)
                 # Every replica's mean counts by the length of its slice.
-                share = tf.cast(_length(batch), loss.dtype) / tf.cast(examples, loss.dtype)
+                share = tf.cast(length, loss.dtype) / tf.cast(examples, loss.dtype)
                 objective = self.model.optimizer.scale_loss(loss * share)
             found = tape.gradient(objective, values[: len(self.trainable)])
-            return self._row(batch, loss), found, changed
+            return self._row(length, loss), found, changed
 
         if jit_compile:
             gradients = tf.function(gradients, jit_compile=True, autograph=False)
 
         def step(*batch: Any) -> tf.Tensor:
             row, found, changed = gradients(*batch)
-            self._assign(changed)
+            self._assign(changed, batch[-2])
             update(found)
             return row
 
@@ -83,10 +81,10 @@ class CompiledModel:
         """Returns the step of the evaluation."""
 
         def step(*batch: Any) -> tf.Tensor:
-            batch = batch[:-1]
-            loss, changed = self._compute(batch, self._values(), training=False)
-            self._assign(changed)
-            return self._row(batch, loss)
+            *components, length, _ = batch
+            loss, changed = self._compute(components, self._values(), training=False)
+            self._assign(changed, length)
+            return self._row(length, loss)
 
         return step
 
@@ -124,10 +122,10 @@ class CompiledModel:
         return values
 
     def _compute(
-        self, batch: Batch, values: Sequence[tf.Tensor], *, training: bool
+        self, batch: Sequence, values: Sequence[tf.Tensor], *, training: bool
     ) -> tuple[tf.Tensor, "_Values"]:
-        """Returns the loss, a mean over the slice of a batch, and the new values of variables,
-        None where it is the old one.
+        """Returns the loss, a mean over the slice ``(x, y)`` or ``(x, y, sample_weight)`` of a
+        batch, and the new values of variables, None where it is the old one.
         """
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(tuple(batch))
         variables = (*self.trainable, *self.carried, *self.metrics)
@@ -149,26 +147,34 @@ class CompiledModel:
             new = [scope.get_current_value(variable) for variable in variables]
         return loss, [b if b is not a else None for a, b in zip(old, new, strict=True)]
 
-    def _assign(self, changed: "_Values") -> None:
-        """Gives this replica's copies their new values; those of layers the mean of all replicas,
-        so that all go on with the same.
+    def _assign(self, changed: "_Values", length: tf.Tensor) -> None:
+        """Gives this replica's copies their new values; those of layers the mean of all replicas
+        that had examples, so that all go on with the same.
         """
         variables = (*self.trainable, *self.carried, *self.metrics)
-        values = dict(enumerate(changed))
+        values = {number: value for number, value in enumerate(changed) if value is not None}
         if self.replicas > 1:
+            layers = len(self.trainable) + len(self.carried)
             shared = [
                 number
-                for number in range(len(self.trainable) + len(self.carried))
-                if values[number] is not None and variables[number].value.dtype.is_floating
+                for number in values
+                if number < layers and variables[number].value.dtype.is_floating
             ]
             if shared:
-                means = all_reduce(
-                    tf.distribute.ReduceOp.MEAN, [values[number] for number in shared]
-                )
-                values |= zip(shared, means, strict=True)
+                counts = [tf.cast(length > 0, values[number].dtype) for number in shared]
+                parts = [
+                    *(values[number] * count for number, count in zip(shared, counts, strict=True)),
+                    *counts,
+                ]
+                sums = all_reduce(tf.distribute.ReduceOp.SUM, parts)
+                means = zip(sums[: len(shared)], sums[len(shared) :], strict=True)
+                values |= zip(shared, (total / count for total, count in means), strict=True)
+            for number in values:
+                if number >= layers:  # Of a metric: this replica's share.
+                    old = tf.convert_to_tensor(self._own(variables[number]))
+                    values[number] = tf.where(length > 0, values[number], old)
         for number, value in values.items():
-            if value is not None:
-                self._own(variables[number]).assign(value)
+            self._own(variables[number]).assign(value)
 
     def _own(self, variable: keras.Variable) -> tf.Variable:
         """Returns this replica's copy of a variable."""
@@ -176,9 +182,9 @@ class CompiledModel:
         copies = self.strategy.experimental_local_results(variable.value)
         return copies[number - self.workers.index * self.workers.local_replicas]
 
-    def _row(self, batch: Batch, loss: tf.Tensor) -> tf.Tensor:
-        length = tf.cast(_length(batch), self.dtype)
-        return tf.stack([length, length * tf.cast(loss, self.dtype)])
+    def _row(self, length: tf.Tensor, loss: tf.Tensor) -> tf.Tensor:
+        weight = tf.cast(length, self.dtype)
+        return tf.stack([weight, weight * tf.cast(loss, self.dtype)])
 
     def _sum_metrics(self) -> list[tf.Tensor]:
         """Returns the sums of all replicas' shares of the metrics."""
@@ -205,10 +211,6 @@ class CompiledModel:
 
 
 _Values: TypeAlias = list  # Of tensors, of the trainable variables, the layers' state, the metrics.
-
-
-def _length(batch: Any) -> tf.Tensor:
-    return tf.shape(tf.nest.flatten(batch)[0])[0]
 
 
 def _number(value: Any) -> Any:

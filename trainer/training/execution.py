@@ -227,16 +227,19 @@ def _split_batch(batch: Any, number: tf.Tensor, strategy: tf.distribute.Strategy
 
 
 def _split_shard(batch: Any, number: tf.Tensor, strategy: tf.distribute.Strategy) -> Any:
-    """Returns a replica's slice of its worker's rows, without the length of the global batch, which
-    comes last.
+    """Returns a replica's slice of its worker's rows, and its length, in place of that of the
+    global batch, which comes last. Where the length is 0 there is a row nevertheless, of another
+    replica: there are no means of nothing.
     """
     *rows, examples = batch
     replicas, workers = strategy.num_replicas_in_sync, Workers(strategy)
     if replicas == 1:
-        return rows
+        return *rows, examples
     first = workers.index * workers.local_replicas * examples // replicas
     start, end = (n * examples // replicas - first for n in (number, number + 1))
-    return tf.nest.map_structure(lambda part: part[start:end], rows)
+    begin = tf.minimum(start, tf.shape(tf.nest.flatten(rows)[0])[0] - 1)
+    own = tf.nest.map_structure(lambda part: part[begin : tf.maximum(end, begin + 1)], rows)
+    return *own, end - start
 
 
 def _compile_program(

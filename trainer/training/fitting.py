@@ -239,8 +239,7 @@ class _Feed:
         seed: Of the order of each epoch; None: that of the data.
 
     Raises:
-        UsageError: The batches do not divide among the replicas, or the last one has fewer examples
-            than there are.
+        UsageError: The batches do not divide among the replicas.
     """
 
     def __init__(
@@ -253,15 +252,8 @@ class _Feed:
         if isinstance(data, Stream):
             self.steps = data.steps
             return
-        examples = len(data)
-        self.steps = math.ceil(examples / batch_size)
+        self.steps = math.ceil(len(data) / batch_size)
         strategies.check_batch_size(batch_size, shard.replicas)
-        if examples % batch_size and examples % batch_size < shard.replicas:
-            raise UsageError(
-                f"The last batch must have an example for each of the {shard.replicas} devices. "
-                f"Received: {examples % batch_size} of {examples} examples, with "
-                f"batch_size={batch_size}. Use another batch_size."
-            )
 
     def __call__(self, epoch: int, first_step: int) -> tf.data.Dataset:
         """Returns the batches of an epoch from a step on."""
