@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from support import TIMEOUT, Command, Replicas
 
+collect_ignore = ["keras_scripts"]  # Programs, which train when they are imported.
+
 # The tests are about CPUs, also in the processes that they start, whatever GPUs the environment
 # names; but for those that are marked with gpu.
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -665,7 +665,7 @@ def test_a_worker_lost_when_the_chief_has_trained_costs_nothing(start):
     other.end()
     chief.tell("end")
     notice = (
-        f"The model is saved. Waiting up to 30 s to tell {other.name}, lost at the very end; "
+        f"Worker 0 is done. Waiting up to 30 s to tell {other.name}, lost at the very end; "
         "Ctrl-C ends that.\n"
     )
     chief.says(notice)
@@ -679,7 +679,7 @@ def test_a_chief_that_waits_for_a_lost_worker_can_be_ended(start):
     other.send(signal.SIGKILL)
     other.end()
     chief.tell("end")
-    chief.says("The model is saved. Waiting up to 30 s to tell ")
+    chief.says("Worker 0 is done. Waiting up to 30 s to tell ")
     chief.send(signal.SIGTERM, child=False)
     assert chief.end()[0] == 0
 

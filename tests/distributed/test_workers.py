@@ -374,7 +374,7 @@ def test_a_worker_lost_at_the_very_end_costs_nothing(group, command, tmp_path):
     assert (code, stdout) == (0, "")
     code, _, stderr = two.end(0)
     assert code == 0
-    assert stderr.startswith("The model is saved. Waiting up to 300 s to tell worker 1 ")
+    assert stderr.startswith("Worker 0 is done. Waiting up to 300 s to tell worker 1 ")
     assert (command.folder / "out" / "mnist.h5").exists()
 
 
@@ -400,7 +400,7 @@ def test_pods_in_place_of_some_that_were_lost_after_the_end_say_what_came_out(gr
     # The others may have ended before it was lost.
     two = group(2).start(*small, only=[0])
     notice = two.processes[0].stderr.readline()
-    assert notice.startswith("The model is saved. Waiting up to 300 s to tell worker 1 ")
+    assert notice.startswith("Worker 0 is done. Waiting up to 300 s to tell worker 1 ")
     two.send(signal.SIGTERM, 0)
     assert two.end(0)[0] == 0
 
