@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from trainer.data.digits import Digits
     from trainer.reporting.scores import Scores
-    from trainer.training.fitting import Data
+    from trainer.training.feed import Data
 
 __version__ = "0.1.0"
 

@@ -7,22 +7,16 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from trainer import files
 from trainer.config import TrainConfig
-from trainer.data import dataset, pipeline
-from trainer.data.dataset import ClassWeighted, Dataset
-from trainer.data.examples import examples as as_examples
-from trainer.data.order import epoch_order
 from trainer.data.pipeline import Shard
-from trainer.data.streams import Stream
 from trainer.distributed import strategy as strategies
 from trainer.distributed import worker_context
 from trainer.distributed.collectives import Workers
@@ -30,18 +24,17 @@ from trainer.distributed.replica_variables import mirrored
 from trainer.distributed.strategy import StrategyChoice
 from trainer.distributed.worker import peer_errors
 from trainer.distributed.worker_context import WorkerContext
-from trainer.errors import ConfigurationError, DataError, StoppedError, UsageError
+from trainer.errors import ConfigurationError, StoppedError, UsageError
 from trainer.runtime import keras, tf, threads
 from trainer.signals import Signals
 from trainer.training import loop
 from trainer.training.callback_state import CallbackState
 from trainer.training.checkpoint import Checkpointer, Checkpoints
 from trainer.training.compiled import CompiledModel
+from trainer.training.feed import Data, Feed, load, reading_errors
 from trainer.training.manifest import RunManifest
 from trainer.training.position import Position
 from trainer.training.resume import resume
-
-Data: TypeAlias = Any  # What data.examples takes.
 
 _MEANS = ("sum_over_batch_size", "mean")  # reductions of keras.losses.Loss
 
@@ -77,16 +70,16 @@ def fit(
     """Trains a compiled Keras model; arguments, result and errors as ``trainer.fit`` has them."""
     context = _context(config)
     _check_arguments(config, context, epochs=epochs, batch_size=batch_size)
-    training, validation = _load(data, validation_data, validation_split, class_weight)
+    training, validation = load(data, validation_data, validation_split, class_weight)
     strategy = (context.choice if context else _create_strategy(config)).strategy
     workers = Workers(strategy)
     replicas = strategy.num_replicas_in_sync
     _check_model(model, replicas)
     shard = _shard(workers)
-    feed = _Feed(training, batch_size, shard, seed=config.seed if shuffle else None)
+    feed = Feed(training, batch_size, shard, seed=config.seed if shuffle else None)
     validation_batches = None
     if validation is not None:
-        validation_batches = _Feed(validation, batch_size, shard, seed=None)(0, 0)
+        validation_batches = Feed(validation, batch_size, shard, seed=None)(0, 0)
     for notice in {part.notice for part in (training, validation) if part}:
         if notice and workers.index == 0:
             print(notice)
@@ -95,26 +88,15 @@ def fit(
     with contextlib.ExitStack() as held:
         signals = held.enter_context(Signals())
         manifest = None
-        if output_dir is not None or context:
-            manifest = RunManifest.describe(
-                config={
-                    "epochs": epochs,
-                    "batch_size": batch_size,
-                    "shuffle": shuffle,
-                    "seed": config.seed,
-                    "model": _digest_of_model(model),
-                },
-                data={
-                    "sha256": _combined(training.digest, validation.digest if validation else None),
-                    "steps": feed.steps,
-                },
-                job=context.job if context else None,
-                threads=threads(),
-                step="keras",
-                collectives="ring" if context and context.choice.ring else "tensorflow",
-                workers=workers.count,
-                replicas=replicas,
-            )
+        if output_dir is not None or context:  # Digests take time.
+            arguments = {
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "shuffle": shuffle,
+                "seed": config.seed,
+            }
+            digests = [training.digest, validation.digest if validation else None]
+            manifest = _describe(model, arguments, digests, feed.steps, workers, context)
         if context and manifest:
             held.enter_context(_training(context))
             _check_same(manifest.config, manifest.data, workers)
@@ -127,22 +109,15 @@ def fit(
             run = _Run(folder, model, callbacks, manifest, config, workers, signals)
         signals.defer()
         position = run.begin() if run else Position()
-        if workers.index:
-            verbose = 0
-        listeners = keras.callbacks.CallbackList(
-            [callback for callback in callbacks if not (workers.index and _writes(callback))],
-            add_history=True,
-            add_progbar=verbose != 0,
-            model=model,
-            verbose=verbose,
-            epochs=epochs,
-            steps=feed.steps,
+        verbose = 0 if workers.index else verbose
+        listeners = _listeners(
+            callbacks, model, workers, verbose, epochs=epochs, steps=feed.steps, add_history=True
         )
         if run:
             run.callbacks.set_model(model)
             listeners.callbacks.append(run.callbacks)  # After Keras' own, which reset themselves.
         held.callback(_close_files, callbacks)
-        held.enter_context(_reading(training, validation))
+        held.enter_context(reading_errors(training, validation))
 
         def after_call(position: Position) -> None:
             report = context.link.report_step if context else lambda epoch, step: None
@@ -173,50 +148,42 @@ def fit(
     return model.history
 
 
-def _load(
-    data: Data,
-    validation_data: Data | None,
-    validation_split: float,
-    class_weight: Mapping[int, float] | None,
-) -> tuple[Dataset | Stream, Dataset | Stream | None]:
-    """Returns what is trained and evaluated on."""
-    if not 0 <= validation_split < 1:
-        raise UsageError(
-            f"validation_split must be from 0 to less than 1. Received: {validation_split!r}."
-        )
-    training = as_examples(data)
-    validation = None
-    if validation_data is not None:
-        validation = as_examples(validation_data, "validation_data")
-        _check_same_spec(training, validation)
-    if not validation_split and not class_weight:
-        return training, validation
-    if isinstance(training, Stream):
-        raise UsageError(
-            f"{'validation_split' if validation_split else 'class_weight'} is for data with "
-            "examples by number. Received: a tf.data.Dataset. Use take() and skip(), or give "
-            "sample weights."
-        )
-    if validation_split:
-        training, validation = dataset.split(training, validation_split)
-    return ClassWeighted(training, class_weight) if class_weight else training, validation
-
-
-def _check_same_spec(training: Dataset | Stream, validation: Dataset | Stream) -> None:
-    """Checks that a model that takes the examples of one takes those of the other.
-
-    Raises:
-        DataError: Their shapes differ.
-    """
-    ours, theirs = (
-        [tuple(spec.shape) for spec in keras.tree.flatten(part.spec[:2])]
-        for part in (training, validation)
+def _describe(
+    model: keras.Model,
+    arguments: dict,
+    digests: Sequence[str | None],
+    steps: int,
+    workers: Workers,
+    context: WorkerContext | None,
+) -> RunManifest:
+    """Describes a run: what a run that resumes it, and all workers, must have, too."""
+    return RunManifest.describe(
+        config={**arguments, "model": _digest_of_model(model)},
+        data={"sha256": hashlib.sha256(repr(digests).encode()).hexdigest(), "steps": steps},
+        job=context.job if context else None,
+        threads=threads(),
+        step="keras",
+        collectives="ring" if context and context.choice.ring else "tensorflow",
+        workers=workers.count,
+        replicas=workers.strategy.num_replicas_in_sync,
     )
-    if ours != theirs:
-        raise DataError(
-            f"Expected validation_data of the shapes of data, {ours}. Received: {theirs}. "
-            "Prepare both alike."
-        )
+
+
+def _listeners(
+    callbacks: Sequence[keras.callbacks.Callback],
+    model: keras.Model,
+    workers: Workers,
+    verbose: int | str,
+    **options: Any,
+) -> keras.callbacks.CallbackList:
+    """Returns the callbacks of this worker: those that write files are worker 0's."""
+    return keras.callbacks.CallbackList(
+        [callback for callback in callbacks if not (workers.index and _writes(callback))],
+        add_progbar=verbose != 0,
+        model=model,
+        verbose=verbose,
+        **options,
+    )
 
 
 def _create_strategy(config: TrainConfig) -> StrategyChoice:
@@ -227,60 +194,6 @@ def _create_strategy(config: TrainConfig) -> StrategyChoice:
         collectives="tensorflow",
         startup_timeout=config.startup_timeout,
     )
-
-
-class _Feed:
-    """The batches of each epoch, from a step on: those of this worker's replicas.
-
-    Args:
-        data: The examples.
-        batch_size: Examples in a global batch.
-        shard: The worker's replicas.
-        seed: Of the order of each epoch; None: that of the data.
-
-    Raises:
-        UsageError: The batches do not divide among the replicas.
-    """
-
-    def __init__(
-        self, data: Dataset | Stream, batch_size: int, shard: Shard, *, seed: int | None
-    ) -> None:
-        self.data = data
-        self.batch_size = batch_size
-        self.shard = shard
-        self.seed = seed
-        if isinstance(data, Stream):
-            self.steps = data.steps
-            return
-        self.steps = math.ceil(len(data) / batch_size)
-        strategies.check_batch_size(batch_size, shard.replicas)
-
-    def __call__(self, epoch: int, first_step: int) -> tf.data.Dataset:
-        """Returns the batches of an epoch from a step on."""
-        if isinstance(self.data, Stream):
-            return self.data.shard_batches(self.shard, first_step)
-        order = np.arange(len(self.data))
-        if self.seed is not None:
-            order = epoch_order(len(self.data), self.seed, epoch)
-        return pipeline.shard_batches(
-            self.data,
-            order,
-            batch_size=self.batch_size,
-            shard=self.shard,
-            first_step=first_step,
-        )
-
-
-@contextlib.contextmanager
-def _reading(*parts: Dataset | Stream | None) -> Iterator[None]:
-    """Raises the error of an example that cannot be read in place of TensorFlow's."""
-    try:
-        yield
-    except Exception as error:
-        for part in parts:
-            if isinstance(part, Dataset) and (reason := part.explain(error)) is not error:
-                raise reason from None
-        raise
 
 
 @contextlib.contextmanager
@@ -324,11 +237,11 @@ def evaluate(
     """
     context = _context(config)
     _check_arguments(config, context, batch_size=batch_size)
-    examples = as_examples(data)
+    examples, _ = load(data, None, 0.0, None)
     strategy = (context.choice if context else _create_strategy(config)).strategy
     workers = Workers(strategy)
     _check_model(model, workers.strategy.num_replicas_in_sync)
-    feed = _Feed(examples, batch_size, _shard(workers), seed=None)
+    feed = Feed(examples, batch_size, _shard(workers), seed=None)
     _build(model, examples.spec, batch_size)
     with contextlib.ExitStack() as held:
         signals = held.enter_context(Signals())
@@ -338,16 +251,9 @@ def evaluate(
             _check_same(arguments, {"sha256": examples.digest}, workers)
         held.enter_context(mirrored(model, strategy))
         signals.defer()
-        chief = workers.index == 0
-        listeners = keras.callbacks.CallbackList(
-            [callback for callback in callbacks if chief or not _writes(callback)],
-            add_progbar=chief and verbose != 0,
-            model=model,
-            verbose=verbose if chief else 0,
-            epochs=1,
-            steps=feed.steps,
-        )
-        held.enter_context(_reading(examples))
+        verbose = 0 if workers.index else verbose
+        listeners = _listeners(callbacks, model, workers, verbose, epochs=1, steps=feed.steps)
+        held.enter_context(reading_errors(examples))
 
         def after_call() -> None:
             if context:
@@ -452,9 +358,8 @@ def _check_arguments(config: TrainConfig, context: WorkerContext | None, **numbe
             continue
         if context and field.name in _OF_THE_PROCESS:
             raise UsageError(
-                f"{field.name} is the command's where there are several workers. Received: "
-                f"{field.name}={value!r}. Leave it out, and use python -m trainer.script "
-                f"--{field.name.replace('_', '-')}."
+                f"{field.name} is decided before several workers connect, by the command that runs "
+                f"the script. Received: {field.name}={value!r}. Leave it out here."
             )
         if field.name not in _HOW:
             raise UsageError(
@@ -512,10 +417,6 @@ def _build(model: keras.Model, spec: tuple, batch_size: int) -> None:
             lambda part: keras.KerasTensor((batch_size, *part.shape), part.dtype.name), spec
         )
     )
-
-
-def _combined(*digests: str | None) -> str:
-    return hashlib.sha256(repr(digests).encode()).hexdigest()
 
 
 def _digest_of_model(model: keras.Model) -> str:
