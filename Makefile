@@ -35,12 +35,12 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)
 train: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m trainer.task $(ARGS)
 
-# Three processes for two cores: some tests wait for timeouts.
+# Three processes for two cores: some tests wait for timeouts, or for a process to start.
 test: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) -m pytest -n 3 --dist worksteal -m "not full" $(ARGS)
 
 test-full: $(VENV)/.installed-$(EXTRA),test
-	$(RUN) -m pytest -n 2 --dist worksteal --durations=10 -m full $(ARGS)
+	$(RUN) -m pytest -n 3 --dist worksteal --durations=10 -m full $(ARGS)
 
 test-gpu: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) -m pytest tests/gpu --durations=10 $(ARGS)
