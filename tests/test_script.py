@@ -273,6 +273,35 @@ def test_a_script_ends_with_its_own_code(script, tmp_path, launch, text, code, m
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "code"),
+    [("--step-timeout", 60, 2), ("--collectives", "ring", 78), ("--gpus", 99, 78)],
+)
+def test_a_flag_that_one_process_cannot_honour_is_refused(script, tmp_path, flag, value, code):
+    done = script("open('ran', 'w')", launch=False).run(flag, value, "--", "train.py")
+    assert done.returncode == code, done.stderr
+    assert flag in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_script_that_handles_an_error_of_fit_goes_on(script):
+    text = """
+    import keras, numpy as np, trainer
+    x = np.zeros((8, 4))
+    for value in (np.nan, 0.0):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile("sgd", loss="mse")
+        try:
+            trainer.fit(model, (x + value, x[:, :1]), verbose=0)
+            print("went on", flush=True)
+        except trainer.errors.NotFiniteError:
+            pass
+    """
+    done = script(text).run("train.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("went on") == 2
+
+
 def test_a_script_that_does_not_exist(script):
     for launch in (False, True):
         done = script("", launch=launch).run("other.py")

@@ -121,6 +121,7 @@ def launch(config: LaunchConfig, arguments: Sequence[str]) -> None:
     with _private_network(config, program) as network:
         command = program.command
         for attempt in range(config.max_restarts + 1):
+            # Even a run with --resume never resumes after a restart.
             if attempt == 1 and not program.is_script:
                 command += ["--resume", "auto"]
             with LocalWorkers(

@@ -19,7 +19,7 @@ from trainer import cli
 from trainer.config import ScriptConfig
 from trainer.distributed import cluster
 from trainer.distributed.cluster import Cluster
-from trainer.errors import StoppedError, from_exit_code
+from trainer.errors import StoppedError, UsageError, from_exit_code
 from trainer.signals import TERMINATING, Signals
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def run(
     path = cli.find_script(script)
     workers = cluster.resolve(os.environ)
     if workers is None:
-        from trainer import runtime
-
-        runtime.set_threads(config.threads)
+        _configure(config)
         _execute(path, script[1:])
         return
     from trainer.distributed import supervisor
@@ -84,6 +82,25 @@ def run(
             startup_timeout=config.startup_timeout,
             step_timeout=config.step_timeout,
         )
+
+
+def _configure(config: ScriptConfig) -> None:
+    """Sets what the script is to find of TensorFlow where it trains alone.
+
+    Raises:
+        UsageError: A flag is for several workers.
+        ConfigurationError: Another one is; or there are fewer GPUs.
+    """
+    if config.step_timeout is not None:
+        raise UsageError(
+            "step_timeout is for several workers, each of which has a parent process that watches "
+            f"it. Received: step_timeout={config.step_timeout} and one process. Leave it out."
+        )
+    from trainer import runtime
+    from trainer.distributed import strategy
+
+    runtime.set_threads(config.threads)
+    strategy.check("auto", cluster=None, gpus=config.gpus, collectives=config.collectives)
 
 
 def _work(

@@ -371,6 +371,17 @@ def test_a_picture_that_is_cut_off_is_named_when_it_is_read(tmp_path):
     assert f"Expected a picture at {path}. Received: another size than at the start" in str(reason)
 
 
+def test_errors_that_are_not_about_data_are_left_alone(tmp_path, monkeypatch):
+    data = ImageFolder(write_pictures(tmp_path))
+    lost = tf.errors.UnavailableError(None, None, "connection reset by peer")
+    monkeypatch.setattr(Path, "read_bytes", None)  # All pictures would be read.
+    assert data.explain(lost) is lost
+    items = ObjectDataset(Items())
+    items.error = DataError("one that was read ahead")
+    stopped = RuntimeError("stopped")
+    assert items.explain(stopped) is stopped
+
+
 @pytest.mark.parametrize(
     ("classes", "error", "message"),
     [

@@ -23,6 +23,7 @@ from trainer.runtime import tf
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 _NAMED = 5  # Files that a message lists.
+_SCOPE = "ImageFolder"  # Of the operations that read, in TensorFlow's errors.
 _READ_AHEAD = 8  # Pictures a CPU: with 1, a quarter fewer are read a second (bench/fit.py).
 
 
@@ -114,12 +115,13 @@ class ImageFolder(Dataset):
         """Returns pictures and labels in batches, decoded in parallel."""
 
         def read(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            picture = tf.io.decode_image(
-                tf.io.read_file(self.paths[number]), self.channels, expand_animations=False
-            )
-            if self.resized:
-                picture = tf.image.resize(picture, self.size, antialias=True)
-            return tf.ensure_shape(picture, self.spec[0].shape), self.labels[number]
+            with tf.name_scope(_SCOPE):
+                picture = tf.io.decode_image(
+                    tf.io.read_file(self.paths[number]), self.channels, expand_animations=False
+                )
+                if self.resized:
+                    picture = tf.image.resize(picture, self.size, antialias=True)
+                return tf.ensure_shape(picture, self.spec[0].shape), self.labels[number]
 
         pictures = tf.data.Dataset.from_tensor_slices(numbers)
         ahead = _READ_AHEAD * available_cpus()
@@ -128,8 +130,8 @@ class ImageFolder(Dataset):
 
     def explain(self, error: Exception) -> Exception:
         """Names the first picture that cannot be decoded."""
-        if not isinstance(error, tf.errors.OpError):
-            return error
+        if not isinstance(error, tf.errors.OpError) or f"{_SCOPE}/" not in str(error):
+            return error  # It is not about a picture, and reading them all would take its time.
         for file in self.files:
             try:
                 if file.path.stat().st_size == file.bytes:

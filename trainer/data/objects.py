@@ -112,7 +112,7 @@ class ObjectDataset(Dataset):
 
     def explain(self, error: Exception) -> Exception:
         """Returns the error that reading an item has raised."""
-        return self.error or error
+        return self.error or error if isinstance(error, tf.errors.OpError) else error
 
     def _read(self, numbers: list[int]) -> list:
         several = getattr(self.items, "__getitems__", None)

@@ -200,9 +200,11 @@ def _create_strategy(config: TrainConfig) -> StrategyChoice:
 def _training(context: WorkerContext) -> Iterator[None]:
     """Tells the parent process when steps are to be expected; names the errors of a lost peer."""
     context.link.tell("training")
-    with peer_errors():
-        yield
-    context.link.tell("idle")
+    try:
+        with peer_errors():
+            yield
+    finally:  # The script may handle the error, and go on.
+        context.link.tell("idle")
 
 
 def _check_same(config: dict, data: dict, workers: Workers) -> None:
