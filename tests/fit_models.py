@@ -41,7 +41,9 @@ def fit_models(names, batch_size, config=None, examples=keras_models.EXAMPLES):
         results[name] = {
             "history": history.history | measured,
             "variables": {
-                variable.path: variable.numpy().ravel().tolist() for variable in model.variables
+                # Not by path: that counts the layers of the models before.
+                f"{number} {variable.name}": variable.numpy().ravel().tolist()
+                for number, variable in enumerate(model.variables)
             },
         }
     return results
