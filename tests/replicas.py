@@ -27,7 +27,7 @@ from trainer.distributed.replica_seeds import separate_seeds
 from trainer.errors import StoppedError
 from trainer.models import cnn, fast_step
 from trainer.runtime import keras, tf
-from trainer.training import artifacts, loop, run
+from trainer.training import artifacts, digits_workload, loop
 from trainer.training.position import Position
 
 CHOICE = None  # strategy.create's, of this process
@@ -140,7 +140,7 @@ def placed(chosen, *, examples, batch_size, on_devices):
     """Two epochs of the command's own training, with the images on the host or on the devices."""
     strategy.has_accelerator = lambda: on_devices
     settings = config.TrainConfig(epochs=2, batch_size=batch_size, threads=2, fast="off")
-    model, history = run.fit(
+    model, history = digits_workload.fit(
         settings, sources.load("bundled").first(examples, 100), strategy=chosen
     )
     history.pop("seconds")

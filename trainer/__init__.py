@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     import keras
 
+    from trainer.data.dataset import Splits
     from trainer.data.digits import Digits
     from trainer.reporting.scores import Scores
     from trainer.training.feed import Data
@@ -111,8 +112,9 @@ def fit(
             number of one example; a ``trainer.data.dataset.Dataset``, as
             ``trainer.data.folders.ImageFolder`` is; or a ``tf.data.Dataset`` of batches.
         validation_data: The same, evaluated after each epoch.
-        validation_split: Share of the examples, the last ones, that is used as validation data in
-            place of ``validation_data``.
+        validation_split: Share of the examples that is used as validation data in place of
+            ``validation_data``: the last ones; of a folder of pictures, which is sorted by class,
+            those that ``config.seed`` chooses.
         epochs: Number of epochs.
         batch_size: Examples in a step, over all devices together; not for a ``tf.data.Dataset``.
         shuffle: Whether each epoch has an order of its own, which ``config.seed`` and the number of
@@ -227,11 +229,12 @@ def evaluate(
     )
 
 
-def load_data(source: "str | os.PathLike[str]" = "bundled") -> "Digits":
+def load_data(source: "str | os.PathLike[str]" = "bundled") -> "Digits | Splits":
     """Loads a data set: ``bundled``, a path, ``keras`` or ``tfds:NAME``, as ``TrainConfig.data``.
 
     Returns:
-        Images uint8 (n, 28, 28) and labels uint8 (n,), for training and for testing.
+        Images uint8 (n, 28, 28) and labels uint8 (n,), for training and for testing; of images
+        that are no digits, data sets ``train``, ``test`` and ``validation``, which ``fit`` takes.
 
     Raises:
         InputError: The source is missing, unreadable or cannot be reached.

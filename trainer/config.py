@@ -30,6 +30,8 @@ LogFormat = Literal["auto", "plain", "json"]
 Fast = Literal["auto", "off"]
 Precision = Literal["float32", "tensorfloat32", "mixed_bfloat16"]
 
+_SIZE = re.compile(r"[1-9]\d{0,3}(x[1-9]\d{0,3})?")
+
 # The type of a field that None leaves to the recipe. __post_init__ replaces None, so that no reader
 # of the field meets it: to type checkers it is a T that None can be assigned to.
 T = TypeVar("T")
@@ -56,15 +58,35 @@ class TrainConfig:
     # May differ, because resuming compares the SHA-256 of the data instead.
     data: str = dataclasses.field(default="bundled", metadata=MAY_DIFFER)
     """Where the images come from: bundled (MNIST, inside
-    the package), a path (an .npz of Keras' layout, or
-    a folder of the four IDX files, gzipped or not),
-    keras (keras.datasets.mnist), or tfds:NAME
-    (TensorFlow Datasets, with the extra tfds)."""
+    the package), a path (a folder of pictures in a
+    folder for each class, of IDX or of .npy files, an
+    .npz of Keras' layout, or a .csv), keras
+    (keras.datasets.mnist), or tfds:NAME (TensorFlow
+    Datasets, with the extra tfds)."""
+
+    image_size: str | None = None
+    """Resize the pictures of a folder to this height and
+    width: 180, or 180x240. None: all have one size."""
+
+    skip_bad: bool = False
+    """Leave out pictures of a folder that cannot be read
+    or have another size."""
+
+    validation_split: float = 0.0
+    """Share of the training images that is measured after
+    each epoch in place of the test images, which then
+    judge the model once, at the end."""
+
+    model: str = "cnn"
+    """The network: cnn, resnet, or package.module:function
+    for your own, which is called with the data's spec
+    and this configuration, and returns a Keras model."""
 
     output_dir: Path = dataclasses.field(default=Path(), metadata=MAY_DIFFER)
     """Folder for mnist.h5, history.json, mnist.json,
     report.html and curves.png; created where it does
-    not exist."""
+    not exist. (For other images or networks:
+    model.keras and model.json.)"""
 
     recipe: Recipe = "default"
     """The values of epochs, batch size, optimizer,
@@ -284,7 +306,27 @@ class TrainConfig:
             )
         for name in ("label_smoothing", "pooling_dropout", "dense_dropout"):
             _check_share(name, getattr(self, name), remedy=self._remedy(name))
-        for name in ("jit_compile", "deterministic", "report", "tensorboard", "tensorflow_logs"):
+        _check_share("validation_split", self.validation_split, remedy="Use 0, the default.")
+        if not isinstance(self.model, str) or not re.fullmatch(
+            r"cnn|resnet|[\w.]+:\w+", self.model
+        ):
+            raise UsageError(
+                "model must be cnn, resnet or package.module:function. Received: "
+                f"model={self.model!r}. Use cnn, the default."
+            )
+        if self.image_size is not None and not _SIZE.fullmatch(str(self.image_size)):
+            raise UsageError(
+                "image_size must be a number of pixels like 180, or height and width like 180x240. "
+                f"Received: image_size={self.image_size!r}. Leave it out for pictures of one size."
+            )
+        for name in (
+            "skip_bad",
+            "jit_compile",
+            "deterministic",
+            "report",
+            "tensorboard",
+            "tensorflow_logs",
+        ):
             if not isinstance(value := getattr(self, name), bool):
                 raise UsageError(
                     f"{name} must be True or False. Received: {name}={value!r}. Leave it out for "
@@ -298,6 +340,14 @@ class TrainConfig:
     def as_dict(self) -> dict:
         """Returns the fields as JSON can hold them; ``TrainConfig(**fields)`` is equal to this."""
         return {**dataclasses.asdict(self), "output_dir": str(self.output_dir)}
+
+    @property
+    def height_and_width(self) -> tuple[int, int] | None:
+        """``image_size`` in pixels."""
+        if self.image_size is None:
+            return None
+        height, _, width = str(self.image_size).partition("x")
+        return int(height), int(width or height)
 
     def _remedy(self, name: str) -> str:
         return f"Use {RECIPES[self.recipe][name]}, the value of the recipe {self.recipe}."

@@ -11,13 +11,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from trainer import cli
 from trainer.config import local_path
-from trainer.errors import UsageError
+from trainer.errors import DataError, UsageError
 from trainer.machine import available_cpus
+
+if TYPE_CHECKING:
+    from trainer.reporting.scores import Scores
 
 PROG = "python -m trainer.evaluate"
 
@@ -31,11 +35,23 @@ class EvaluateConfig:
     """
 
     model: Positional[Path]
-    """An mnist.h5, as python -m trainer.task writes it."""
+    """An mnist.h5, as python -m trainer.task writes it; or
+    a model.keras with its model.json beside it."""
 
-    data: str = "bundled"
+    data: str | None = None
     """Where the test images come from, as in
-    python -m trainer.task."""
+    python -m trainer.task; of a folder without test,
+    all. None: bundled; of a model.keras the data of
+    its run."""
+
+    image_size: str | None = None
+    """Resize the pictures of a folder, as in
+    python -m trainer.task. None: as in the run of a
+    model.keras."""
+
+    skip_bad: bool = False
+    """Leave out pictures of a folder that cannot be read
+    or have another size."""
 
     test_limit: int | None = None
     """Use the first N test images only."""
@@ -78,8 +94,20 @@ def evaluate(config: EvaluateConfig) -> None:
         TrainerError: Any error that a user can cause or meet; ``trainer.errors`` lists them.
     """
     from trainer.data import sources
+    from trainer.data.digits import Digits
 
-    digits = sources.load(config.data).first(None, config.test_limit)
+    if config.model.suffix == ".keras":
+        _evaluate_other(config)
+        return
+    source = config.data or "bundled"
+    digits = sources.load(source)
+    if not isinstance(digits, Digits) or not len(digits.x_test):
+        received = "training images alone" if isinstance(digits, Digits) else "other images"
+        raise DataError(
+            f"Expected test images of digits, grey and of 28×28 pixels, in {source}. Received: "
+            f"{received}. Use data='bundled', or the model.keras that was trained on such images."
+        )
+    digits = digits.first(None, config.test_limit)
 
     from trainer.inference import model_file
     from trainer.models import cnn
@@ -87,13 +115,42 @@ def evaluate(config: EvaluateConfig) -> None:
 
     model = model_file.load(config.model, threads=config.threads)
     predicted = cnn.probabilities(model, digits.x_test, batch_size=config.batch_size)
-    result = scores.score(digits.y_test, predicted)
+    _print(config, source, scores.score(digits.y_test, predicted))
+
+
+def _evaluate_other(config: EvaluateConfig) -> None:
+    """Prints the scores of a model of other images: its network is built as its run has built it,
+    and its weights are read from the file, which may hold code that is never run.
+    """
+    from trainer import runtime
+
+    runtime.set_threads(config.threads)
+
+    from trainer.reporting import scores
+    from trainer.training import model_workload
+
+    with runtime.keras_defaults():
+        model, run, spec = model_workload.load_model(config.model)
+        size = config.image_size or run.image_size
+        run = dataclasses.replace(
+            run, data=config.data or run.data, image_size=size, skip_bad=config.skip_bad
+        )
+        data = model_workload.open_for(run, spec, limit=config.test_limit)
+        predicted = model_workload.predict(model, data, batch_size=config.batch_size)
+    _print(config, run.data, scores.score(predicted.labels, predicted.probabilities), spec.classes)
+
+
+def _print(
+    config: EvaluateConfig, source: str, result: "Scores", classes: Sequence[str] | None = None
+) -> None:
+    from trainer.reporting import scores
+
     if config.json:
-        fields = {"model": str(config.model), "data": config.data, **scores.as_dict(result)}
-        print(json.dumps(fields))
+        found = scores.as_dict(result, classes)
+        print(json.dumps({"model": str(config.model), "data": source, **found}))
     else:
-        print(f"{config.model} on {result.examples:,} test images ({config.data})")
-        print(scores.as_text(result))
+        print(f"{config.model} on {result.examples:,} test images ({source})")
+        print(scores.as_text(result, classes))
 
 
 if __name__ == "__main__":

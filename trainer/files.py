@@ -17,14 +17,31 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.errors import OutputError
 from trainer.locking import hold_lock
+
+
+class Names(NamedTuple):
+    """Names of a run's files.
+
+    Attributes:
+        model: Of the trained model; its suffix is that of its format.
+        manifest: Of the description of the model, and of the run.
+    """
+
+    model: str
+    manifest: str
+
 
 MODEL_FILE = "mnist.h5"
 HISTORY_FILE = "history.json"
 MANIFEST_FILE = "mnist.json"
 FILES = (MODEL_FILE, HISTORY_FILE, MANIFEST_FILE)
+
+DIGITS = Names(MODEL_FILE, MANIFEST_FILE)  # of the network for digits
+OTHERS = Names("model.keras", "model.json")  # of every other run
 
 # Written after those; they may be missing.
 PAGE_FILE = "report.html"
@@ -62,7 +79,9 @@ def lock_folder(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+def lock_output_dir(
+    folder: Path, *, wait: float = 0.0, names: Names | None = DIGITS
+) -> Iterator[None]:
     """Locks the output folder of a run, as ``lock_folder`` does, and checks that what the run would
     replace there is an earlier run's. A save that was killed between its renames is finished; one
     that was killed before is forgotten.
@@ -71,6 +90,8 @@ def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         folder: The output folder.
         wait: Seconds to wait for a run that is using the folder and is about to end, such as that
             of a pod that is being deleted.
+        names: Names of the run's files; None: not known yet, and not checked
+            (``check_replaceable``).
 
     Raises:
         OutputError: It is a file, cannot be created or written, has files of another program under
@@ -80,12 +101,28 @@ def lock_output_dir(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     with lock_folder(folder, wait=wait):
         with output_errors(folder):
             _finish_killed_save(folder)
-            _check_replaceable(folder)
+            if names:
+                _check_replaceable(folder, names)
         yield
 
 
-def check_output_dir(folder: Path) -> None:
-    """Checks what ``lock_output_dir`` checks, in a folder that exists, and changes nothing there.
+def check_replaceable(folder: Path, names: Names) -> None:
+    """Checks that each file which a run replaces is an earlier run's, by what is in it.
+
+    Args:
+        folder: A folder under ``lock_output_dir``.
+        names: Names of the run's files.
+
+    Raises:
+        OutputError: One is a folder, or another program's or the user's own.
+    """
+    with output_errors(folder):
+        _check_replaceable(folder, names)
+
+
+def check_output_dir(folder: Path, names: Names = DIGITS) -> None:
+    """Checks what ``lock_output_dir`` and ``check_replaceable`` check, in a folder that exists, and
+    changes nothing there.
 
     What a killed save has left is not finished: with it there, files are not compared.
 
@@ -95,7 +132,7 @@ def check_output_dir(folder: Path) -> None:
     with hold_lock(folder), output_errors(folder):
         _check_writable(folder)
         if not any(_TEMPORARY.fullmatch(path.name) for path in folder.iterdir()):
-            _check_replaceable(folder)
+            _check_replaceable(folder, names)
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
@@ -135,15 +172,15 @@ def replace_files(folder: Path, files: dict[str, bytes]) -> None:
             _temporary(folder / name, token).unlink(missing_ok=True)
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path, names: Names = DIGITS) -> dict:
     """Returns the manifest in the folder; an empty one if there is none, or it is unreadable."""
-    return _read_json(folder / MANIFEST_FILE)
+    return _read_json(folder / names.manifest)
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: Path, names: Names = DIGITS) -> bool:
     """Tells whether the model in the folder is the one that the manifest beside it describes."""
-    model = read_manifest(folder).get("model")
-    return isinstance(model, dict) and model.get("sha256") == _sha256(folder / MODEL_FILE)
+    model = read_manifest(folder, names).get("model")
+    return isinstance(model, dict) and model.get("sha256") == _sha256(folder / names.model)
 
 
 def is_marked(path: Path) -> bool:
@@ -295,31 +332,29 @@ def _finish_killed_save(folder: Path) -> None:
     """Finishes a save that was killed when its model was in place and its manifest not yet; removes
     the temporary files of one that was killed before that.
     """
+    known = {HISTORY_FILE, *REPORT_FILES, *DIGITS, *OTHERS}
     left: dict[str, dict[str, Path]] = {}
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
-        if match and match["name"] in (*FILES, *REPORT_FILES) and not path.is_symlink():
+        if match and match["name"] in known and not path.is_symlink():
             left.setdefault(match["token"], {})[match["name"]] = path
     for files in left.values():
-        model = _read_json(files[MANIFEST_FILE]).get("model") if MANIFEST_FILE in files else None
-        if isinstance(model, dict) and model.get("sha256") == _sha256(folder / MODEL_FILE):
-            for name in FILES:
-                if name in files:
-                    files.pop(name).replace(folder / name)
-            flush(folder)
+        for names in (DIGITS, OTHERS):
+            manifest = files.get(names.manifest)
+            model = _read_json(manifest).get("model") if manifest else None
+            if isinstance(model, dict) and model.get("sha256") == _sha256(folder / names.model):
+                for name in (names.model, HISTORY_FILE, names.manifest):
+                    if name in files:
+                        files.pop(name).replace(folder / name)
+                flush(folder)
         for path in files.values():
             path.unlink()
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Checks that each file which a run replaces is an earlier run's, by what is in it.
-
-    Raises:
-        OutputError: One is a folder, or another program's or the user's own.
-    """
+def _check_replaceable(folder: Path, names: Names) -> None:
     is_ours = {
-        MANIFEST_FILE: lambda path: isinstance(_read_json(path).get("model"), dict),
-        MODEL_FILE: lambda path: is_complete(path.parent),
+        names.manifest: lambda path: isinstance(_read_json(path).get("model"), dict),
+        names.model: lambda path: is_complete(path.parent, names),
         HISTORY_FILE: lambda path: "seconds" in _read_json(path),
         PAGE_FILE: is_marked,
         CURVES_FILE: is_marked,

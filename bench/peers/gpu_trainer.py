@@ -64,16 +64,17 @@ def limits() -> None:
 def steps() -> None:
     """The time of a step, by batch size, precision, and with XLA or without; device memory."""
     from trainer.runtime import tf
-    from trainer.training import run
 
     digits = Digits(*work.load(flags))
     for precision in flags.precisions:
         for batch_size in flags.batch_sizes:
             for jit_compile in (False, True):
-                _measure(run, tf, digits, precision, batch_size, jit_compile)
+                _measure(tf, digits, precision, batch_size, jit_compile)
 
 
-def _measure(run, tf, digits, precision, batch_size, jit_compile) -> None:
+def _measure(tf, digits, precision, batch_size, jit_compile) -> None:
+    from trainer.training import digits_workload, run
+
     config = TrainConfig(
         epochs=flags.epochs,
         batch_size=batch_size,
@@ -87,7 +88,7 @@ def _measure(run, tf, digits, precision, batch_size, jit_compile) -> None:
         tf.config.experimental.reset_memory_stats(gpus[0].name)
     calls = Calls()
     start = time.perf_counter()
-    _, history = run.fit(config, digits, callbacks=[calls.callback()])
+    _, history = digits_workload.fit(config, digits, callbacks=[calls.callback()])
     seconds = time.perf_counter() - start
     work.say(
         "step",
@@ -249,7 +250,7 @@ def smaller() -> dict[str, int]:
 
 def recipes() -> None:
     """The recipes to their accuracy: seconds of training, with XLA and without, by seed."""
-    from trainer.training import run
+    from trainer.training import digits_workload, run
 
     digits = Digits(*work.load(flags))
     for recipe in ("fast", "best"):
@@ -257,7 +258,7 @@ def recipes() -> None:
             config = TrainConfig(recipe=recipe, seed=seed, jit_compile=True, **smaller())
             run.configure_tensorflow(config)
             start = time.perf_counter()
-            _, history = run.fit(config, digits)
+            _, history = digits_workload.fit(config, digits)
             work.say(
                 "recipe",
                 name=recipe,

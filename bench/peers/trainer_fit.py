@@ -1,4 +1,4 @@
-"""The trainer itself, called as its notebook calls it: ``trainer.training.run.fit``."""
+"""The trainer itself, called as its notebook calls it: ``digits_workload.fit``."""
 
 import keras
 import work
@@ -6,7 +6,7 @@ import work
 from trainer import runtime
 from trainer.config import TrainConfig
 from trainer.data.digits import Digits
-from trainer.training.run import fit
+from trainer.training.digits_workload import fit
 
 flags = work.arguments()
 config = TrainConfig(

@@ -60,7 +60,7 @@ def test_without_limits_nothing_changes(images, monkeypatch):
 def projected(images, drawn):
     """The same by TensorFlow's own transformation, in NumPy's float64."""
     rotation, shear = np.radians(augment.ROTATION), np.radians(augment.SHEAR)
-    zoom, shift = augment.ZOOM, augment.SHIFT
+    zoom, shift = augment.ZOOM, 28 * augment.SHIFT
     amounts = np.float64(drawn) * [rotation, shear, zoom, zoom, shift, shift]
     transforms = []
     for angle, slant, zoom_x, zoom_y, shift_x, shift_y in amounts:
@@ -113,7 +113,7 @@ def test_images_stay_where_and_as_large_as_they_are_on_average(images):
     warped = warp(images)
     moved = centres(warped) - centres(images)
     # MNIST's digits are centred: they move by the shift, up to 2 pixels, and a little by the rest.
-    assert np.abs(moved).max() < augment.SHIFT * (1 + augment.ZOOM) + 1.5
+    assert np.abs(moved).max() < 28 * augment.SHIFT * (1 + augment.ZOOM) + 1.5
     assert np.abs(moved.mean(axis=0)).max() < 0.25
     assert moved.std(axis=0) == pytest.approx(2 / np.sqrt(3), rel=0.2)
     assert warped.mean() == pytest.approx(images.numpy().mean(), rel=0.05)
@@ -122,3 +122,16 @@ def test_images_stay_where_and_as_large_as_they_are_on_average(images):
 def test_what_comes_from_outside_is_background():
     white = tf.fill((50, 28, 28), tf.constant(255, tf.uint8))
     assert warp(white)[:, [0, 0, -1, -1], [0, -1, 0, -1]].min() == 0
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_all_channels_of_an_image_are_moved_alike(images, dtype):
+    drawn = tf.constant(augment.draw(500, 0, 0))
+    grey = augment.warp(images, drawn).numpy()
+    planes = tf.cast(tf.stack([images, 255 - images, images], axis=-1), dtype)
+    colour = augment.warp(planes, drawn)
+    assert (colour.shape, colour.dtype) == ((500, 28, 28, 3), dtype)
+    np.testing.assert_array_equal(colour[..., 0], grey)
+    np.testing.assert_array_equal(colour[..., 2], grey)
+    single = augment.warp(images[..., tf.newaxis], drawn)
+    np.testing.assert_array_equal(single[..., 0], grey)

@@ -17,7 +17,9 @@ import pytest
 from support import damaged, fuzz, save_npz
 
 from trainer import inputs
-from trainer.data import archives, sources
+from trainer.data import archives, idx, sources
+from trainer.data.arrays import ArrayDataset  # noqa: F401  (its import takes memory)
+from trainer.data.dataset import Splits
 from trainer.data.digits import ARRAYS, Digits
 from trainer.errors import DataError, InputError, TrainerError
 
@@ -85,8 +87,8 @@ def archive(path, compression=zipfile.ZIP_DEFLATED, **members: bytes):
     ids=("csv", "text", "pickle", "gzip", "hdf5", "parquet", "zeros", "idx", "empty"),
 )
 def test_another_kind_of_file_is_called_what_it_is(tmp_path, content, received):
-    (tmp_path / "data.csv").write_bytes(content)
-    text = refusal(DataError, tmp_path / "data.csv")
+    (tmp_path / "data").write_bytes(content)
+    text = refusal(DataError, tmp_path / "data")
     assert received in text
     assert "allow_pickle" not in text
     assert "savez" in text or "Name the folder" in text or "Fetch or make it again" in text
@@ -118,7 +120,7 @@ def test_a_pipe_is_refused_and_not_waited_for(pipe):
 
 @needs_pipes
 def test_a_pipe_in_place_of_an_idx_file_is_refused(pipe):
-    pipe.parent.joinpath(archives.IDX_FILES["x_train"]).symlink_to(pipe)
+    pipe.parent.joinpath(idx.FILES["x_train"]).symlink_to(pipe)
     with pytest.raises(InputError, match=r"train-images-idx3-ubyte\. Received: a pipe"):
         sources.load(str(pipe.parent))
 
@@ -207,7 +209,7 @@ def test_what_unpacks_to_far_more_than_pictures_do_is_refused(tmp_path):
 def test_a_gzip_file_that_unpacks_to_far_more_is_refused(tmp_path):
     header = bytes((0, 0, 8, 3)) + struct.pack(">III", 100_000, 28, 28)
     pack = zlib_stream(header, 78_400_000)
-    (tmp_path / archives.IDX_FILES["x_train"]).write_bytes(pack)
+    (tmp_path / idx.FILES["x_train"]).write_bytes(pack)
     assert "train-images-idx3-ubyte that unpacks to at most 200" in refusal(DataError, tmp_path)
 
 
@@ -234,7 +236,7 @@ def test_the_four_idx_files_share_the_memory(tmp_path, monkeypatch):
     for name, count in (("x_train", 3), ("y_train", 3), ("x_test", 2), ("y_test", 2)):
         shape = (count, 28, 28) if name.startswith("x") else (count,)
         header = bytes((0, 0, 8, len(shape))) + np.array(shape, ">u4").tobytes()
-        (tmp_path / archives.IDX_FILES[name]).write_bytes(header + bytes(int(np.prod(shape))))
+        (tmp_path / idx.FILES[name]).write_bytes(header + bytes(int(np.prod(shape))))
     monkeypatch.setattr(archives, "total_memory", lambda: 2 * 5 * 785)
     assert len(sources.load(str(tmp_path)).x_train) == 3
     monkeypatch.setattr(archives, "total_memory", lambda: 2 * 5 * 785 - 1)
@@ -312,7 +314,7 @@ def test_arrays_in_other_orders_are_read(tmp_path, mnist):
 
 def test_an_idx_file_of_many_dimensions_is_refused(tmp_path):
     content = bytes((0, 0, 8, 100)) + struct.pack(">I", 1) * 100 + b"\0"
-    (tmp_path / archives.IDX_FILES["x_train"]).write_bytes(content)
+    (tmp_path / idx.FILES["x_train"]).write_bytes(content)
     with pytest.raises(DataError, match="one to three dimensions"):
         sources.load(str(tmp_path))
 
@@ -327,7 +329,7 @@ def load_or_refuse(path, written, content: bytes) -> None:
     # Four arrays, each of the size that may be declared without more ado.
     with taking_at_most(4 * archives.SMALL + 5 * MEGABYTE):
         try:
-            assert isinstance(sources.load(str(path)), Digits)
+            assert isinstance(sources.load(str(path)), (Digits, Splits))
         except TrainerError as error:
             text = str(error)
             assert str(path) in text
@@ -373,8 +375,33 @@ def test_any_idx_file_is_a_data_set_or_one_line(tmp_path, examples):
         bytes((0, 0, 8, len(shape))) + np.array(shape, ">u4").tobytes() + bytes(int(np.prod(shape)))
         for shape in ((2, 28, 28), (2,))
     )
-    for name, file in archives.IDX_FILES.items():
+    for name, file in idx.FILES.items():
         (tmp_path / file).write_bytes(x if name.startswith("x") else y)
-    images = tmp_path / archives.IDX_FILES["x_train"]
+    images = tmp_path / idx.FILES["x_train"]
     corpus = [x, gzip.compress(x, mtime=0), y, gzip.compress(x[:16] + bytes(99_999), mtime=0)]
     fuzz(examples, lambda content: load_or_refuse(tmp_path, images, content), damaged(corpus))
+
+
+@pytest.mark.parametrize("examples", MORE)
+def test_any_npy_file_is_a_data_set_or_one_line(tmp_path, examples):
+    np.save(tmp_path / "y.npy", np.zeros(2, np.uint8))
+    images = tmp_path / "x.npy"
+    corpus = [npy(np.zeros((2, 28, 28), np.uint8)), npy(np.zeros((2, 28, 28), np.float32)), npy()]
+    fuzz(examples, lambda content: load_or_refuse(tmp_path, images, content), damaged(corpus))
+
+
+@pytest.mark.parametrize("examples", MORE)
+def test_any_csv_file_is_a_data_set_or_one_line(tmp_path, examples):
+    path = tmp_path / "x.csv"
+    corpus = [
+        b"label,a,b,c,d\n0,1,2,3,4\n1,2,3,4,5\n",
+        b"0,1,2,3,4\n1,2,3,4,5\n",
+        b'"label","a"\r\n0,0.5\r\n1,1\r\n',
+    ]
+    fuzz(examples, lambda content: load_or_refuse(path, path, content), damaged(corpus))
+
+
+def test_a_csv_of_long_lines_takes_little_memory(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"1," * 4 * MEGABYTE)
+    with taking_at_most(40 * MEGABYTE), pytest.raises(DataError):
+        sources.load(str(tmp_path / "x.csv"))

@@ -14,7 +14,7 @@ from trainer.data import pipeline, sources
 from trainer.distributed import strategy
 from trainer.models import cnn
 from trainer.runtime import keras, set_deterministic, set_precision, tf
-from trainer.training import artifacts, loop, run
+from trainer.training import artifacts, digits_workload, loop
 
 
 class Record(keras.optimizers.SGD):
@@ -89,13 +89,13 @@ def losses(chosen, **options):
 
 
 def fitted(chosen, **settings):
-    """What ``run.fit`` makes of a configuration: accuracy, digest, devices of the weights."""
+    """What a configuration makes of the digits: accuracy, digest, devices of the weights."""
     config = TrainConfig(**settings)
     set_precision(config.precision)
     if config.deterministic:
         set_deterministic()
     digits = sources.load("bundled").first(config.train_limit, config.test_limit)
-    model, history = run.fit(config, digits, strategy=chosen)
+    model, history = digits_workload.fit(config, digits, strategy=chosen)
     return {
         "accuracy": history["val_accuracy"][-1],
         "sha256": artifacts.weights_sha256(model),

@@ -15,6 +15,7 @@ from trainer.files import FILES
 from trainer.reporting import charts, html, scores
 
 HOSTILE = '<script>alert("1")</script> & $title'
+DIGITS = list("0123456789")
 HISTORY = {
     "loss": [0.5, 0.25],
     "accuracy": [0.8, 0.9],
@@ -87,7 +88,14 @@ def digits(mnist):
 @pytest.fixture(scope="module")
 def report(digits):
     images, labels, probabilities = digits
-    return html.render(MANIFEST, HISTORY, images=images, labels=labels, probabilities=probabilities)
+    return html.render(
+        MANIFEST,
+        HISTORY,
+        images=images,
+        labels=labels,
+        probabilities=probabilities,
+        classes=DIGITS,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +171,7 @@ def test_the_drawing_can_be_stopped_after_each_chart(digits):
             images=images,
             labels=labels,
             probabilities=probabilities,
+            classes=DIGITS,
             after_picture=stop,
         )
 
@@ -176,6 +185,7 @@ def test_a_model_without_mistakes_has_a_page_too(digits):
         images=images[:1],
         labels=labels[:1],
         probabilities=np.eye(10, dtype=np.float32)[labels[:1]],
+        classes=DIGITS,
     )
     text = Page(report.page.decode()).text
     assert "0 of 1 wrong" in text
@@ -194,7 +204,8 @@ def test_a_model_without_mistakes_has_a_page_too(digits):
 )
 def test_the_commonest_mistakes_are_named(taken, sentence):
     true, predicted = np.array([(3, 3), *taken]).T
-    assert html._commonest(scores.score(true, np.eye(10)[predicted])) == sentence
+    judged = html._Judged(MANIFEST, HISTORY, DIGITS)
+    assert html._commonest(scores.score(true, np.eye(10)[predicted]), judged) == sentence
 
 
 def test_one_epoch_has_one_tick_and_points_that_show():
@@ -217,7 +228,7 @@ def test_the_epochs_ticks_are_whole_numbers():
 def test_the_matrix_shows_every_number_and_colours_the_mistakes(digits):
     _, labels, probabilities = digits
     matrix = scores.score(labels, probabilities).confusion
-    axes = charts.confusion(1000 * matrix).axes[0]
+    axes = charts.confusion(1000 * matrix, DIGITS).axes[0]
     texts = {(text.get_position()): text.get_text() for text in axes.texts}
     for (row, column), count in np.ndenumerate(1000 * matrix):
         assert texts[column, row] == (f"{count:,}" if count else "·")
@@ -229,7 +240,7 @@ def test_the_matrix_shows_every_number_and_colours_the_mistakes(digits):
 def test_a_mistake_shows_its_predicted_and_its_true_digit(digits):
     images, labels, probabilities = digits
     worst = scores.score(labels, probabilities).worst
-    axes = charts.mistakes(images, labels, probabilities, worst).axes[0]
+    axes = charts.mistakes(images, labels, probabilities, worst, DIGITS).axes[0]
     texts = [text.get_text() for text in axes.texts]
     assert texts[:2] == [f"{(labels[0] + 1) % 10}  73.0%", f"is {labels[0]}   #0"]
     assert len(axes.images) == len(worst) == 4
@@ -337,6 +348,11 @@ def test_a_name_that_no_encoding_has_is_in_the_page_with_backslashes(digits):
     images, labels, probabilities = digits
     manifest = {**MANIFEST, "data": {**MANIFEST["data"], "source": "digits\udcff.npz"}}
     report = html.render(
-        manifest, HISTORY, images=images, labels=labels, probabilities=probabilities
+        manifest,
+        HISTORY,
+        images=images,
+        labels=labels,
+        probabilities=probabilities,
+        classes=DIGITS,
     )
     assert rb"digits\udcff.npz" in report.page

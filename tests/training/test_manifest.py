@@ -4,6 +4,7 @@ import json
 import pytest
 
 from trainer.config import TrainConfig
+from trainer.training.digits_workload import DigitsWorkload
 from trainer.training.manifest import RunManifest
 from trainer.training.resume import changed_environment
 
@@ -11,8 +12,8 @@ from trainer.training.resume import changed_environment
 def describe(mnist, **changes):
     values = {"step": "keras", "workers": 2, "replicas": 2, **changes}
     config = values.pop("config", TrainConfig(threads=1))
-    used = mnist.first(100, 10)
-    return RunManifest.create(config, source=mnist, used=used, **values)
+    data = DigitsWorkload(TrainConfig(train_limit=100, test_limit=10), mnist).data
+    return RunManifest.create(config, data=data, **values)
 
 
 def test_it_is_what_a_file_can_hold(mnist):

@@ -1,38 +1,30 @@
-"""Reads data sets from files of NumPy's and of MNIST's formats, by their headers first.
+"""Reads data sets from archives of NumPy's format, by their headers first.
 
     read_npz(Path("digits.npz"))["x_train"].shape
-    read_idx_folder(Path("mnist"))
 
 A file may be anyone's: memory is taken for sizes that it really has, and nothing is unpickled.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import errno
-import gzip
 import io
 import math
 import os
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 
 from trainer import inputs
-from trainer.data.digits import ARRAYS, check_specs
+from trainer.data import layouts
 from trainer.errors import DataError, InputError
 from trainer.machine import aligned_empty, total_memory
 
-IDX_FILES = {
-    "x_train": "train-images-idx3-ubyte",
-    "y_train": "train-labels-idx1-ubyte",
-    "x_test": "t10k-images-idx3-ubyte",
-    "y_test": "t10k-labels-idx1-ubyte",
-}
 CHUNK = 2**20  # Bytes read at a time.
 MAX_HEADER = 1000  # Bytes of an array's header; NumPy writes 128.
 MEMORY_SHARE = 0.5  # Of the machine's memory: the rest is for training.
@@ -42,7 +34,7 @@ SMALL = 16_000_000  # Bytes.
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Reads the layout of ``keras.datasets.mnist``: arrays x_train, y_train, x_test, y_test.
+    """Reads images and labels, by the names that ``layouts`` knows.
 
     The headers come first: memory is taken for sizes that the file really has, and nothing is ever
     unpickled, which could run code.
@@ -59,11 +51,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             f"files. Received: data={str(path)!r}, which does not exist. Use data='bundled'."
         ) from None
     except OSError as error:
-        raise InputError(_unreadable(path, error)) from error
+        raise InputError(unreadable(path, error)) from error
     with opened:
         head = opened.read(64)
         if not head.startswith(b"PK"):
-            received, remedy = _kind(head)
+            received, remedy = kind(head)
             raise DataError(
                 f"Expected an .npz archive of plain arrays at {path}. Received: {received}. "
                 f"{remedy}"
@@ -74,13 +66,13 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             raise
         except OSError as error:
             if error.errno and error.errno != errno.EINVAL:  # EINVAL: a place before the beginning.
-                raise InputError(_unreadable(path, error)) from error
+                raise InputError(unreadable(path, error)) from error
             raise _damaged(path, error) from error
         except Exception as error:  # zipfile, zlib and NumPy raise whatever the damage leads to.
             raise _damaged(path, error) from error
 
 
-def _kind(head: bytes) -> tuple[str, str]:
+def kind(head: bytes) -> tuple[str, str]:
     """Returns what a file is that begins so, and what to do about it."""
     save = (
         "Save the four arrays with numpy.savez('digits.npz', x_train=..., y_train=..., "
@@ -99,7 +91,7 @@ def _kind(head: bytes) -> tuple[str, str]:
         return "one IDX file", "Name the folder that has the four."
     if not head:
         return "an empty file", "Fetch or make it again."
-    text = head.decode("ascii", errors="replace")
+    text = head.removeprefix(codecs.BOM_UTF8).decode("ascii", errors="replace")
     if all(letter.isprintable() or letter.isspace() for letter in text):
         return f"text ({' '.join(text.split())[:40]!r}), such as CSV", save
     return f"a file of another kind, which begins with the bytes {head[:8].hex(' ')}", save
@@ -115,7 +107,7 @@ class _BoundedReads(io.BufferedReader):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Header:
+class Header:
     """The header of an array in numpy.lib.format."""
 
     shape: tuple[int, ...]
@@ -133,29 +125,31 @@ def _read_members(path: Path, opened: io.BufferedReader) -> dict[str, np.ndarray
         zipfile.ZipFile(opened) as archive,
         contextlib.ExitStack() as stack,
     ):
+        _check_directory(opened, archive)
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        if missing := [name for name in ARRAYS if name not in members]:
+        found = layouts.canonical(members)
+        if not found:
             present = ", ".join(map(repr, members))[:200] or "none"
             raise DataError(
-                f"Expected the arrays {', '.join(ARRAYS)} in {path}. "
-                f"Received: {present}; missing: {', '.join(missing)}."
+                f"Expected the arrays x_train, y_train, x_test and y_test, or x and y, in {path}. "
+                f"Received: {present}."
             )
         streams: dict[str, IO[bytes]] = {}
-        headers: dict[str, _Header] = {}
-        for name in ARRAYS:
+        headers: dict[str, Header] = {}
+        for name, key in found.items():
             # With others, a piece of any size comes out of a small one.
-            if members[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            if members[key].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise DataError(
                     f"Expected {name} in {path} stored or deflated. Received: another "
                     "compression. Save it with numpy.savez_compressed."
                 )
-            streams[name] = stack.enter_context(archive.open(members[name]))
-            headers[name] = _read_header(path, name, streams[name])
+            streams[name] = stack.enter_context(archive.open(members[key]))
+            headers[name] = read_header(path, name, streams[name])
         with naming(path):
-            check_specs(headers)
+            layouts.check_specs(headers)
         on_disk = os.fstat(opened.fileno()).st_size
         for name, header in headers.items():
-            member = members[name]
+            member = members[found[name]]
             size = member.file_size - streams[name].tell()
             if size != header.nbytes:
                 raise DataError(
@@ -163,12 +157,32 @@ def _read_members(path: Path, opened: io.BufferedReader) -> dict[str, np.ndarray
                     f"{header.dtype} of shape {header.shape}. Received: {size:,}. "
                     "Fetch or make it again."
                 )
-            _check_ratio(path, min(member.compress_size, on_disk), member.file_size)
+            check_ratio(path, min(member.compress_size, on_disk), member.file_size)
         check_memory(path, sum(header.nbytes for header in headers.values()))
-        return {name: _read_values(streams[name], headers[name]) for name in ARRAYS}
+        return {name: _read_values(streams[name], headers[name]) for name in found}
 
 
-def _read_header(path: Path, name: str, stream: IO[bytes]) -> _Header:
+def _check_directory(opened: io.BufferedReader, archive: zipfile.ZipFile) -> None:
+    """Checks the number of members: zipfile does not, and without some it would be other data."""
+    # "End of central directory record" of PKWARE's APPNOTE.TXT, 4.3.16; 0xffff: see ZIP64.
+    opened.seek(-22 - len(archive.comment), os.SEEK_END)
+    count = int.from_bytes(opened.read(22)[10:12], "little")
+    if count not in (len(archive.infolist()), 0xFFFF):
+        raise zipfile.BadZipFile(f"{len(archive.infolist())} of {count} members are in it")
+
+
+def read_header(path: Path, name: str, stream: IO[bytes]) -> Header:
+    """Reads the header of an array; the stream is at its values then.
+
+    Args:
+        path: The file, for errors.
+        name: The array, for errors.
+        stream: At the beginning of the array.
+
+    Raises:
+        DataError: It is one of Python objects.
+        ValueError: It is damaged, or of another version.
+    """
     version = np.lib.format.read_magic(stream)
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -178,7 +192,7 @@ def _read_header(path: Path, name: str, stream: IO[bytes]) -> _Header:
         raise ValueError(f"version {version} of the format of arrays")
     try:
         with warnings.catch_warnings(action="ignore"):  # Of Python, about the literal in it.
-            header = _Header(*read(stream, max_header_size=MAX_HEADER))
+            header = Header(*read(stream, max_header_size=MAX_HEADER))
     except (ValueError, SyntaxError) as error:  # NumPy's text would advise allow_pickle.
         raise ValueError(f"{name} has a header that is damaged or long") from error
     if any(length >= 2**63 for length in header.shape):
@@ -191,16 +205,16 @@ def _read_header(path: Path, name: str, stream: IO[bytes]) -> _Header:
     return header
 
 
-def _read_values(stream: IO[bytes], header: _Header) -> np.ndarray:
+def _read_values(stream: IO[bytes], header: Header) -> np.ndarray:
     shape = header.shape[::-1] if header.fortran_order else header.shape
     array = aligned_empty(shape, header.dtype)
-    if _fill(array, stream) < array.nbytes:
+    if fill(array, stream) < array.nbytes:
         raise EOFError("it ends early")
     stream.read(1)  # Until the end, where zipfile compares the checksum.
     return array.T if header.fortran_order else array
 
 
-def _fill(array: np.ndarray, stream: IO[bytes]) -> int:
+def fill(array: np.ndarray, stream: IO[bytes]) -> int:
     """Reads into a C-contiguous array; returns the number of bytes that there were."""
     memory = array.reshape(-1).view(np.uint8).data
     filled = 0
@@ -210,93 +224,6 @@ def _fill(array: np.ndarray, stream: IO[bytes]) -> int:
             break
         filled += count
     return filled
-
-
-def read_idx_folder(folder: Path) -> dict[str, np.ndarray]:
-    """Reads the four files of MNIST in a folder, each as it is or gzipped.
-
-    Returns:
-        The arrays by name: ``dataset.ARRAYS``.
-
-    Raises:
-        InputError: One is missing or cannot be read.
-        DataError: One is no IDX file of unsigned bytes, or they are too large for this machine.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    for name, file in IDX_FILES.items():
-        before = sum(array.nbytes for array in arrays.values())
-        arrays[name] = read_idx(_find_idx(folder, file), before=before)
-    return arrays
-
-
-def _find_idx(folder: Path, name: str) -> Path:
-    for candidate in (folder / name, folder / f"{name}.gz"):
-        if os.path.lexists(candidate):
-            return candidate
-    raise InputError(
-        f"Expected the four IDX files {', '.join(IDX_FILES.values())} in {folder}, each as it is "
-        f"or with .gz. Received: a folder without {name}. Put it there, or use another folder."
-    )
-
-
-def read_idx(path: Path, *, before: int = 0) -> np.ndarray:
-    """Reads one file of MNIST's own format, described at the end of
-    http://yann.lecun.com/exdb/mnist/: two zero bytes, the type (8: unsigned byte), the number of
-    dimensions, each dimension as a big-endian 32-bit integer, then the values.
-
-    Args:
-        path: The file; gzipped where its first two bytes say so.
-        before: Bytes of memory that were taken for other files of the data set.
-
-    Returns:
-        uint8, of the shape that the header gives: of one to three dimensions.
-
-    Raises:
-        InputError: The file is missing or cannot be read.
-        DataError: It is truncated, too long, too large for this machine, or not an IDX file of
-            unsigned bytes.
-    """
-    try:
-        with inputs.open_file(path) as opened:
-            size = os.fstat(opened.fileno()).st_size
-            packed = opened.read(2) == b"\x1f\x8b"
-            opened.seek(0)
-            stream = cast("IO[bytes]", gzip.GzipFile(fileobj=opened)) if packed else opened
-            return _read_idx(path, stream, size, packed, before)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"Expected a whole gzip file at {path}. Received: a damaged one ({error}). "
-            "Fetch it again."
-        ) from error
-    except OSError as error:
-        raise InputError(_unreadable(path, error)) from error
-
-
-def _read_idx(path: Path, stream: IO[bytes], size: int, packed: bool, before: int) -> np.ndarray:
-    """Reads an IDX file of ``size`` bytes, unpacked by ``stream`` where it is ``packed``."""
-    head = stream.read(4)
-    ndim = head[3] if len(head) == 4 and head[:3] == b"\x00\x00\x08" else 0
-    lengths = stream.read(4 * ndim)
-    if not 1 <= ndim <= 3 or len(lengths) < 4 * ndim:
-        raise DataError(
-            f"Expected an IDX file of unsigned bytes at {path}, which opens with the bytes "
-            f"00 00 08 and one to three dimensions. Received: {head.hex(' ') or 'an empty file'}. "
-            "Fetch it again."
-        )
-    shape = tuple(np.frombuffer(lengths, ">u4").tolist())
-    expected = math.prod(shape)
-    there = expected if packed else size - stream.tell()
-    if there == expected:
-        check_memory(path, expected, before)
-        _check_ratio(path, size, expected)
-        array = aligned_empty(shape, np.uint8)
-        there = _fill(array, stream) + len(stream.read(1))
-    if there != expected:
-        raise DataError(
-            f"Expected {expected} bytes of shape {shape} after the header of {path}. "
-            f"Received: {'more' if packed and there > expected else there}. Fetch it again."
-        )
-    return array
 
 
 def check_memory(source: Path | str, size: int, before: int = 0) -> None:
@@ -316,7 +243,7 @@ def check_memory(source: Path | str, size: int, before: int = 0) -> None:
         )
 
 
-def _check_ratio(path: Path, packed: int, size: int) -> None:
+def check_ratio(path: Path, packed: int, size: int) -> None:
     """Refuses what grows more when it is unpacked than pictures of digits do.
 
     Args:
@@ -349,7 +276,8 @@ def naming(source: Path | str) -> Iterator[None]:
         raise DataError(f"{error} Correct {source}, or use data='bundled'.") from error
 
 
-def _unreadable(path: Path, error: OSError) -> str:
+def unreadable(path: Path, error: OSError) -> str:
+    """Returns the message about a file that cannot be opened or read."""
     return (
         f"Expected a readable file at {path}. Received: {error.strerror or error}. "
         "Name a file that this user may read, or use data='bundled'."

@@ -7,7 +7,7 @@ dataset = ArrayDataset((np.load("x.npy", mmap_mode="r"), np.load("y.npy")))
 
 import functools
 import hashlib
-import mmap
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,26 +27,34 @@ class ArrayDataset(Dataset):
         arrays: ``(x, y)`` or ``(x, y, sample_weight)``: each an array (n, ...), or a list, tuple or
             dictionary of them.
         name: What messages call them.
+        classes: Names of the classes, in the order of their numbers.
 
     Raises:
         DataError: Arrays differ in length, have none, or are none of numbers.
         UsageError: It is no such tuple.
     """
 
-    def __init__(self, arrays: tuple, name: str = "data") -> None:
+    def __init__(
+        self, arrays: tuple, name: str = "data", classes: Sequence[str] | None = None
+    ) -> None:
         self.length = _check(arrays, name)
         self.arrays = arrays
-        self.tensors = _tensors(arrays)
+        self.classes = classes
 
     def __len__(self) -> int:
         return self.length
 
-    @property
+    @functools.cached_property
+    def tensors(self) -> Any:
+        """The arrays as tensors, in the structure of ``spec``. Made at first use: several workers
+        are connected before TensorFlow makes any.
+        """
+        return _map_arrays(tensor, self.arrays)
+
+    @functools.cached_property
     def spec(self) -> tuple:
         """Shapes and dtypes of a row."""
-        return tf.nest.map_structure(
-            lambda tensor: tf.TensorSpec(tensor.shape[1:], tensor.dtype), self.tensors
-        )
+        return _map_arrays(_row_spec, self.arrays)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -62,9 +70,10 @@ class ArrayDataset(Dataset):
 
     def batches(self, numbers: np.ndarray, batch_size: int) -> tf.data.Dataset:
         """Returns rows of the arrays, each batch in one gather."""
+        tensors = self.tensors  # Outside of the graph.
 
         def gather(rows: tf.Tensor) -> Any:
-            return tf.nest.map_structure(lambda array: tf.gather(array, rows), self.tensors)
+            return tf.nest.map_structure(lambda array: tf.gather(array, rows), tensors)
 
         rows = tf.data.Dataset.from_tensor_slices(numbers).batch(batch_size)
         return rows.map(gather, num_parallel_calls=tf.data.AUTOTUNE)
@@ -80,25 +89,35 @@ def tensor(array: np.ndarray) -> tf.Tensor:
     return tf.convert_to_tensor(array)
 
 
-def _tensors(arrays: Any) -> Any:
-    """Returns arrays in any structure as tensors. Lists become tuples, since tf.data takes a list
-    for the rows of one tensor.
+def _map_arrays(function: Callable[[np.ndarray], Any], arrays: Any) -> Any:
+    """Applies a function to arrays in any structure. Lists become tuples, since tf.data takes a
+    list for the rows of one tensor.
     """
     if isinstance(arrays, dict):
-        return {name: _tensors(value) for name, value in arrays.items()}
+        return {name: _map_arrays(function, value) for name, value in arrays.items()}
     if isinstance(arrays, (list, tuple)):
-        return tuple(map(_tensors, arrays))
+        return tuple(_map_arrays(function, value) for value in arrays)
     with tf.device("CPU:0"):
-        return tensor(_writable(np.asanyarray(arrays)))
+        return function(_writable(np.asanyarray(arrays)))
+
+
+def _row_spec(array: np.ndarray) -> tf.TensorSpec:
+    return tf.TensorSpec(array.shape[1:], tf.as_dtype(array.dtype))
 
 
 def _writable(array: np.ndarray) -> np.ndarray:
     """Maps a file once more, privately, that is mapped for reading: TensorFlow takes no memory
     without a copy that cannot be written to.
     """
-    if isinstance(array, np.memmap) and array.mode == "r" and isinstance(array.base, mmap.mmap):
-        return np.memmap(array.filename, array.dtype, "c", array.offset, array.shape)
-    return array
+    whole = array
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    if not isinstance(whole, np.memmap) or whole.mode != "r" or not whole.filename:
+        return array
+    if not array.flags.c_contiguous:
+        return array
+    offset = whole.offset + array.ctypes.data - whole.ctypes.data
+    return np.memmap(whole.filename, array.dtype, "c", offset, array.shape)
 
 
 def _rows_of(size: int, array: np.ndarray) -> int:

@@ -17,7 +17,7 @@ from trainer.runtime import tf
 ROTATION = 10.0  # degrees
 SHEAR = 10.0  # degrees
 ZOOM = 0.1  # of the size, along each axis
-SHIFT = 2.0  # pixels, along each axis
+SHIFT = 2 / 28  # of the size, along each axis
 
 _AMOUNTS = 6  # rotation, shear, zoom along x and y, shift along x and y
 
@@ -43,20 +43,30 @@ def draw(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def warp(images: tf.Tensor, drawn: tf.Tensor) -> tf.Tensor:
-    """Applies a random affine transformation about its centre to each image.
+    """Applies a random affine transformation about its centre to each image, to all its channels
+    the same.
 
     Made of gathers and arithmetic, which run on any device and which XLA compiles, as it does not
     TensorFlow's ``ImageProjectiveTransformV3``.
 
     Args:
-        images: uint8 (n, height, width), with static height and width.
+        images: (n, height, width) or (n, height, width, channels), from 0 to 255, with static
+            height, width and channels.
         drawn: float32 (n, 6), the images' rows of what ``draw`` returns.
 
     Returns:
-        uint8 of the same shape, interpolated bilinearly; pixels from outside the image are 0.
+        Of the same shape and dtype, interpolated bilinearly and rounded; pixels from outside the
+        image are 0.
     """
+    if images.shape.rank == 4:
+        _, height, width, channels = images.shape
+        planes = tf.reshape(tf.transpose(images, (0, 3, 1, 2)), (-1, height, width))
+        warped = warp(tf.ensure_shape(planes, (None, height, width)), tf.repeat(drawn, channels, 0))
+        warped = tf.reshape(warped, (-1, channels, height, width))
+        return tf.transpose(warped, (0, 2, 3, 1))
     _, height, width = images.shape
-    limits = [math.radians(ROTATION), math.radians(SHEAR), ZOOM, ZOOM, SHIFT, SHIFT]
+    shifts = SHIFT * width, SHIFT * height
+    limits = [math.radians(ROTATION), math.radians(SHEAR), ZOOM, ZOOM, *shifts]
     angle, shear, zoom_x, zoom_y, shift_x, shift_y = tf.unstack(
         (drawn * limits)[:, :, tf.newaxis, tf.newaxis], axis=1
     )
@@ -83,7 +93,7 @@ def _interpolate(images: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     pixels = tf.reshape(tf.pad(images, [[0, 0], [1, 2], [1, 2]]), (-1, (height + 3) * (width + 3)))
     corner = (tf.cast(top, tf.int32) + 1) * (width + 3) + tf.cast(left, tf.int32) + 1
     above, below = (_between(pixels, corner + row * (width + 3), right_share) for row in range(2))
-    return tf.cast(tf.round(above + (below - above) * bottom_share), tf.uint8)
+    return tf.cast(tf.round(above + (below - above) * bottom_share), images.dtype)
 
 
 def _between(pixels: tf.Tensor, left: tf.Tensor, right_share: tf.Tensor) -> tf.Tensor:

@@ -9,13 +9,15 @@ goes on in the middle of one, read only what they use.
 """
 
 import abc
+import dataclasses
+import functools
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
+from trainer.data.order import count_kept, split_numbers
 from trainer.errors import UsageError
 from trainer.runtime import keras, tf
 
@@ -26,10 +28,12 @@ class Dataset(abc.ABC):
     Attributes:
         classes: Names of the classes, in the order of their numbers; None where they have none.
         notice: A sentence for the user about what this kind of data cannot do; or empty.
+        sorted_by_class: Whether the first or the last examples may be of one class alone.
     """
 
     classes: Sequence[str] | None = None
     notice: ClassVar[str] = ""
+    sorted_by_class: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -64,37 +68,50 @@ class Dataset(abc.ABC):
         return error
 
 
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The parts of a data set.
+
+    Attributes:
+        train: What is trained on; None where there is nothing of the kind.
+        validation: What is measured after each epoch; None: there is none.
+        test: What the trained model is judged on; None: there is none.
+    """
+
+    train: "Dataset | None"
+    test: "Dataset | None"
+    validation: "Dataset | None" = None
+
+
 class Subset(Dataset):
-    """The examples of a data set from one number to another.
+    """Some examples of a data set.
 
     Args:
         dataset: The whole.
-        start: Number of the first example.
-        stop: Number after that of the last one.
+        numbers: Numbers of the examples, int64 (n,).
     """
 
-    def __init__(self, dataset: Dataset, start: int, stop: int) -> None:
+    def __init__(self, dataset: Dataset, numbers: np.ndarray) -> None:
         self.dataset = dataset
-        self.start = start
-        self.stop = stop
+        self.numbers = np.asarray(numbers, np.int64)
         self.classes = dataset.classes
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.numbers)
 
     @property
     def spec(self) -> tuple:
         """That of the whole."""
         return self.dataset.spec
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Of the whole, and which part it is."""
-        return _combined(self.dataset.digest, self.start, self.stop)
+        return _combined(self.dataset.digest, hashlib.sha256(self.numbers.tobytes()).hexdigest())
 
     def batches(self, numbers: np.ndarray, batch_size: int) -> tf.data.Dataset:
         """Returns batches of the whole."""
-        return self.dataset.batches(numbers + self.start, batch_size)
+        return self.dataset.batches(self.numbers[numbers], batch_size)
 
     def explain(self, error: Exception) -> Exception:
         """Returns the reason that the whole has for an error."""
@@ -160,23 +177,99 @@ class ClassWeighted(Dataset):
         return self.dataset.explain(error)
 
 
-def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """Returns a data set without its last examples, and those.
+class Renumbered(Dataset):
+    """A data set with the class numbers of another one.
+
+    Args:
+        dataset: Of examples ``(x, y)``, y a class number.
+        classes: Names of the other's classes, among which are this one's.
+    """
+
+    def __init__(self, dataset: Dataset, classes: Sequence[str]) -> None:
+        self.dataset = dataset
+        self.classes = list(classes)
+        self.numbers = [self.classes.index(name) for name in dataset.classes or ()]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def spec(self) -> tuple:
+        """That of the whole."""
+        return self.dataset.spec
+
+    @property
+    def digest(self) -> str:
+        """Of the data and the numbers."""
+        return _combined(self.dataset.digest, self.numbers)
+
+    def batches(self, numbers: np.ndarray, batch_size: int) -> tf.data.Dataset:
+        """Returns batches with the other numbers."""
+        numbers_of = tf.constant(self.numbers, tf.int32)
+        return self.dataset.batches(numbers, batch_size).map(
+            lambda x, y: (x, tf.gather(numbers_of, y))
+        )
+
+    def explain(self, error: Exception) -> Exception:
+        """Returns the reason that the data have for an error."""
+        return self.dataset.explain(error)
+
+
+class OneHot(Dataset):
+    """A data set whose class numbers are one-hot, as a loss with label smoothing wants them.
+
+    Args:
+        dataset: Of examples ``(x, y)``, y a class number.
+        classes: Number of classes.
+    """
+
+    def __init__(self, dataset: Dataset, classes: int) -> None:
+        self.dataset = dataset
+        self.depth = classes
+        self.classes = dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def spec(self) -> tuple:
+        """That of the class numbers, but for y: (classes,), of Keras' type."""
+        return self.dataset.spec[0], tf.TensorSpec((self.depth,), keras.config.floatx())
+
+    @property
+    def digest(self) -> str:
+        """That of the class numbers."""
+        return self.dataset.digest
+
+    def batches(self, numbers: np.ndarray, batch_size: int) -> tf.data.Dataset:
+        """Returns batches with one-hot labels."""
+        dtype = keras.config.floatx()
+        return self.dataset.batches(numbers, batch_size).map(
+            lambda x, y: (x, tf.one_hot(y, self.depth, dtype=dtype))
+        )
+
+    def explain(self, error: Exception) -> Exception:
+        """Returns the reason that the data with class numbers have for an error."""
+        return self.dataset.explain(error)
+
+
+def split(dataset: Dataset, share: float, *, seed: int | None = None) -> tuple[Dataset, Dataset]:
+    """Returns a data set without some of its examples, and those.
 
     Args:
         dataset: The whole.
         share: Share of the examples in the second part.
+        seed: Of the choice, in which every class of a sorted data set has its share; None: they are
+            the last ones, as ``validation_split`` of Keras' ``fit`` takes them.
 
     Raises:
         UsageError: One part would be empty.
     """
-    count = len(dataset)
-    kept = math.floor(count * (1 - share))
-    if not 0 < kept < count:
-        raise UsageError(
-            f"validation_split must leave examples on both sides. Received: {share} of {count}."
-        )
-    return Subset(dataset, 0, kept), Subset(dataset, kept, count)
+    if seed is not None:
+        kept, held = split_numbers(len(dataset), share, seed)
+    else:
+        kept, held = np.split(np.arange(len(dataset)), [count_kept(len(dataset), share)])
+    return Subset(dataset, kept), Subset(dataset, held)
 
 
 def _combined(*parts: object) -> str:

@@ -10,8 +10,6 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 
@@ -30,7 +28,8 @@ class Digits:
     """Images and labels for training and for testing.
 
     Attributes:
-        x_train: Training images, uint8 (n, 28, 28), 0 for background and 255 for ink.
+        x_train: Training images, uint8 (n, 28, 28), 0 for background and 255 for ink; n is 0 where
+            a source has none.
         y_train: Their labels, integers (n,) from 0 to 9; kept as uint8.
         x_test: Test images, as ``x_train``.
         y_test: Their labels, as ``y_train``.
@@ -46,8 +45,15 @@ class Digits:
     y_test: np.ndarray
 
     def __post_init__(self) -> None:
-        check_specs({name: getattr(self, name) for name in ARRAYS})
         for images, labels in PAIRS:
+            _check_images(images, getattr(self, images))
+            _check_labels(labels, getattr(self, labels))
+            counts = len(getattr(self, images)), len(getattr(self, labels))
+            if counts[0] != counts[1]:
+                raise DataError(
+                    f"Expected one label for each image. Received: {counts[0]} images in {images} "
+                    f"and {counts[1]} labels in {labels}."
+                )
             _check_range(labels, getattr(self, labels))
             object.__setattr__(self, images, _aligned(getattr(self, images)))
             object.__setattr__(self, labels, _aligned(getattr(self, labels).astype(np.uint8)))
@@ -84,46 +90,15 @@ class Digits:
         )
 
 
-class Spec(Protocol):
-    """Shape and dtype of an array, or of one that is still in its file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The array's."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The array's."""
-
-
-def check_specs(specs: Mapping[str, Spec]) -> None:
-    """Checks what of the four arrays can be checked before they are read.
-
-    Args:
-        specs: Arrays, or their shapes and dtypes, by the names in ``ARRAYS``.
-
-    Raises:
-        DataError: One has another shape or dtype, or there are not as many labels as images.
-    """
-    for images, labels in PAIRS:
-        _check_images(images, specs[images])
-        _check_labels(labels, specs[labels])
-        if specs[images].shape[0] != specs[labels].shape[0]:
-            raise DataError(
-                f"Expected one label for each image. Received: {specs[images].shape[0]} images in "
-                f"{images} and {specs[labels].shape[0]} labels in {labels}."
-            )
-
-
-def _check_images(name: str, images: Spec) -> None:
-    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or images.shape[0] < 1:
+def _check_images(name: str, images: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE:
         raise DataError(
-            f"Expected {name} as uint8 of shape (n, 28, 28) with n of at least 1. "
+            f"Expected {name} as uint8 of shape (n, 28, 28). "
             f"Received: {images.dtype} of shape {images.shape}."
         )
 
 
-def _check_labels(name: str, labels: Spec) -> None:
+def _check_labels(name: str, labels: np.ndarray) -> None:
     # By kind: to NumPy a timedelta64 is an integer, too.
     if labels.dtype.kind not in "iu" or len(labels.shape) != 1:
         raise DataError(

@@ -45,6 +45,8 @@ class ImageFolder(Dataset):
         channels: 1, grey; 3, colour; None: colour if any picture has it.
         skip_bad: Whether to leave out pictures that cannot be read, are empty, or of another size,
             in place of an error.
+        like: Another part of the same data set, such as its training pictures: this one's have its
+            size, channels and classes, not all of which need pictures here.
 
     Attributes:
         skipped: What was left out, and why, by path.
@@ -55,6 +57,8 @@ class ImageFolder(Dataset):
         ConfigurationError: Pillow is not installed.
     """
 
+    sorted_by_class = True
+
     def __init__(
         self,
         folder: str | os.PathLike,
@@ -62,19 +66,26 @@ class ImageFolder(Dataset):
         image_size: tuple[int, int] | None = None,
         channels: int | None = None,
         skip_bad: bool = False,
+        like: "ImageFolder | None" = None,
     ) -> None:
         if channels not in (None, 1, 3):
             raise UsageError(f"channels must be 1 or 3. Received: {channels!r}.")
         self.folder = Path(folder)
         classes, files = _find(self.folder)
         headers = _headers([file.path for file in files])
-        self.channels = channels or _channels(headers)
-        size, self.skipped = _sizes(files, headers, image_size)
+        self.channels: int = like.channels if like else channels or _channels(headers)
+        size: tuple[int, int]
+        size, self.skipped = _sizes(files, headers, image_size, like.size if like else None)
         if self.skipped and not skip_bad:
             raise DataError(_bad(self.folder, self.skipped, size))
         self.files = [file for file in files if file.path not in self.skipped]
+        if like:
+            self._take_classes(classes, like)
+            classes = list(like.classes)
+        if not self.files:
+            raise DataError(f"Expected pictures in {self.folder}. Received: bad ones alone.")
         present = {file.label for file in self.files}
-        if len(present) < len(classes) or len(classes) < 2:
+        if not like and (len(present) < len(classes) or len(classes) < 2):
             absent = [name for number, name in enumerate(classes) if number not in present]
             raise DataError(
                 f"Expected pictures of at least two classes in {self.folder}, a folder for each. "
@@ -83,14 +94,35 @@ class ImageFolder(Dataset):
                 + ". Remove empty folders; or give the folder above."
             )
         self.classes: list[str] = classes
-        self.size = size
+        self.size: tuple[int, int] = size
         self.resized = image_size is not None
-        with tf.device("CPU:0"):
-            self.paths = tf.constant([os.fsencode(file.path) for file in self.files])
-            self.labels = tf.constant([file.label for file in self.files], tf.int32)
+
+    def _take_classes(self, classes: list[str], like: "ImageFolder") -> None:
+        """Numbers the classes as those of another part."""
+        if others := sorted(set(classes) - set(like.classes)):
+            raise DataError(
+                f"Expected the classes of {like.folder} in {self.folder}. Received: "
+                f"{', '.join(others[:_NAMED])}, too. Give both the same folders."
+            )
+        numbers = [like.classes.index(name) for name in classes]
+        self.files = [file._replace(label=numbers[file.label]) for file in self.files]
 
     def __len__(self) -> int:
         return len(self.files)
+
+    # Both made at first use: several workers are connected before TensorFlow makes any tensor.
+
+    @functools.cached_property
+    def paths(self) -> tf.Tensor:
+        """The files' paths, string (n,)."""
+        with tf.device("CPU:0"):
+            return tf.constant([os.fsencode(file.path) for file in self.files])
+
+    @functools.cached_property
+    def labels(self) -> tf.Tensor:
+        """The numbers of their classes, int32 (n,)."""
+        with tf.device("CPU:0"):
+            return tf.constant([file.label for file in self.files], tf.int32)
 
     @property
     def spec(self) -> tuple:
@@ -113,15 +145,16 @@ class ImageFolder(Dataset):
 
     def batches(self, numbers: np.ndarray, batch_size: int) -> tf.data.Dataset:
         """Returns pictures and labels in batches, decoded in parallel."""
+        paths, labels = self.paths, self.labels  # Outside of the graph.
 
         def read(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             with tf.name_scope(_SCOPE):
                 picture = tf.io.decode_image(
-                    tf.io.read_file(self.paths[number]), self.channels, expand_animations=False
+                    tf.io.read_file(paths[number]), self.channels, expand_animations=False
                 )
                 if self.resized:
                     picture = tf.image.resize(picture, self.size, antialias=True)
-                return tf.ensure_shape(picture, self.spec[0].shape), self.labels[number]
+                return tf.ensure_shape(picture, self.spec[0].shape), labels[number]
 
         pictures = tf.data.Dataset.from_tensor_slices(numbers)
         ahead = _READ_AHEAD * available_cpus()
@@ -222,7 +255,10 @@ def _channels(headers: list[_Header]) -> int:
 
 
 def _sizes(
-    files: list[_File], headers: list[_Header], image_size: tuple[int, int] | None
+    files: list[_File],
+    headers: list[_Header],
+    image_size: tuple[int, int] | None,
+    expected: tuple[int, int] | None,
 ) -> tuple[tuple[int, int], dict[Path, str]]:
     """Returns the size of all pictures, and why others are bad, by path."""
     bad = {
@@ -234,6 +270,7 @@ def _sizes(
     if not sizes:
         return (0, 0), bad
     (usual, _), *_ = sizes.most_common(1)
+    usual = expected or usual
     bad |= {
         file.path: f"{header.size[0]}×{header.size[1]} pixels"
         for file, header in zip(files, headers, strict=True)

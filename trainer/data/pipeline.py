@@ -94,6 +94,8 @@ def shard_batches(
     batch_size: int,
     shard: Shard,
     first_step: int = 0,
+    augment: Augment | None = None,
+    drawn: np.ndarray | None = None,
 ) -> tf.data.Dataset:
     """Returns a worker's rows of each batch from a step on; no other row is read.
 
@@ -104,6 +106,9 @@ def shard_batches(
             fewer.
         shard: The worker's share.
         first_step: Number of the first batch, counted from 0.
+        augment: Called with the first component of each batch and its rows of ``drawn``; what it
+            returns takes its place.
+        drawn: Rows by the examples' numbers.
 
     Returns:
         Batches ``(*components, examples)``: the components of ``dataset.spec``, each of the length
@@ -124,9 +129,15 @@ def shard_batches(
             start, end = shard.bounds(part.shape[1])
             own.append(part[:, start:end].ravel())
     # Of all whole batches the share has the same length, and of the last one at most that.
-    batches = dataset.batches(
-        np.concatenate(own), batch_size * shard.local_replicas // shard.replicas
-    )
+    numbers, size = np.concatenate(own), batch_size * shard.local_replicas // shard.replicas
+    batches = dataset.batches(numbers, size)
+    if augment and drawn is not None:
+        rows = tf.data.Dataset.from_tensor_slices(drawn[numbers]).batch(size)
+        batches = tf.data.Dataset.zip(batches, rows).map(
+            lambda batch, rows: (augment(batch[0], rows), *batch[1:]),
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
     pairs = tf.data.Dataset.zip(batches, tf.data.Dataset.from_tensor_slices(sizes))
     return configured(pairs.map(lambda batch, size: (*batch, size)))
 

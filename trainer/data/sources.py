@@ -2,67 +2,194 @@
 
     digits = load("bundled")
     digits.x_train.shape, digits.y_train[:3]        # (60000, 28, 28), [5, 0, 4]
+    splits = load("flowers")                        # a folder of pictures
+    splits.train.classes, splits.train.spec
 
-Sources: ``bundled``, a path (an ``.npz`` of Keras' layout or a folder of IDX files), ``keras`` and
-``tfds:NAME``. Only the last two load TensorFlow.
+Sources: ``bundled``; a path: an ``.npz`` of Keras' layout, a ``.csv``, a folder of IDX files, of
+``.npy`` files, or of pictures in a folder for each class; ``keras``; and ``tfds:NAME``. Only images
+that are no ``Digits`` and the last two load TensorFlow, and none makes a tensor of it.
 """
 
 import contextlib
 import importlib.resources
-import io
-import logging
-import math
 import os
 import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainer import inputs
-from trainer.data import archives
-from trainer.data.digits import IMAGE_SHAPE, Digits
-from trainer.errors import ConfigurationError, DataError, InputError
+from trainer.data import archives, idx, layouts, mapped, tables, tfds_source
+from trainer.data.digits import ARRAYS, IMAGE_SHAPE, Digits
+from trainer.errors import DataError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from trainer.data.dataset import Splits
 
 # Digits.sha256 of MNIST as its makers published it: 60,000 and 10,000 examples.
 MNIST_SHA256 = "796354bf1a5bdb3f752e23f487245288f2c35b1e0bc343e07448cffbb5f56624"
 
+# Folders of the parts of a data set.
+_PARTS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+_CSV = "train.csv"  # In a folder, as Kaggle has it: the pictures of test.csv have no labels.
 _BUNDLED_INSTEAD = "Use data='bundled', which needs no network."
 
 
-def load(source: str) -> Digits:
-    """Loads a data set.
+def load(
+    source: str, *, image_size: tuple[int, int] | None = None, skip_bad: bool = False
+) -> "Digits | Splits":
+    """Loads a data set, or opens one that is read while a model is trained on it.
 
     Args:
         source: ``bundled``, a path, ``keras`` or ``tfds:NAME``. Without a network, TensorFlow
             Datasets retries for three to four minutes before it gives up.
+        image_size: Height and width to which the pictures of a folder are resized (``folders``).
+        skip_bad: Whether to leave out pictures of a folder that cannot be read.
+
+    Returns:
+        ``Digits`` where all images are grey, of 28×28 pixels, and all labels from 0 to 9, whatever
+        they show; else ``Splits``.
 
     Raises:
         InputError: The source is missing, unreadable or cannot be reached.
         DataError: Its content is not a valid data set.
         ConfigurationError: ``tfds:`` without TensorFlow Datasets, or ``keras`` without TensorFlow.
+        UsageError: ``image_size`` or ``skip_bad`` for what is no folder of pictures.
     """
-    if source == "bundled":
-        return _load_bundled()
-    if source == "keras":
-        return _load_keras()
-    if source.startswith("tfds:"):
-        return _load_tfds(source.removeprefix("tfds:"))
-    path = Path(source)
-    folder = False
-    with contextlib.suppress(OSError, ValueError):  # Opening it will raise the same.
-        folder = stat.S_ISDIR(path.stat().st_mode)
+    found: Digits | Splits
+    resized = pictures = False
     try:
-        arrays = archives.read_idx_folder(path) if folder else archives.read_npz(path)
+        if source == "bundled":
+            found = _load_bundled()
+        elif source == "keras":
+            found = _load_keras()
+        elif source.startswith("tfds:"):
+            name = source.removeprefix("tfds:")
+            opened = tfds_source.load(name, image_size=image_size, remedy=_BUNDLED_INSTEAD)
+            if isinstance(opened, dict):
+                with archives.naming(source):
+                    found = from_arrays(opened)
+            else:
+                found, resized = opened, True
+        else:
+            path = Path(source)
+            if pictures := _is_folder(path) and not _holds_arrays(path):
+                resized = True
+                found = _open_pictures(path, image_size, skip_bad)
+            else:
+                found = _load_path(path)
     except MemoryError as error:
         raise DataError(
-            f"Expected data at {path} that this process has memory for. Received: more. "
+            f"Expected data at {source} that this process has memory for. Received: more. "
             "Use fewer examples, or allow it more memory."
         ) from error
+    for name, unused in (
+        ("image_size", image_size and not resized),
+        ("skip_bad", skip_bad and not pictures),
+    ):
+        if unused:
+            raise UsageError(
+                f"{name} is for a folder of pictures. Received: data={source!r}. Leave it out."
+            )
+    return found
+
+
+def _is_folder(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # Opening it will raise the same.
+        return stat.S_ISDIR(path.stat().st_mode)
+    return False
+
+
+def _holds_arrays(folder: Path) -> bool:
+    """Tells whether a folder has files of arrays, or none of which pictures could be read."""
+    if idx.find(folder) or mapped.find(folder) or (folder / _CSV).exists():
+        return True
+    return not any(entry.is_dir() for entry in folder.iterdir())
+
+
+def _load_path(path: Path) -> "Digits | Splits":
+    if not _is_folder(path):
+        if path.suffix.lower() == ".csv":
+            arrays = tables.read_csv(path)
+        elif idx.prefix_exists(path):
+            arrays = idx.read_folder(path)
+        else:
+            arrays = archives.read_npz(path)
+    elif idx.find(path):
+        arrays = idx.read_folder(path)
+    elif mapped.find(path):
+        arrays = mapped.read_folder(path)
+    elif (path / _CSV).exists():
+        arrays = tables.read_csv(path / _CSV)
+    else:
+        raise InputError(
+            f"Expected a folder of pictures, one for each class, of IDX files, of .npy files or "
+            f"with a {_CSV} at {path}. Received: a folder without. Name another, or use "
+            "data='bundled'."
+        )
     with archives.naming(path):
-        return Digits(**arrays)
+        return from_arrays(arrays)
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> "Digits | Splits":
+    """Returns a data set of images and labels, as ``load`` does.
+
+    Args:
+        arrays: By the names that ``layouts`` knows.
+
+    Raises:
+        DataError: They are no images and labels; or a class has no example.
+    """
+    names = layouts.canonical(arrays)
+    images = layouts.standardize({name: arrays[key] for name, key in names.items()})
+    if images.are_digits:
+        empty = {"x": np.empty((0, *IMAGE_SHAPE), np.uint8), "y": np.empty(0, np.uint8)}
+        parts = {name: images.arrays.get(name, empty[name[0]]) for name in ARRAYS}
+        return Digits(
+            **{
+                name: part.reshape(-1, *IMAGE_SHAPE) if name[0] == "x" else part
+                for name, part in parts.items()
+            }
+        )
+
+    from trainer.data.arrays import ArrayDataset
+    from trainer.data.dataset import Splits
+
+    classes = [str(number) for number in images.classes]
+    opened = {
+        x.removeprefix("x_"): ArrayDataset((images.arrays[x], images.arrays[y]), x, classes)
+        for x, y in layouts.PAIRS
+        if x in images.arrays
+    }
+    return Splits(opened.get("train"), opened.get("test"), opened.get("val"))
+
+
+def _open_pictures(path: Path, image_size: tuple[int, int] | None, skip_bad: bool) -> "Splits":
+    """Opens a folder with a folder for each class; or with those of training and testing."""
+    from trainer.data.dataset import Splits
+    from trainer.data.folders import ImageFolder
+
+    parts = {
+        part: path / name
+        for part, names in _PARTS.items()
+        for name in names
+        if (path / name).is_dir()
+    }
+    if "train" not in parts and "test" not in parts:
+        parts = {"train": path}
+    opened: dict[str, ImageFolder] = {}
+    for part, folder in parts.items():
+        first = next(iter(opened.values()), None)
+        opened[part] = ImageFolder(
+            folder,
+            image_size=image_size,
+            skip_bad=skip_bad,
+            like=first,
+        )
+    return Splits(opened.get("train"), opened.get("test"), opened.get("validation"))
 
 
 def downloads(source: str) -> bool:
@@ -79,7 +206,7 @@ def check_installed(source: str) -> None:
     if source == "keras":
         import trainer.runtime  # noqa: F401
     elif source.startswith("tfds:"):
-        _import_tfds(source.removeprefix("tfds:"))
+        tfds_source.import_tfds(source.removeprefix("tfds:"))
 
 
 def _load_bundled() -> Digits:
@@ -125,64 +252,3 @@ def _load_keras() -> Digits:
             f"Received: {error}. {_BUNDLED_INSTEAD}"
         ) from error
     return Digits(x_train, y_train, x_test, y_test)
-
-
-def _import_tfds(name: str) -> ModuleType:
-    import trainer.runtime  # noqa: F401  (imports TensorFlow quietly, or raises what is missing)
-
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise ConfigurationError(
-            f"Expected TensorFlow Datasets for data='tfds:{name}'. Received: {error}. "
-            "Install it: pip install 'digits-trainer[tfds]'"
-        ) from error
-    return tensorflow_datasets
-
-
-def _load_tfds(name: str) -> Digits:
-    tfds = _import_tfds(name)
-    # Its progress bars and retry messages are noise in a log.
-    tfds.disable_progress_bar()
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder = tfds.builder(name)
-            _check_features(name, builder.info.features)
-            builder.download_and_prepare()
-            count = sum(builder.info.splits[part].num_examples for part in ("train", "test"))
-            archives.check_memory(
-                f"tfds:{name}", count * (math.prod(IMAGE_SHAPE) + 8)
-            )  # Labels are int64.
-            train, test = builder.as_dataset(split=["train", "test"], batch_size=-1)
-    except DataError:
-        raise
-    except Exception as error:  # tfds, requests and TensorFlow's file system each raise their own.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(
-            f"Expected the TensorFlow data set {name!r} with the splits train and test, prepared "
-            f"in its data_dir or over the network. Received: {reason[:300]}. {_BUNDLED_INSTEAD}"
-        ) from error
-    arrays = {}
-    for part, examples in (("train", tfds.as_numpy(train)), ("test", tfds.as_numpy(test))):
-        # TensorFlow Datasets keeps the one channel of a grey image as a last axis.
-        arrays[f"x_{part}"] = examples["image"].reshape(-1, *IMAGE_SHAPE)
-        arrays[f"y_{part}"] = examples["label"]
-    with archives.naming(f"tfds:{name}"):
-        return Digits(**arrays)
-
-
-def _check_features(name: str, features: Mapping) -> None:
-    """Refuses other kinds of data before they are downloaded."""
-    if not {"image", "label"} <= set(features):
-        raise DataError(
-            f"Expected the features image and label in tfds:{name}. "
-            f"Received: {', '.join(features)}. {_BUNDLED_INSTEAD}"
-        )
-    image = features["image"]
-    if image.shape not in (IMAGE_SHAPE, (*IMAGE_SHAPE, 1)) or image.np_dtype != np.uint8:
-        raise DataError(
-            f"Expected grey images of 28×28 pixels, uint8, in tfds:{name}. "
-            f"Received: {np.dtype(image.np_dtype)} of shape {image.shape}. {_BUNDLED_INSTEAD}"
-        )

@@ -27,7 +27,7 @@ from trainer.config import TrainConfig
 from trainer.errors import InputError, TrainerError
 
 if TYPE_CHECKING:
-    from trainer.data.digits import Digits
+    from trainer.training.workload import Workload
 
 SECONDS = 300.0  # To import TensorFlow and build the model, on a slow disk; beside the TPU's time.
 STAGES = ("data", "tensorflow", "strategy", "libraries", "step", "model", "resume")
@@ -123,26 +123,25 @@ class _Run:
     def __init__(self, config: TrainConfig, job: str | None) -> None:
         self.config = config
         self.job = job
-        self.source: Digits | None = None
-        self.digits: Digits | None = None
+        self.workload: Workload | None = None
         self.accelerator, self.replicas = False, 1
         self.step_name = "keras"
 
     def data(self) -> dict:
-        from trainer.data import plausibility, sources
-        from trainer.training.run import load_data
+        from trainer.data import sources
+        from trainer.training import workload as workloads
 
         sources.check_installed(self.config.data)
         if sources.downloads(self.config.data):
             return {"downloads": True}
-        self.source, self.digits = load_data(self.config, None)
-        arrays = (self.source.x_train, self.source.x_test)
+        self.workload = workloads.load(self.config)
+        described = self.workload.data
         return {
-            "sha256": self.source.sha256,
-            "train": len(self.digits.x_train),
-            "test": len(self.digits.x_test),
-            "bytes": sum(array.nbytes for array in arrays),
-            "notices": list(plausibility.notices(self.digits)),
+            "sha256": described["sha256"],
+            "train": described["train_examples"],
+            "test": described["test_examples"] or described.get("validation_examples", 0),
+            "bytes": self.workload.bytes_in_memory,
+            "notices": list(self.workload.notices()),
         }
 
     def tensorflow(self) -> dict:
@@ -211,7 +210,10 @@ class _Run:
     def step(self) -> dict:
         from trainer.training.assembly import find_step
 
-        found = find_step(self.config, accelerator=self.accelerator)
+        if self.workload:
+            found = self.workload.find_step(accelerator=self.accelerator)
+        else:
+            found = find_step(self.config, accelerator=self.accelerator)
         step = found.verify(
             optimizer=self.config.optimizer, threads=self.config.threads, replicas=self.replicas
         )
@@ -224,7 +226,8 @@ class _Run:
         from trainer.training.checkpoint import variables_of
 
         with runtime.keras_defaults():
-            model = cnn.from_config(self.config, len(self.digits.x_train) if self.digits else 1)
+            # Without the data, which may be downloaded, the network is taken for that for digits.
+            model = self.workload.build() if self.workload else cnn.from_config(self.config, 1)
         sizes = {
             part: sum(variable.dtype.size * variable.shape.num_elements() for variable in variables)
             for part, variables in variables_of(model).items()
@@ -246,18 +249,17 @@ class _Run:
             except Exception:  # TensorFlow and JSON have one for each kind of damage.
                 damaged += 1
                 continue
-            if self.source is None or self.digits is None:
+            if self.workload is None:
                 return {"position": str(Position(**state["position"])), "damaged": damaged}
             manifest = RunManifest.create(
                 self.config,
-                source=self.source,
-                used=self.digits,
+                data=self.workload.data,
                 step=self.step_name,
                 workers=state["environment"]["workers"],
                 replicas=state["environment"]["replicas"],
                 job=self.job,
             )
-            finished = files.read_manifest(self.config.output_dir).get("run")
+            finished = files.read_manifest(self.config.output_dir, self.workload.names).get("run")
             policy = self.config.resume
             if resume.is_obsolete(state, manifest, policy=policy, finished_run=finished):
                 break

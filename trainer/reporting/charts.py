@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -27,6 +27,8 @@ BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#b03a00"
 INK, GREY, PALE, PALER = "#24292f", "#6e7781", "#d0d7de", "#eaeef2"
 
 TILES = 24  # images in a grid, at most
+NUMBERS = 20  # classes of a confusion matrix with numbers in its cells, at most
+NAMES = 40  # classes that are named along its sides, at most
 
 _STYLE = {
     "font.family": ["DejaVu Sans"],  # part of Matplotlib
@@ -54,11 +56,22 @@ _STYLE = {
 }
 
 
-def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
-    """Draws loss and accuracy by epoch, for training and test images.
+class Pictures(Protocol):
+    """Images by their numbers: an array, or what reads them as they are asked for."""
+
+    def __getitem__(self, numbers: np.ndarray, /) -> np.ndarray:
+        """Returns images, uint8 (k, height, width) or (k, height, width, channels)."""
+
+
+def curves(
+    history: Mapping[str, Sequence[float]], *, measured: str = "test", metric: str = "accuracy"
+) -> "Figure":
+    """Draws the loss and a metric by epoch, for training images and for others.
 
     Args:
         history: As ``history.json`` has it: ``loss``, ``accuracy``, ``val_loss``, ``val_accuracy``.
+        measured: What the others are called.
+        metric: The metric; ``loss`` where there is none.
     """
     with _style():
         from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -69,8 +82,8 @@ def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
         epochs = np.arange(1, len(history["loss"]) + 1)
         # A single epoch has no line, and many markers hide it.
         size = 7 if len(epochs) == 1 else 4 if len(epochs) <= 30 else 0
-        for axes, name in ((left, "loss"), (right, "accuracy")):
-            for part, prefix, colour in (("training", "", ORANGE), ("test", "val_", BLUE)):
+        for axes, name in ((left, "loss"), (right, metric)):
+            for part, prefix, colour in (("training", "", ORANGE), (measured, "val_", BLUE)):
                 values = history[f"{prefix}{name}"]
                 axes.plot(
                     epochs,
@@ -89,18 +102,20 @@ def curves(history: Mapping[str, Sequence[float]]) -> "Figure":
             axes.legend()
         left.set_ylabel("loss (cross-entropy)")
         left.set_ylim(bottom=0)
-        right.set_ylabel("accuracy")
-        right.set_ylim(top=min(right.get_ylim()[1], 1))
-        right.yaxis.set_major_formatter(PercentFormatter(1))
+        right.set_ylabel(metric)
+        if metric == "accuracy":
+            right.set_ylim(top=min(right.get_ylim()[1], 1))
+            right.yaxis.set_major_formatter(PercentFormatter(1))
         return figure
 
 
-def confusion(matrix: np.ndarray) -> "Figure":
+def confusion(matrix: np.ndarray, classes: Sequence[str]) -> "Figure":
     """Draws a confusion matrix with its counts. The colour scale covers the mistakes alone: on one
     scale with the diagonal they would all look the same.
 
     Args:
         matrix: Integers (k, k), true class by row and predicted class by column.
+        classes: Names of the k classes.
     """
     with _style():
         from matplotlib.patches import Rectangle
@@ -113,12 +128,14 @@ def confusion(matrix: np.ndarray) -> "Figure":
         most = int(wrong.max()) if wrong.count() else 1
         # Not imshow, which temporarily takes six times the memory of the image.
         places = np.arange(k)
-        lines = {"edgecolors": "white", "linewidth": 1.5}
+        lines = {"edgecolors": "white", "linewidth": 1.5 if k <= NUMBERS else 0.0}
         cells = axes.pcolormesh(places, places, wrong, cmap="Oranges", vmin=0, vmax=most, **lines)
         axes.set(aspect="equal", ylim=(k - 0.5, -0.5))
         for (row, column), count in np.ndenumerate(matrix):
             if row == column:
                 axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, color=PALER, zorder=0.4))
+            if k > NUMBERS:
+                continue
             dark = row != column and count > 0.6 * most
             axes.text(
                 column,
@@ -130,8 +147,10 @@ def confusion(matrix: np.ndarray) -> "Figure":
                 color="white" if dark else INK if count else GREY,
                 fontweight="bold" if row == column else "normal",
             )
-        axes.set_xticks(places)
-        axes.set_yticks(places)
+        if k <= NAMES:
+            long = max(map(len, classes)) > 2
+            axes.set_xticks(places, classes, rotation=90 if long else 0)
+            axes.set_yticks(places, classes)
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
         axes.tick_params(length=0)
@@ -144,24 +163,35 @@ def confusion(matrix: np.ndarray) -> "Figure":
 
 
 def mistakes(
-    images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, worst: np.ndarray
+    images: Pictures,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    worst: np.ndarray,
+    classes: Sequence[str],
 ) -> "Figure":
-    """Draws the worst mistakes, at most TILES, with predicted digit, confidence and true digit.
+    """Draws the worst mistakes, at most TILES, with predicted class, confidence and true class.
 
     Args:
-        images: uint8 (n, 28, 28).
-        labels: True digits, integers (n,).
-        probabilities: Predicted probabilities, (n, 10).
+        images: n images, of which these alone are read.
+        labels: True classes, integers (n,).
+        probabilities: Predicted probabilities, (n, k).
         worst: Indices of the mistakes, the most confident first (``Scores.worst``).
+        classes: Names of the k classes.
     """
-    return _grid(images, labels, probabilities, worst[:TILES], "No image is misclassified.")
+    empty = "No image is misclassified."
+    return _grid(images, labels, probabilities, worst[:TILES], classes, empty)
 
 
 def samples(
-    images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, count: int = TILES
+    images: Pictures,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    count: int = TILES,
 ) -> "Figure":
     """Draws the first images, classified correctly or not, in the form of ``mistakes``."""
-    return _grid(images, labels, probabilities, np.arange(min(count, len(images))), "")
+    first = np.arange(min(count, len(labels)))
+    return _grid(images, labels, probabilities, first, classes, "")
 
 
 def reliability(found: Scores) -> "Figure":
@@ -237,10 +267,11 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _grid(
-    images: np.ndarray,
+    images: Pictures,
     labels: np.ndarray,
     probabilities: np.ndarray,
     which: np.ndarray,
+    classes: Sequence[str],
     empty: str,
 ) -> "Figure":
     """Draws images with their predictions; without images, the text ``empty``."""
@@ -255,21 +286,22 @@ def _grid(
         axes.set_axis_off()
         if not len(which):
             axes.text(columns * width / 2, rows * height / 2, empty, ha="center", color=GREY)
-        for place, index in enumerate(which):
+        for place, (index, image) in enumerate(zip(which, images[which], strict=True)):
             predicted = int(probabilities[index].argmax())
             correct = predicted == labels[index]
             middle = (place % columns + 0.5) * width
             top = place // columns * height + 0.27
             extent = (middle - side / 2, middle + side / 2, top + side, top)
-            # Dark ink on white, as on paper.
-            axes.imshow(images[index], cmap="gray_r", vmin=0, vmax=255, extent=extent)
+            # Dark ink on white, as on paper. (Colours have no colour map.)
+            grey = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+            axes.imshow(grey, cmap="gray_r", vmin=0, vmax=255, extent=extent)
             left, end, bottom, top = extent
             colour = PALE if correct else RED
             axes.plot([left, end, end, left, left], [top, top, bottom, bottom, top], colour, lw=1)
             axes.text(
                 middle,
                 top - 0.07,
-                f"{predicted}  {probabilities[index, predicted]:.1%}",
+                f"{_short(classes[predicted])}  {probabilities[index, predicted]:.1%}",
                 ha="center",
                 color=INK if correct else RED,
                 fontweight="bold",
@@ -277,7 +309,7 @@ def _grid(
             axes.text(
                 middle,
                 bottom + 0.06,
-                f"#{index}" if correct else f"is {labels[index]}   #{index}",
+                f"#{index}" if correct else f"is {_short(classes[labels[index]])}   #{index}",
                 ha="center",
                 va="top",
                 fontsize=8,
@@ -285,3 +317,8 @@ def _grid(
             )
         axes.set(xlim=(0, columns * width), ylim=(rows * height, 0))  # imshow has changed them
         return figure
+
+
+def _short(name: str) -> str:
+    """Returns a class's name as it fits above an image."""
+    return name if len(name) <= 12 else f"{name[:11]}…"

@@ -38,9 +38,10 @@ def render(
     manifest: dict,
     history: Mapping[str, Sequence[float]],
     *,
-    images: np.ndarray,
+    images: charts.Pictures,
     labels: np.ndarray,
     probabilities: np.ndarray,
+    classes: Sequence[str],
     after_picture: Callable[[], None] = lambda: None,
 ) -> Report:
     """Draws the charts and fills the page's template.
@@ -48,18 +49,20 @@ def render(
     Args:
         manifest: As ``mnist.json`` has it.
         history: As ``history.json`` has it.
-        images: The test images, uint8 (n, 28, 28).
-        labels: True digits, integers (n,).
-        probabilities: Predicted probabilities, (n, 10).
+        images: The n images that judge the model.
+        labels: Their classes, integers (n,).
+        probabilities: Predicted probabilities, (n, k).
+        classes: Names of the k classes.
         after_picture: Called after each chart; it may raise to end the drawing.
     """
     found = scores.score(labels, probabilities)
+    judged = _Judged(manifest, history, classes)
     drawn = {}
     for name, draw in (
-        ("curves", lambda: charts.curves(history)),
-        ("confusion", lambda: charts.confusion(found.confusion)),
-        ("mistakes", lambda: charts.mistakes(images, labels, probabilities, found.worst)),
-        ("samples", lambda: charts.samples(images, labels, probabilities)),
+        ("curves", lambda: charts.curves(history, measured=judged.measured, metric=judged.metric)),
+        ("confusion", lambda: charts.confusion(found.confusion, classes)),
+        ("mistakes", lambda: charts.mistakes(images, labels, probabilities, found.worst, classes)),
+        ("samples", lambda: charts.samples(images, labels, probabilities, classes)),
         ("reliability", lambda: charts.reliability(found)),
     ):
         drawn[name] = charts.png(draw())
@@ -68,74 +71,119 @@ def render(
     template = (
         importlib.resources.files("trainer.reporting") / "assets" / "report.html"
     ).read_text("utf-8")
+    sentences = _sentences(manifest, history, found, judged)
     page = string.Template(template).substitute(
-        **{name: _escape(text) for name, text in _sentences(manifest, history, found).items()},
-        **{name: _picture(drawn[name], alt) for name, alt in _alts(history, found).items()},
-        figures=_figures(manifest, history, found),
-        **_tables(manifest, history, found),
+        **{name: _escape(text) for name, text in sentences.items()},
+        **{name: _picture(drawn[name], alt) for name, alt in _alts(history, found, judged).items()},
+        figures=_figures(manifest, history, found, judged),
+        **_tables(manifest, history, found, judged),
     )
     # A file name may be valid in no encoding.
     return Report(page.encode("utf-8", "backslashreplace"), drawn["curves"])
 
 
-def _sentences(manifest: dict, history: Mapping, found: Scores) -> dict[str, str]:
-    accuracy = percent(manifest["metrics"]["val_accuracy"])
+class _Judged:
+    """What the page speaks of, in words.
+
+    Attributes:
+        part: What the predictions are of: ``test`` or ``validation``.
+        measured: What was measured after each epoch: the same, or ``validation``.
+        metric: What is drawn beside the loss: ``accuracy``, or another one of the history.
+        noun: ``digit`` or ``class``.
+        classes: Names of the classes.
+    """
+
+    def __init__(self, manifest: dict, history: Mapping, classes: Sequence[str]) -> None:
+        data = manifest["data"]
+        self.measured = "validation" if data.get("validation_examples") else "test"
+        self.part = "test" if data["test_examples"] else "validation"
+        names = [name for name in history if f"val_{name}" in history]
+        self.metric = "accuracy" if "accuracy" in names else names[-1]
+        self.noun = "digit" if list(classes) == list("0123456789") else "class"
+        self.classes = classes
+
+    def shown(self, value: float) -> str:
+        """Formats a value of the metric."""
+        return percent(value) if self.metric == "accuracy" else f"{value:.4f}"
+
+
+def _sentences(manifest: dict, history: Mapping, found: Scores, judged: _Judged) -> dict[str, str]:
     data, config = manifest["data"], manifest["config"]
     epochs = len(history["loss"])
-    best = int(np.argmax(history["val_accuracy"]))
+    measured = history[f"val_{judged.metric}"]
+    best = int(np.argmin(measured) if judged.metric == "loss" else np.argmax(measured))
     at_most = "" if config["schedule"] == "constant" else " at most"
+    network = "CNN" if config.get("model", "cnn") == "cnn" else f"network ({config['model']})"
+    examples = data[f"{judged.part}_examples"]
+    held = data.get("validation_examples", 0) if judged.part == "test" else 0
+    validated = f", with {held:,} for validation," if held else ""
     return {
-        "title": f"{manifest['model']['file']}: {accuracy} test accuracy",
+        "title": f"{manifest['model']['file']}: {percent(found.accuracy)} {judged.part} accuracy",
         "subtitle": (
-            f"A CNN of {manifest['model']['parameters']:,} parameters, trained on "
-            f"{data['train_examples']:,} images ({data['source']}) and measured on "
-            f"{data['test_examples']:,} others. Run {manifest['run']}."
+            f"A {network} of {manifest['model']['parameters']:,} parameters, trained on "
+            f"{data['train_examples']:,} images ({data['source']}){validated} and measured on "
+            f"{examples:,} others. Run {manifest['run']}."
         ),
         "training": (
             f"{_many(epochs, 'epoch')} with {config['optimizer']}, learning rate "
             f"{config['learning_rate']:g}{at_most}, batches of {config['batch_size']}, seed "
-            f"{config['seed']}. The best test accuracy was {percent(history['val_accuracy'][best])}"
-            f", after epoch {best + 1}; the model is that of the last epoch. Dropout is active "
-            "in training only, so training metrics can be worse than test metrics."
+            f"{config['seed']}. The best {judged.measured} {judged.metric} was "
+            f"{judged.shown(measured[best])}, after epoch {best + 1}; the model is that of the "
+            "last epoch. Dropout is active in training only, so training metrics can be worse than "
+            f"{judged.measured} metrics."
         ),
         "mistaken": (
-            f"Misclassified: {len(found.worst):,} of {found.examples:,}. {_commonest(found)}"
+            f"Misclassified: {len(found.worst):,} of {found.examples:,}. "
+            f"{_commonest(found, judged)}"
         ),
         "calibration": (
-            "Accuracy by confidence, the probability of the predicted digit. Where a bar ends at "
-            "its line, the mean confidence, the model is calibrated. The expected calibration "
-            f"error, {found.ece:.4f}, is the distance between the two, averaged over the images."
+            f"Accuracy by confidence, the probability of the predicted {judged.noun}. Where a bar "
+            "ends at its line, the mean confidence, the model is calibrated. The expected "
+            f"calibration error, {found.ece:.4f}, is the distance between the two, averaged over "
+            "the images."
         ),
+        "noun": judged.noun,
+        "part": judged.part,
     }
 
 
-def _commonest(found: Scores) -> str:
+def _commonest(found: Scores, judged: _Judged) -> str:
     wrong = found.confusion - np.diag(found.confusion.diagonal())
-    pairs = [f"a {true} as a {other}" for true, other in np.argwhere(wrong == wrong.max())]
+    names = judged.classes
+    pairs = [
+        f"a {names[true]} as a {names[other]}"
+        if judged.noun == "digit"
+        else f"{names[true]} as {names[other]}"
+        for true, other in np.argwhere(wrong == wrong.max())[:4]
+    ]
     if len(pairs) > 3:  # None stands out, or there are no mistakes at all.
         return ""
     each = " each" if len(pairs) > 1 else ""
     return f"Most often {' and '.join(pairs)}, {_times(wrong.max())}{each}."
 
 
-def _alts(history: Mapping, found: Scores) -> dict[str, str]:
+def _alts(history: Mapping, found: Scores, judged: _Judged) -> dict[str, str]:
     """Returns the alternative text of each picture."""
-    first, last = (percent(history["val_accuracy"][epoch]) for epoch in (0, -1))
+    first, last = (judged.shown(history[f"val_{judged.metric}"][epoch]) for epoch in (0, -1))
     confident = found.bin_counts[-1] / found.examples
     return {
         "curves": (
-            f"Loss and accuracy of each epoch. Test accuracy: {first} after the first, {last} "
-            f"after the last of {len(history['loss'])}; the table below has all values."
+            f"Loss and {judged.metric} of each epoch. {judged.measured.capitalize()} "
+            f"{judged.metric}: {first} after the first, {last} after the last of "
+            f"{len(history['loss'])}; the table below has all values."
         ),
         "confusion": (
             f"Confusion matrix: {len(found.worst):,} of {found.examples:,} images lie off its "
-            f"diagonal. {_commonest(found)}"
+            f"diagonal. {_commonest(found, judged)}"
         ),
         "mistakes": (
             f"The {min(charts.TILES, len(found.worst))} worst mistakes as images, each with its "
-            "predicted digit, the probability of that, and its true digit."
+            f"predicted {judged.noun}, the probability of that, and its true {judged.noun}."
         ),
-        "samples": "The first test images, each with its predicted digit and its probability.",
+        "samples": (
+            f"The first {judged.part} images, each with its predicted {judged.noun} and its "
+            "probability."
+        ),
         "reliability": (
             "Reliability diagram: accuracy by confidence. In the bin of the highest confidence, "
             f"with {percent(confident)} of the images, the accuracy is "
@@ -144,17 +192,19 @@ def _alts(history: Mapping, found: Scores) -> dict[str, str]:
     }
 
 
-def _figures(manifest: dict, history: Mapping, found: Scores) -> str:
+def _figures(manifest: dict, history: Mapping, found: Scores, judged: _Judged) -> str:
     metrics, model = manifest["metrics"], manifest["model"]
     seconds = np.array(history["seconds"])
     epochs = _many(len(seconds), "epoch")
+    part = judged.part.capitalize()
+    loss = metrics.get("test_loss", metrics["val_loss"])
     figures = (
         (
-            "Test accuracy",
-            percent(metrics["val_accuracy"]),
+            f"{part} accuracy",
+            percent(found.accuracy),
             f"{len(found.worst):,} of {found.examples:,} wrong",
         ),
-        ("Test loss", f"{metrics['val_loss']:.4f}", "cross-entropy"),
+        (f"{part} loss", f"{loss:.4f}", "cross-entropy"),
         ("Calibration error", f"{found.ece:.4f}", f"expected, {scores.BINS} bins"),
         ("Time", format_duration(float(seconds.sum())), f"{epochs} of {seconds.mean():.1f} s"),
         ("Speed", f"{_speed(manifest, seconds):,.0f}", "training images a second"),
@@ -166,17 +216,20 @@ def _figures(manifest: dict, history: Mapping, found: Scores) -> str:
     )
 
 
-def _tables(manifest: dict, history: Mapping, found: Scores) -> dict[str, str]:
-    columns = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
+def _tables(manifest: dict, history: Mapping, found: Scores, judged: _Judged) -> dict[str, str]:
+    names = [name for name in history if name != "seconds" and not name.startswith("val_")]
+    columns = [*names, *(f"val_{name}" for name in names if f"val_{name}" in history)]
     seconds = np.array(history["seconds"])
     data, model = manifest["data"], manifest["model"]
+    parts = [part for part in ("train", "validation", "test") if data.get(f"{part}_examples")]
+    called = [{"train": "training"}.get(part, part) for part in parts]
     return {
         "epochs": _table(
-            ("epoch", *columns),
+            ("epoch", *columns, "seconds"),
             [
                 (
                     epoch + 1,
-                    *(f"{history[name][epoch]:.4f}" for name in columns[:-1]),
+                    *(_value(history[name][epoch]) for name in columns),
                     f"{took:.1f}",
                 )
                 for epoch, took in enumerate(seconds)
@@ -184,16 +237,16 @@ def _tables(manifest: dict, history: Mapping, found: Scores) -> dict[str, str]:
             numbers=True,
         ),
         "digits": _table(
-            ("digit", "images", "precision", "recall", "wrong"),
+            (judged.noun, "images", "precision", "recall", "wrong"),
             [
                 (
-                    digit,
+                    judged.classes[number],
                     f"{count:,}",
-                    percent(found.precision[digit]),
-                    percent(found.recall[digit]),
-                    f"{count - found.confusion[digit, digit]:,}",
+                    percent(found.precision[number]),
+                    percent(found.recall[number]),
+                    f"{count - found.confusion[number, number]:,}",
                 )
-                for digit, count in enumerate(found.counts)
+                for number, count in enumerate(found.counts)
             ],
             numbers=True,
         ),
@@ -225,14 +278,19 @@ def _tables(manifest: dict, history: Mapping, found: Scores) -> dict[str, str]:
                 ("SHA-256 of the weights", model["weights_sha256"]),
                 ("SHA-256 of the data", data["sha256"]),
                 (
-                    "training and test images",
-                    f"{data['train_examples']:,}, {data['test_examples']:,}",
+                    f"{' and '.join(called)} images",
+                    ", ".join(f"{data[f'{part}_examples']:,}" for part in parts),
                 ),
                 ("run", manifest["run"]),
             ],
             code=True,
         ),
     }
+
+
+def _value(value: object) -> str:
+    """Formats a metric: a number, or what a metric of several numbers has."""
+    return f"{value:.4f}" if isinstance(value, (int, float)) else str(value)
 
 
 def _speed(manifest: dict, seconds: np.ndarray) -> float:

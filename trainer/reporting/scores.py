@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+MATRIX = 25  # classes of a confusion matrix in plain text, at most
 BINS = 15  # as in Guo et al. (2017)
 EPSILON = 1e-7  # the default of ``keras.config.epsilon()``
 
@@ -117,46 +118,55 @@ def score(labels: np.ndarray, probabilities: np.ndarray) -> Scores:
     )
 
 
-def as_dict(found: Scores) -> dict:
-    """Returns the metrics for JSON; NaN becomes None."""
+def as_dict(found: Scores, classes: Sequence[str] | None = None) -> dict:
+    """Returns the metrics for JSON; NaN becomes None.
+
+    Args:
+        found: The metrics.
+        classes: Names of the classes; None: they are digits.
+    """
+    kinds, kind = ("classes", "class") if classes else ("digits", "digit")
+    names: Sequence[object] = classes or range(len(found.counts))
     return {
         "examples": found.examples,
         "accuracy": found.accuracy,
         "loss": found.loss,
         "expected_calibration_error": found.ece,
-        "digits": [
+        kinds: [
             {
-                "digit": digit,
-                "examples": int(found.counts[digit]),
-                "precision": _number(found.precision[digit]),
-                "recall": _number(found.recall[digit]),
+                kind: name,
+                "examples": int(found.counts[number]),
+                "precision": _number(found.precision[number]),
+                "recall": _number(found.recall[number]),
             }
-            for digit in range(len(found.counts))
+            for number, name in enumerate(names)
         ],
         "confusion": found.confusion.tolist(),
     }
 
 
-def as_text(found: Scores) -> str:
-    """Returns the metrics as tables of plain text."""
+def as_text(found: Scores, classes: Sequence[str] | None = None) -> str:
+    """Returns the metrics as tables of plain text; arguments as in ``as_dict``. Of more than 25
+    classes the confusion matrix is left out, which no terminal is wide enough for.
+    """
     wrong = len(found.worst)
-    digits = range(len(found.counts))
-    table = [("digit", "images", "precision", "recall")]
-    for digit in digits:
-        rates = (percent(found.precision[digit]), percent(found.recall[digit]))
-        table.append((str(digit), f"{found.counts[digit]:,}", *rates))
-    matrix = [("", *map(str, digits))]
-    for digit in digits:
-        matrix.append((str(digit), *(f"{n:,}" if n else "." for n in found.confusion[digit])))
+    kind = "class" if classes else "digit"
+    names = classes or [str(number) for number in range(len(found.counts))]
+    table = [(kind, "images", "precision", "recall")]
+    for number, name in enumerate(names):
+        rates = (percent(found.precision[number]), percent(found.recall[number]))
+        table.append((name, f"{found.counts[number]:,}", *rates))
+    matrix = [("", *names)]
+    for number, name in enumerate(names):
+        matrix.append((name, *(f"{n:,}" if n else "." for n in found.confusion[number])))
+    shown = [f"Rows: true {kind}. Columns: predicted {kind}.", *_aligned(matrix)]
     return "\n".join(
         (
             f"accuracy {found.accuracy:.2%} ({wrong:,} wrong), loss {found.loss:.4f}, "
             f"expected calibration error {found.ece:.4f}",
             "",
             *_aligned(table),
-            "",
-            "Rows: true digit. Columns: predicted digit.",
-            *_aligned(matrix),
+            *(("", *shown) if len(names) <= MATRIX else ()),
         )
     )
 

@@ -1,4 +1,5 @@
-"""The files of a trained model: mnist.h5, history.json, and mnist.json, which describes both.
+"""The files of a trained model: mnist.h5, history.json, and mnist.json, which describes both; or
+model.keras, history.json and model.json.
 
     with files.lock_output_dir(folder):
         save(folder, model, history, description)
@@ -9,14 +10,16 @@ The manifest is written last, and names the SHA-256 of the model.
 import hashlib
 import io
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import OutputError
+from trainer.errors import ConfigurationError, OutputError
 from trainer.files import (
+    DIGITS,
     HISTORY_FILE,
-    MANIFEST_FILE,
     MODEL_FILE,
+    Names,
     is_complete,
     read_manifest,
     write_files,
@@ -27,15 +30,22 @@ if TYPE_CHECKING:
 
 
 def save(
-    folder: Path, model: "keras.Model", history: dict[str, list[float]], description: dict
+    folder: Path,
+    model: "keras.Model",
+    history: dict[str, list[float]],
+    description: dict,
+    *,
+    names: Names = DIGITS,
 ) -> dict:
-    """Writes the model in Keras' HDF5 format, the history, and the manifest that describes both.
+    """Writes the model in Keras' HDF5 or its own format, the history, and the manifest that
+    describes both.
 
     Args:
         folder: A folder under ``files.lock_output_dir``.
         model: A compiled model of stock layers.
         history: What ``loop.fit`` returned.
         description: The other fields of the manifest: metrics, configuration, versions, data.
+        names: Names of the files; the model's suffix decides its format.
 
     Returns:
         The manifest: ``description``, and under ``model`` the file's name, size in bytes, SHA-256,
@@ -45,10 +55,10 @@ def save(
         OutputError: A file cannot be written: the previous files are still there. Or another run
             has written its own files there meanwhile.
     """
-    content = _hdf5(model)
+    content = _hdf5(model) if names.model.endswith(".h5") else archive(model)
     manifest = {
         "model": {
-            "file": MODEL_FILE,
+            "file": names.model,
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
             "parameters": model.count_params(),
@@ -58,9 +68,10 @@ def save(
     }
     write_files(
         folder,
-        {MODEL_FILE: content, HISTORY_FILE: _json(history), MANIFEST_FILE: _json(manifest)},
+        {names.model: content, HISTORY_FILE: _json(history), names.manifest: _json(manifest)},
     )
-    if not is_complete(folder) or read_manifest(folder).get("run") != manifest.get("run"):
+    complete = is_complete(folder, names)
+    if not complete or read_manifest(folder, names).get("run") != manifest.get("run"):
         raise OutputError(
             f"Expected the files of this run in {folder}. Received: those of another one, which "
             "wrote there at the same time. Use an output_dir of its own for each run."
@@ -76,6 +87,27 @@ def weights_sha256(model: "keras.Model") -> str:
     for weight in model.trainable_weights:
         digest.update(weight.numpy().tobytes())
     return digest.hexdigest()
+
+
+def archive(model: "keras.Model") -> bytes:
+    """Returns the content of a model's file in Keras' own format, with the optimizer's variables.
+
+    Raises:
+        ConfigurationError: A layer of the user's own cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix="trainer-") as folder:
+        path = Path(folder, "model.keras")
+        try:
+            model.save(path)
+        except OSError:
+            raise
+        except Exception as error:  # Of a layer's get_config, for example.
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigurationError(
+                f"Expected a model that Keras can save. Received: {reason}. Give its layers a "
+                "get_config."
+            ) from error
+        return path.read_bytes()
 
 
 class _HDF5(io.BytesIO):

@@ -1,13 +1,13 @@
 """What a run is made of before it trains: strategy, training step, and run manifest.
 
-assembly = assemble(config, source, digits, cluster=None, link=None, job=None)
+assembly = assemble(config, workload, cluster=None, link=None, job=None)
 assembly.strategy, assembly.step, assembly.manifest
 """
 
+import dataclasses
 from typing import NamedTuple
 
 from trainer.config import TrainConfig
-from trainer.data.digits import Digits
 from trainer.distributed import strategy as strategies
 from trainer.distributed.cluster import Cluster
 from trainer.distributed.collectives import Workers
@@ -18,6 +18,7 @@ from trainer.models import fast_step
 from trainer.models.fast_step import StepChoice
 from trainer.runtime import tf
 from trainer.training.manifest import RunManifest
+from trainer.training.workload import Workload
 
 
 class Assembly(NamedTuple):
@@ -30,8 +31,7 @@ class Assembly(NamedTuple):
 
 def assemble(
     config: TrainConfig,
-    source: Digits,
-    digits: Digits,
+    workload: Workload,
     *,
     cluster: Cluster | None,
     link: Link | None,
@@ -41,8 +41,7 @@ def assemble(
 
     Args:
         config: The run's.
-        source: The whole data set.
-        digits: What the run uses of it.
+        workload: What is trained; it is prepared.
         cluster: The workers of the run; None: this process trains alone.
         link: To the parent process, which each of several workers has.
         job: UID of the Kubernetes Job; None outside one.
@@ -55,8 +54,7 @@ def assemble(
     def describe(step: StepChoice, workers: int, replicas: int) -> RunManifest:
         return RunManifest.create(
             config,
-            source=source,
-            used=digits,
+            data=workload.data,
             step=step.name,
             workers=workers,
             replicas=replicas,
@@ -65,12 +63,14 @@ def assemble(
 
     if cluster is None:
         choice = create_strategy(config)
-        step = choose_step(config, choice.strategy)
+        found = workload.find_step(accelerator=strategies.has_accelerator())
+        step = _verify_step(found, config, choice.strategy)
+        workload.prepare(choice.strategy)
         return Assembly(choice, step, describe(step, 1, choice.strategy.num_replicas_in_sync))
     # What each worker is about to do is compared before TensorFlow connects them: it would wait
     # for one that does something else, with Python's lock held.
     gpus = strategies.count_gpus(config.gpus)
-    found = find_step(config, accelerator=gpus > 0)
+    found = workload.find_step(accelerator=gpus > 0)
     workers = len(cluster.workers)
     manifest = describe(found, workers, workers * max(gpus, 1))
     if link:
@@ -80,6 +80,8 @@ def assemble(
         link.tell("connected")
     step = _verify_step(found, config, choice.strategy)
     _check_all_workers(found, step, choice.strategy)
+    workload.prepare(choice.strategy)
+    manifest = dataclasses.replace(manifest, data=workload.data)
     return Assembly(choice, step, manifest)
 
 

@@ -13,11 +13,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from trainer.data import dataset, pipeline
+from trainer.data.augment import draw
 from trainer.data.dataset import ClassWeighted, Dataset
 from trainer.data.examples import examples
 from trainer.data.order import epoch_order
 from trainer.data.pipeline import Shard
 from trainer.data.streams import Stream
+from trainer.distributed.collectives import Workers
 from trainer.distributed.strategy import check_batch_size
 from trainer.errors import DataError, UsageError
 from trainer.runtime import keras, tf
@@ -30,8 +32,17 @@ def load(
     validation_data: Data | None,
     validation_split: float,
     class_weight: Mapping[int, float] | None,
+    *,
+    seed: int = 0,
 ) -> tuple[Dataset | Stream, Dataset | Stream | None]:
     """Returns what is trained and what is evaluated on; arguments as ``trainer.fit`` has them.
+
+    Args:
+        data: What is trained on.
+        validation_data: What is evaluated on after each epoch.
+        validation_split: Share of ``data`` that is kept for that.
+        class_weight: Weights by class number.
+        seed: Of the choice of that share.
 
     Raises:
         UsageError: An argument has a value that it cannot have.
@@ -55,7 +66,8 @@ def load(
             "sample weights."
         )
     if validation_split:
-        training, validation = dataset.split(training, validation_split)
+        chosen = seed if training.sorted_by_class else None
+        training, validation = dataset.split(training, validation_split, seed=chosen)
     return ClassWeighted(training, class_weight) if class_weight else training, validation
 
 
@@ -84,18 +96,27 @@ class Feed:
         batch_size: Examples in a global batch.
         shard: The worker's replicas.
         seed: Of the order of each epoch; None: that of the data.
+        augment: Called with the images of a batch and their rows of ``augment.draw``; what it
+            returns takes their place.
 
     Raises:
         UsageError: The batches do not divide among the replicas.
     """
 
     def __init__(
-        self, data: Dataset | Stream, batch_size: int, shard: Shard, *, seed: int | None
+        self,
+        data: Dataset | Stream,
+        batch_size: int,
+        shard: Shard,
+        *,
+        seed: int | None,
+        augment: pipeline.Augment | None = None,
     ) -> None:
         self.data = data
         self.batch_size = batch_size
         self.shard = shard
         self.seed = seed
+        self.augment = augment
         if isinstance(data, Stream):
             self.steps = data.steps
             return
@@ -115,7 +136,15 @@ class Feed:
             batch_size=self.batch_size,
             shard=self.shard,
             first_step=first_step,
+            augment=self.augment,
+            drawn=draw(len(self.data), self.seed or 0, epoch) if self.augment else None,
         )
+
+
+def shard_of(workers: Workers) -> Shard:
+    """Returns what this worker reads of each batch."""
+    local = workers.local_replicas
+    return Shard(workers.index * local, local, workers.strategy.num_replicas_in_sync)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ import numpy as np
 
 from trainer import files
 from trainer.config import TrainConfig
-from trainer.data.pipeline import Shard
 from trainer.distributed import strategy as strategies
 from trainer.distributed import worker_context
 from trainer.distributed.collectives import Workers
@@ -25,18 +24,16 @@ from trainer.distributed.strategy import StrategyChoice
 from trainer.distributed.worker import peer_errors
 from trainer.distributed.worker_context import WorkerContext
 from trainer.errors import ConfigurationError, StoppedError, UsageError
-from trainer.runtime import keras, tf, threads
+from trainer.runtime import keras, threads
 from trainer.signals import Signals
-from trainer.training import loop
+from trainer.training import keras_model, loop
 from trainer.training.callback_state import CallbackState
 from trainer.training.checkpoint import Checkpointer, Checkpoints
 from trainer.training.compiled import CompiledModel
-from trainer.training.feed import Data, Feed, load, reading_errors
+from trainer.training.feed import Data, Feed, load, reading_errors, shard_of
 from trainer.training.manifest import RunManifest
 from trainer.training.position import Position
 from trainer.training.resume import resume
-
-_MEANS = ("sum_over_batch_size", "mean")  # reductions of keras.losses.Loss
 
 # Of a configuration; the others are about a model and data that are given here.
 _HOW = (
@@ -70,12 +67,14 @@ def fit(
     """Trains a compiled Keras model; arguments, result and errors as ``trainer.fit`` has them."""
     context = _context(config)
     _check_arguments(config, context, epochs=epochs, batch_size=batch_size)
-    training, validation = load(data, validation_data, validation_split, class_weight)
+    training, validation = load(
+        data, validation_data, validation_split, class_weight, seed=config.seed
+    )
     strategy = (context.choice if context else _create_strategy(config)).strategy
     workers = Workers(strategy)
     replicas = strategy.num_replicas_in_sync
-    _check_model(model, replicas)
-    shard = _shard(workers)
+    keras_model.check(model, replicas)
+    shard = shard_of(workers)
     feed = Feed(training, batch_size, shard, seed=config.seed if shuffle else None)
     validation_batches = None
     if validation is not None:
@@ -83,7 +82,7 @@ def fit(
     for notice in {part.notice for part in (training, validation) if part}:
         if notice and workers.index == 0:
             print(notice)
-    _build(model, training.spec, batch_size)
+    keras_model.build(model, training.spec, batch_size)
     callbacks = list(callbacks)
     with contextlib.ExitStack() as held:
         signals = held.enter_context(Signals())
@@ -158,7 +157,7 @@ def _describe(
 ) -> RunManifest:
     """Describes a run: what a run that resumes it, and all workers, must have, too."""
     return RunManifest.describe(
-        config={**arguments, "model": _digest_of_model(model)},
+        config={**arguments, "model": keras_model.digest(model)},
         data={"sha256": hashlib.sha256(repr(digests).encode()).hexdigest(), "steps": steps},
         job=context.job if context else None,
         threads=threads(),
@@ -242,14 +241,14 @@ def evaluate(
     examples, _ = load(data, None, 0.0, None)
     strategy = (context.choice if context else _create_strategy(config)).strategy
     workers = Workers(strategy)
-    _check_model(model, workers.strategy.num_replicas_in_sync)
-    feed = Feed(examples, batch_size, _shard(workers), seed=None)
-    _build(model, examples.spec, batch_size)
+    keras_model.check(model, workers.strategy.num_replicas_in_sync)
+    feed = Feed(examples, batch_size, shard_of(workers), seed=None)
+    keras_model.build(model, examples.spec, batch_size)
     with contextlib.ExitStack() as held:
         signals = held.enter_context(Signals())
         if context:
             held.enter_context(_training(context))
-            arguments = {"batch_size": batch_size, "model": _digest_of_model(model)}
+            arguments = {"batch_size": batch_size, "model": keras_model.digest(model)}
             _check_same(arguments, {"sha256": examples.digest}, workers)
         held.enter_context(mirrored(model, strategy))
         signals.defer()
@@ -347,11 +346,6 @@ def _context(config: TrainConfig) -> WorkerContext | None:
     return worker_context.current() if config.strategy in ("auto", "multiworker") else None
 
 
-def _shard(workers: Workers) -> Shard:
-    local = workers.local_replicas
-    return Shard(workers.index * local, local, workers.strategy.num_replicas_in_sync)
-
-
 def _check_arguments(config: TrainConfig, context: WorkerContext | None, **numbers: int) -> None:
     default = TrainConfig()
     for field in dataclasses.fields(config):
@@ -371,71 +365,3 @@ def _check_arguments(config: TrainConfig, context: WorkerContext | None, **numbe
     for name, number in numbers.items():
         if not isinstance(number, (int, np.integer)) or isinstance(number, bool) or number < 1:
             raise UsageError(f"{name} must be an integer of at least 1. Received: {number!r}.")
-
-
-def _check_model(model: keras.Model, replicas: int) -> None:
-    """Raises ``ConfigurationError`` for a model that would be trained otherwise than it says."""
-    if not getattr(model, "compiled", False) or model.optimizer is None:
-        raise ConfigurationError(
-            "Expected a model that is compiled with an optimizer. Received: one that is not. Call "
-            "model.compile first."
-        )
-    own = ["train_step", "test_step"]
-    if replicas > 1:
-        own += ["compute_loss"]
-    for name in own:
-        if getattr(type(model), name) is not getattr(keras.Model, name):
-            raise ConfigurationError(
-                f"Expected a model with Keras' own {name}. Received: {type(model).__name__} with "
-                "one of its own, which would not be called. Use a loss, compute_metrics and "
-                "add_loss in its place."
-            )
-    if model.run_eagerly:
-        raise ConfigurationError(
-            "Expected a model that can be compiled into a graph. Received: run_eagerly=True. "
-            "Use model.compile(run_eagerly=False), and model.fit to debug it."
-        )
-    if any(
-        isinstance(variable.value, tf.distribute.DistributedValues) for variable in model.variables
-    ):
-        raise ConfigurationError(
-            "Expected a model that was made outside of any tf.distribute strategy. Received: one "
-            "of a strategy's scope. Leave the scope out: config=TrainConfig(strategy=...) says "
-            "what to train under."
-        )
-    for loss in keras.tree.flatten(getattr(model, "loss", None)) if replicas > 1 else []:
-        if isinstance(loss, keras.losses.Loss) and loss.reduction not in _MEANS:
-            raise ConfigurationError(
-                f"Expected losses that are means over a batch, for {replicas} devices. Received: "
-                f"{type(loss).__name__} with reduction={loss.reduction!r}. Use "
-                "reduction='sum_over_batch_size'."
-            )
-
-
-def _build(model: keras.Model, spec: tuple, batch_size: int) -> None:
-    """Makes all variables of a model, its metrics and its optimizer, as ``model.fit`` does."""
-    model._symbolic_build(
-        data_batch=tf.nest.map_structure(
-            lambda part: keras.KerasTensor((batch_size, *part.shape), part.dtype.name), spec
-        )
-    )
-
-
-def _digest_of_model(model: keras.Model) -> str:
-    """Returns a SHA-256 of what decides whether the variables of one model fit another. The names
-    of layers and optimizers do not: Keras numbers them, and goes on counting in a process that
-    makes two models.
-    """
-    variables = [
-        (variable.name.rstrip("0123456789_"), list(variable.shape), variable.dtype)
-        for variable in model.variables
-    ]
-    optimizer = _without_names(keras.optimizers.serialize(model.optimizer))
-    text = json.dumps([variables, optimizer], default=str, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _without_names(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_names(item) for key, item in value.items() if key != "name"}
-    return value

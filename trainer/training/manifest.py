@@ -7,7 +7,6 @@ import dataclasses
 import os
 import platform
 import uuid
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,9 +14,6 @@ import trainer
 from trainer import machine
 from trainer.config import TrainConfig, fixed_fields
 from trainer.runtime import ONEDNN, deciding_variables, keras, tf
-
-if TYPE_CHECKING:
-    from trainer.data.digits import Digits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +25,9 @@ class RunManifest:
         job: UID of the Kubernetes Job it is trained by; None outside one.
         config: The fields of its ``TrainConfig``.
         data: ``source``, ``sha256`` of the whole source, and the numbers of examples used,
-            ``train_examples`` and ``test_examples``.
+            ``train_examples`` and ``test_examples``; where there are some, those of
+            ``validation_examples``, and of other images than digits the ``classes`` and the
+            ``shape``.
         versions: Versions of Python and of the packages that compute.
         environment: What else the last bits of results depend on: processor, threads, oneDNN,
             other environment variables that are set, collectives, the training step, and the
@@ -48,8 +46,7 @@ class RunManifest:
         cls,
         config: TrainConfig,
         *,
-        source: "Digits",
-        used: "Digits",
+        data: dict,
         step: str,
         workers: int,
         replicas: int,
@@ -59,8 +56,7 @@ class RunManifest:
 
         Args:
             config: Its configuration.
-            source: The data set, whole.
-            used: The examples of it that the run uses.
+            data: As ``Workload.data``.
             step: Name of the training step: ``models.fast_step.StepChoice.name``.
             workers: Number of workers.
             replicas: Number of replicas, over all workers.
@@ -68,12 +64,7 @@ class RunManifest:
         """
         return cls.describe(
             config=config.as_dict(),
-            data={
-                "source": config.data,
-                "sha256": source.sha256,
-                "train_examples": len(used.x_train),
-                "test_examples": len(used.x_test),
-            },
+            data=data,
             job=job,
             threads=config.threads,
             step=step,

@@ -1,112 +1,115 @@
-"""Draws the report of a finished run: ``report.html`` and ``curves.png``.
+"""Draws report.html and curves.png of a run that has ended, and keeps it from failing.
 
-    report.draw(config, model, manifest, history, images=x_test, labels=y_test, ...)
+    report = Report(config, workload, model, replicas, stopped, watcher)
+    report.draw(manifest, history)
 
 The model is saved before that, so whatever goes wrong here is a notice and no error.
 """
 
+import functools
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from trainer.config import TrainConfig
 from trainer.errors import StoppedError, TrainerError
-from trainer.files import (
-    CURVES_FILE,
-    MODEL_FILE,
-    PAGE_FILE,
-    REPORT_FILES,
-    remove_files,
-    write_files,
-)
-from trainer.models import cnn
+from trainer.files import CURVES_FILE, PAGE_FILE, REPORT_FILES, remove_files, write_files
 from trainer.reporting import html
 from trainer.runtime import keras, release_memory
+from trainer.training.workload import Predictions, Workload
 
 if TYPE_CHECKING:
     from trainer.reporting.progress import Watcher
 
 
-def draw(
-    config: TrainConfig,
-    model: keras.Model,
-    manifest: dict,
-    history: Mapping[str, Sequence[float]],
-    *,
-    images: np.ndarray,
-    labels: np.ndarray,
-    stopped: Callable[[], str | None],
-    watcher: "Watcher",
-) -> None:
-    """Draws the report of a run whose model is saved, or removes that of an earlier run.
-
-    A failure or a signal ends the drawing with a notice and changes no exit code: that is about
-    the model, which is complete.
+class Report:
+    """The report of a run.
 
     Args:
         config: The run's; its output folder is locked.
+        workload: What it has trained.
         model: The trained model.
-        manifest: As ``mnist.json`` has it.
-        history: As ``history.json`` has it.
-        images: The test images, uint8 (n, 28, 28).
-        labels: Their digits, integers (n,).
+        replicas: Number of replicas that a batch was split among.
         stopped: Returns the name of the signal that was received, None before that.
         watcher: Shows the progress of the run, and the notice.
     """
 
-    def check_stopped() -> None:
-        if signal := stopped():
-            raise StoppedError(f"stopped by {signal}")
+    def __init__(
+        self,
+        config: TrainConfig,
+        workload: Workload,
+        model: keras.Model,
+        replicas: int,
+        stopped: Callable[[], str | None],
+        watcher: "Watcher",
+    ) -> None:
+        self.config = config
+        self.workload = workload
+        self.model = model
+        self.batch_size = config.batch_size // replicas
+        self.stopped = stopped
+        self.watcher = watcher
 
-    try:
-        # An earlier run's would be taken for this one's.
-        remove_files(config.output_dir, REPORT_FILES)
-        if not config.report:
-            return
-        watcher.on_predict_begin()
-        check_stopped()
-        report = _render(config, model, manifest, history, images, labels, check_stopped)
-        files = {PAGE_FILE: report.page, CURVES_FILE: report.curves}
-        write_files(config.output_dir, files)
-    except (Exception, KeyboardInterrupt) as error:
-        reason = f"stopped by {stopped()}" if stopped() else _reason(error)
-        watcher.say(
-            f"No {PAGE_FILE}: {reason.rstrip('.')}. {MODEL_FILE} is complete.",
-            "notice",
+    def draw(self, manifest: dict, history: Mapping[str, Sequence[float]]) -> None:
+        """Draws the report of a run whose model is saved, or removes that of an earlier run.
+
+        A failure or a signal ends the drawing with a notice and changes no exit code: that is about
+        the model, which is complete.
+
+        Args:
+            manifest: As ``mnist.json`` has it.
+            history: As ``history.json`` has it.
+        """
+        try:
+            # An earlier run's would be taken for this one's.
+            remove_files(self.config.output_dir, REPORT_FILES)
+            if not self.config.report:
+                return
+            self.watcher.on_predict_begin()
+            self._check_stopped()
+            report = self._render(manifest, history)
+            files = {PAGE_FILE: report.page, CURVES_FILE: report.curves}
+            write_files(self.config.output_dir, files)
+        except (Exception, KeyboardInterrupt) as error:
+            reason = f"stopped by {self.stopped()}" if self.stopped() else _reason(error)
+            self.watcher.say(
+                f"No {PAGE_FILE}: {reason.rstrip('.')}. {self.workload.names.model} is complete.",
+                "notice",
+            )
+
+    @functools.cached_property
+    def predictions(self) -> Predictions:
+        """What the model predicts for the images that judge it."""
+        release_memory()
+        # A copy outside the strategy's scope: under the strategy every call needs all workers.
+        copy = self.model
+        if self.workload.names.model.endswith(".h5"):
+            copy = keras.models.clone_model(self.model)
+            copy.set_weights(self.model.get_weights())
+        predicted = self.workload.predictions(
+            copy,
+            batch_size=self.batch_size,
+            after_batch=self._check_stopped,
+        )
+        del copy
+        release_memory()
+        return predicted
+
+    def _render(self, manifest: dict, history: Mapping[str, Sequence[float]]) -> html.Report:
+        predicted = self.predictions
+        return html.render(
+            manifest,
+            history,
+            images=predicted.images,
+            labels=predicted.labels,
+            probabilities=predicted.probabilities,
+            classes=predicted.classes,
+            after_picture=self._check_stopped,
         )
 
-
-def _render(
-    config: TrainConfig,
-    model: keras.Model,
-    manifest: dict,
-    history: Mapping[str, Sequence[float]],
-    images: np.ndarray,
-    labels: np.ndarray,
-    check_stopped: Callable[[], None],
-) -> html.Report:
-    release_memory()
-    # A copy outside the strategy's scope: under the strategy every call needs all workers.
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    probabilities = cnn.probabilities(
-        copy,
-        images,
-        batch_size=config.batch_size // manifest["environment"]["replicas"],
-        after_batch=check_stopped,
-    )
-    del copy
-    release_memory()
-    return html.render(
-        manifest,
-        history,
-        images=images,
-        labels=labels,
-        probabilities=probabilities,
-        after_picture=check_stopped,
-    )
+    def _check_stopped(self) -> None:
+        if signal := self.stopped():
+            raise StoppedError(f"stopped by {signal}")
 
 
 def _reason(error: BaseException) -> str:

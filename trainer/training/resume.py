@@ -152,7 +152,9 @@ def check_same_run(state: dict, manifest: RunManifest, *, where: str) -> None:
         for name in names
         if ours[name] != theirs[name] and name != "model"
     ]
-    if ours.get("model") != theirs.get("model"):  # Digests.
+    if ours.get("model") != theirs.get("model", ours.get("model")):  # A name; of fit, a digest.
+        differences.append("another model or optimizer")
+    if manifest.data.get("model_sha256") != state["data"].get("model_sha256"):
         differences.append("another model or optimizer")
     if manifest.data["sha256"] != state["data"]["sha256"]:
         differences.append("other images or labels")

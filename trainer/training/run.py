@@ -8,9 +8,8 @@ in the caller's.
 """
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer import cli, files
@@ -18,21 +17,20 @@ from trainer.config import TrainConfig
 from trainer.errors import StoppedError, UsageError
 from trainer.signals import TERMINATING, Signals
 from trainer.training import artifacts
+from trainer.training import workload as workloads
 
 if TYPE_CHECKING:
     import keras
-    import tensorflow as tf
 
     from trainer.data.digits import Digits
     from trainer.distributed.cluster import Cluster
     from trainer.distributed.collectives import Workers
     from trainer.distributed.worker import Link
-    from trainer.models.fast_step import StepChoice
     from trainer.reporting.progress import Watcher
     from trainer.training.assembly import Assembly
     from trainer.training.manifest import RunManifest
-    from trainer.training.position import Position
     from trainer.training.session import Session
+    from trainer.training.workload import Workload
 
 TERMINATION_SECONDS = 60.0  # For a pod of an earlier Job, which is being deleted, to terminate.
 
@@ -95,11 +93,13 @@ def train(
         try:
             if chief:
                 wait = TERMINATION_SECONDS if job else 0
-                held.enter_context(files.lock_output_dir(config.output_dir, wait=wait))
+                held.enter_context(files.lock_output_dir(config.output_dir, wait=wait, names=None))
                 if _is_finished(config, job):
                     return None
             # The data first: its errors show before TensorFlow starts, which takes seconds.
-            source, digits = load_data(config, data)
+            workload = workloads.load(config, data)
+            if chief:
+                files.check_replaceable(config.output_dir, workload.names)
 
             from trainer import runtime
             from trainer.distributed.worker import out_of_memory_errors, peer_errors
@@ -112,135 +112,41 @@ def train(
             if link:
                 held.enter_context(peer_errors())
             held.enter_context(out_of_memory_errors())
-            assembly = assemble(config, source, digits, cluster=cluster, link=link, job=job)
+            assembly = assemble(config, workload, cluster=cluster, link=link, job=job)
             signals.defer()
-            _announce(config, digits, assembly, watcher)
-            session = Session(config, assembly, watcher, signals, link)
+            _announce(config, workload, assembly, watcher)
+            session = Session(config, workload, assembly, watcher, signals, link)
             remains.session = session
-            model, history = fit(
-                config,
-                digits,
+            model, history = workload.fit(
                 strategy=assembly.strategy.strategy,
                 step=assembly.step,
-                callbacks=[watcher, *session.callbacks(len(digits.x_train)), *callbacks],
+                callbacks=[watcher, *session.callbacks(), *callbacks],
                 begin=session.begin,
                 after_call=session.after_call,
                 notify=lambda text: watcher.say(text, "notice"),
             )
-            images, labels = digits.x_test, digits.y_test
-            del source, digits, data  # the training images, no longer needed
+            workload.release()
+            del data
             runtime.release_memory()
             _compare_weights(model, session.workers, watcher)
             if link:
                 link.tell("trained")
             if not chief:
                 return Run(model, history, {})
-            description = _save(config, model, history, session.manifest, start)
+            from trainer.training.report import Report
+
+            replicas = session.manifest.environment["replicas"]
+            report = Report(config, workload, model, replicas, lambda: signals.received, watcher)
+            tested = workload.test(lambda: report.predictions)
+            description = _save(config, workload, model, history, tested, session.manifest, start)
             session.checkpoints.delete_all()
-
-            from trainer.training import report
-
-            report.draw(
-                config,
-                model,
-                description,
-                history,
-                images=images,
-                labels=labels,
-                stopped=lambda: signals.received,
-                watcher=watcher,
-            )
+            report.draw(description, history)
             _report_result(config, description, watcher)
             return Run(model, history, description)
         except KeyboardInterrupt as interrupt:  # Before the first step, or a second signal.
             if str(interrupt) in TERMINATING:
                 raise StoppedError(f"stopped by {interrupt}. {remains}") from None
             raise KeyboardInterrupt(str(remains)) from None
-
-
-def fit(
-    config: TrainConfig,
-    digits: "Digits",
-    *,
-    strategy: "tf.distribute.Strategy | None" = None,
-    step: "StepChoice | None" = None,
-    callbacks: Sequence["keras.callbacks.Callback"] = (),
-    begin: "Callable[[keras.Model], Position] | None" = None,
-    after_call: "Callable[[Position], None]" = lambda position: None,
-    notify: Callable[[str], None] = lambda text: None,
-) -> tuple["keras.Model", dict[str, list[float]]]:
-    """Builds the model of a configuration and trains it; writes no file.
-
-    Args:
-        config: The configuration.
-        digits: The data set to train on.
-        strategy: The strategy to train under; None: the one that ``config`` asks for, in this
-            process.
-        step: The training step; None: the one that ``config`` asks for.
-        callbacks: Keras callbacks, called as in ``loop.fit``.
-        begin: Called with the model; returns the position to resume from. None: start from the
-            beginning.
-        after_call: As that of ``loop.fit``.
-        notify: Called with each sentence for the user.
-
-    Returns:
-        The compiled model, in float32, and its history as ``loop.fit`` returns it.
-
-    Raises:
-        UsageError: The batch size does not divide among the replicas.
-        NotFiniteError: The loss or the weights became NaN or infinite.
-    """
-    from trainer.data import augment, pipeline
-    from trainer.distributed.strategy import check_batch_size, has_accelerator
-    from trainer.models import cnn
-    from trainer.training import loop
-    from trainer.training.assembly import choose_step, create_strategy
-
-    strategy = strategy or create_strategy(config).strategy
-    step = step or choose_step(config, strategy)
-    check_batch_size(config.batch_size, strategy.num_replicas_in_sync)
-    with strategy.scope():
-        model = cnn.from_config(config, len(digits.x_train))
-    position = begin(model) if begin else None
-    dataset = pipeline.put_on_devices(
-        digits,
-        strategy=strategy if has_accelerator() else None,
-        preprocess=cnn.preprocess,
-        augment=augment.warp if config.augment == "affine" else None,
-    )
-    if dataset.notice:
-        notify(dataset.notice)
-    with step.step(model) as forward:
-        history = loop.fit(
-            model,
-            lambda epoch: pipeline.train_batches(
-                *dataset.train,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                epoch=epoch,
-                augment=dataset.augment,
-            ),
-            pipeline.test_batches(*dataset.test, batch_size=config.batch_size),
-            strategy=strategy,
-            loss=cnn.loss(config.label_smoothing),
-            metrics=cnn.METRICS,
-            epochs=config.epochs,
-            preprocess=dataset.preprocess,
-            forward=forward,
-            jit_compile=config.jit_compile,
-            steps_per_execution=config.steps_per_execution,
-            callbacks=callbacks,
-            position=position,
-            after_call=after_call,
-        )
-    if config.precision == "mixed_bfloat16":  # Saved as a plain float32 model.
-        with strategy.scope():
-            plain = cnn.from_config(
-                dataclasses.replace(config, precision="float32"), len(digits.x_train)
-            )
-        plain.set_weights(model.get_weights())
-        model = plain
-    return model, history
 
 
 class _Remains:
@@ -264,25 +170,12 @@ def _is_finished(config: TrainConfig, job: str | None) -> bool:
     """Tells whether this is a pod in place of one that was lost after it had written its Job's
     files; then shows the result once more.
     """
-    if not job or (manifest := files.read_manifest(config.output_dir)).get("job") != job:
-        return False
-    with _progress(config, None) as watcher:
-        _report_result(config, manifest, watcher)
-    return True
-
-
-def load_data(config: TrainConfig, data: "Digits | None") -> tuple["Digits", "Digits"]:
-    """Returns the whole data set, and what the run uses of it."""
-    from trainer.data import sources
-
-    source = sources.load(config.data) if data is None else data
-    digits = source.first(config.train_limit, config.test_limit)
-    if config.batch_size > len(digits.x_train):
-        raise UsageError(
-            f"batch_size must be at most the {len(digits.x_train)} training images. Received: "
-            f"batch_size={config.batch_size}. Use batch_size={len(digits.x_train)} or less."
-        )
-    return source, digits
+    for names in (files.DIGITS, files.OTHERS) if job else ():
+        if (manifest := files.read_manifest(config.output_dir, names)).get("job") == job:
+            with _progress(config, None) as watcher:
+                _report_result(config, manifest, watcher)
+            return True
+    return False
 
 
 def configure_tensorflow(config: TrainConfig) -> None:
@@ -308,13 +201,11 @@ def _progress(config: TrainConfig, cluster: "Cluster | None") -> "Iterator[Watch
 
 
 def _announce(
-    config: TrainConfig, digits: "Digits", assembly: "Assembly", watcher: "Watcher"
+    config: TrainConfig, workload: "Workload", assembly: "Assembly", watcher: "Watcher"
 ) -> None:
-    from trainer.data import plausibility
-
     schedule = "" if config.schedule == "constant" else f" ({config.schedule})"
     watcher.say(
-        f"{len(digits.x_train):,} training and {len(digits.x_test):,} test images ({config.data}), "
+        f"{workload.summary()} ({config.data}), "
         f"epochs {config.epochs}, batch size {config.batch_size}, {config.optimizer} "
         f"{config.learning_rate:g}{schedule}, seed {config.seed}, threads {config.threads}",
         "start",
@@ -322,7 +213,7 @@ def _announce(
     )
     replicas = assembly.manifest.environment["replicas"]
     watcher.say(assembly.strategy.reason, "strategy", replicas=replicas)
-    for notice in (assembly.strategy.notice, assembly.step.reason, *plausibility.notices(digits)):
+    for notice in (assembly.strategy.notice, assembly.step.reason, *workload.notices()):
         if notice:
             watcher.say(notice, "notice")
 
@@ -343,29 +234,29 @@ def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "Watcher
 
 def _save(
     config: TrainConfig,
+    workload: "Workload",
     model: "keras.Model",
     history: dict[str, list[float]],
+    test: Mapping[str, float],
     manifest: "RunManifest",
     start: float,
 ) -> dict:
-    """Writes the files; returns the content of mnist.json."""
+    """Writes the files; returns the content of the manifest."""
     metrics = {name: values[-1] for name, values in history.items() if name != "seconds"}
     description = {
         **manifest.as_dict(),
-        "metrics": metrics,
+        "metrics": {**metrics, **test},
         "seconds": round(time.monotonic() - start, 3),
     }
-    return artifacts.save(config.output_dir, model, history, description)
+    return artifacts.save(config.output_dir, model, history, description, names=workload.names)
 
 
 def _report_result(config: TrainConfig, manifest: dict, watcher: "Watcher") -> None:
     from trainer.reporting.bar import format_duration
 
-    metrics = manifest["metrics"]
     text = (
-        f"test accuracy {metrics['val_accuracy']:.2%}, loss {metrics['val_loss']:.4f}, "
-        f"after {format_duration(manifest['seconds'])}\n"
-        f"{config.output_dir / files.MODEL_FILE}  "
+        f"{_judgement(manifest)}, after {format_duration(manifest['seconds'])}\n"
+        f"{config.output_dir / manifest['model']['file']}  "
         f"{manifest['model']['bytes'] / 1e6:.1f} MB  "
         f"SHA-256 {manifest['model']['sha256']}"
     )
@@ -375,3 +266,14 @@ def _report_result(config: TrainConfig, manifest: dict, watcher: "Watcher") -> N
         "done",
         **{name: manifest[name] for name in ("model", "metrics", "seconds")},
     )
+
+
+def _judgement(manifest: dict) -> str:
+    """Returns accuracy and loss of the images that judge the model, as a phrase."""
+    metrics, data = manifest["metrics"], manifest["data"]
+    part, prefix = "test", "val_"
+    if "validation_examples" in data:
+        part, prefix = ("test", "test_") if data["test_examples"] else ("validation", "val_")
+    accuracy = metrics.get(f"{prefix}accuracy")
+    shown = f"{part} accuracy {accuracy:.2%}, " if isinstance(accuracy, float) else f"{part} "
+    return f"{shown}loss {metrics[f'{prefix}loss']:.4f}"

@@ -1,6 +1,6 @@
 """What a run does between two calls of its training step: it resumes, reports, and saves.
 
-session = Session(config, assembly, watcher, signals, link)
+session = Session(config, workload, assembly, watcher, signals, link)
 fit(..., begin=session.begin, after_call=session.after_call)
 """
 
@@ -20,6 +20,7 @@ from trainer.training.assembly import Assembly
 from trainer.training.checkpoint import Checkpointer, Checkpoints
 from trainer.training.position import Position
 from trainer.training.resume import resume
+from trainer.training.workload import Workload
 
 
 class Session:
@@ -28,12 +29,14 @@ class Session:
     def __init__(
         self,
         config: TrainConfig,
+        workload: Workload,
         assembly: Assembly,
         watcher: Watcher,
         signals: Signals,
         link: Link | None,
     ) -> None:
         self.config = config
+        self.workload = workload
         self.manifest = assembly.manifest
         self.watcher = watcher
         self.signals = signals
@@ -59,7 +62,9 @@ class Session:
             model,
             self.manifest,
             policy=self.config.resume,
-            finished_run=files.read_manifest(self.config.output_dir).get("run"),
+            finished_run=files.read_manifest(self.config.output_dir, self.workload.names).get(
+                "run"
+            ),
             workers=self.workers,
             notify=lambda text: self.watcher.say(text, "notice"),
         )
@@ -76,14 +81,16 @@ class Session:
             self.first_sums = self.ring.summed + parameters
         return dataclasses.replace(position)
 
-    def callbacks(self, examples: int) -> list[keras.callbacks.Callback]:
-        """Returns the callbacks that the configuration asks for, to train on so many examples."""
+    def callbacks(self) -> list[keras.callbacks.Callback]:
+        """Returns the callbacks that the configuration asks for."""
         if not self.config.tensorboard or self.workers.index:
             return []
         return [
             EpochEvents(
                 self.config.output_dir,
-                learning_rate=optimizers.learning_rate_by_epoch(self.config, examples),
+                learning_rate=optimizers.learning_rate_by_epoch(
+                    self.config, self.workload.train_examples
+                ),
                 before=lambda: self.checkpointer.saved.history if self.checkpointer else {},
             )
         ]

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.archives import IDX_FILES
-from trainer.data.digits import ARRAYS
-from trainer.data.sources import load
+from trainer.data.digits import ARRAYS, Digits
+from trainer.data.idx import FILES, read_folder
 
 # Of the four files once unpacked, as they have been published.
 SHA256 = {
@@ -27,13 +26,13 @@ SHA256 = {
 
 def bundle(folder: Path, target: Path) -> None:
     """Writes ``target`` from the IDX files in ``folder``; the same files give the same bytes."""
-    digits = load(str(folder))
+    digits = Digits(**read_folder(folder))
     for name in ARRAYS:
         array = getattr(digits, name)
         header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
         found = hashlib.sha256(header + array.tobytes()).hexdigest()
         if found != SHA256[name]:
-            raise SystemExit(f"{IDX_FILES[name]}: expected {SHA256[name]}, received {found}")
+            raise SystemExit(f"{FILES[name]}: expected {SHA256[name]}, received {found}")
     print(f"Digits.sha256 is {digits.sha256}")
     np.savez_compressed(target, **{name: getattr(digits, name) for name in ARRAYS})
 

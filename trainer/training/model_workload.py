@@ -1,0 +1,381 @@
+"""Any images on any network, trained as ``trainer.fit`` trains a model.
+
+    workload = ModelWorkload(TrainConfig(model="resnet"), sources.load("pictures"))
+
+Images are read as they are needed, by each worker its own; the network is built in, or made by a
+function of the user's own (``models.registry``).
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer import files, inputs
+from trainer.config import TrainConfig
+from trainer.data import augment, dataset, sources
+from trainer.data.arrays import ArrayDataset
+from trainer.data.dataset import Dataset, OneHot, Renumbered, Splits, Subset
+from trainer.data.digits import NUM_CLASSES, Digits
+from trainer.data.order import epoch_order
+from trainer.distributed.collectives import Workers
+from trainer.distributed.replica_variables import mirrored
+from trainer.errors import ConfigurationError, DataError, InputError, NotFiniteError, UsageError
+from trainer.files import OTHERS
+from trainer.models import registry
+from trainer.models.fast_step import StepChoice
+from trainer.runtime import keras, tf
+from trainer.training import artifacts, keras_model, loop
+from trainer.training.compiled import CompiledModel
+from trainer.training.feed import Feed, reading_errors, shard_of
+from trainer.training.workload import Predictions, Workload, no_test_images
+
+if TYPE_CHECKING:
+    from trainer.training.position import Position
+
+
+class ModelWorkload(Workload):
+    """Images of any shape, and a network for them.
+
+    Args:
+        config: The run's.
+        source: The whole data set.
+
+    Attributes:
+        train: What is trained on.
+        measured: What is measured after each epoch.
+        test_set: What the trained model is judged on: the test images, where there are any.
+        spec: What the network is given.
+
+    Raises:
+        DataError: There are no training images.
+        UsageError: A limit is more than there are; or nothing is left to measure the model on.
+    """
+
+    names = OTHERS
+
+    def __init__(self, config: TrainConfig, source: Splits | Digits) -> None:
+        self.config = config
+        splits = _splits_of(source) if isinstance(source, Digits) else source
+        if splits.train is None:
+            raise DataError(
+                f"Expected training images in {config.data}. Received: test images alone."
+            )
+        self.parts = [
+            part for part in (splits.train, splits.validation, splits.test) if part is not None
+        ]
+        train = _limited(splits.train, "train_limit", config.train_limit, config.seed)
+        test, validation = splits.test, splits.validation
+        if test is not None:
+            test = _limited(test, "test_limit", config.test_limit, config.seed)
+        if config.validation_split and validation is not None:
+            raise UsageError(
+                f"validation_split is for data without validation images. Received: {config.data}, "
+                "which has some. Leave it out."
+            )
+        if config.validation_split:
+            train, validation = dataset.split(train, config.validation_split, seed=config.seed)
+        judges = test if test is not None else validation
+        if judges is None:
+            raise no_test_images(config)
+        self.judged = "test" if test is not None else "validation"
+        self.train: Dataset = train
+        self.measured: Dataset = validation if validation is not None else judges
+        self.test_set: Dataset = judges
+        if config.label_smoothing:  # Which the loss wants one-hot labels for.
+            classes = len(train.classes or ())
+            self.train, self.measured = OneHot(train, classes), OneHot(self.measured, classes)
+        self.counts = [0 if part is None else len(part) for part in (train, validation, test)]
+        self.train_examples = len(train)
+        images = train.spec[0]
+        self.spec = registry.DataSpec(
+            tuple(images.shape), images.dtype.name, tuple(train.classes or ())
+        )
+        self.model_sha256 = ""
+
+    @property
+    def data(self) -> dict:
+        """The data, as the run manifest describes them, and a digest of the network."""
+        digests = [part.digest for part in self.parts]
+        train, validation, test = self.counts
+        described = {
+            "source": self.config.data,
+            "sha256": hashlib.sha256(repr(digests).encode()).hexdigest(),
+            "train_examples": train,
+            "test_examples": test,
+            "shape": list(self.spec.shape),
+            "dtype": self.spec.dtype,
+            "classes": list(self.spec.classes),
+        }
+        if validation:
+            described["validation_examples"] = validation
+        if self.model_sha256:
+            described["model_sha256"] = self.model_sha256
+        return described
+
+    def summary(self) -> str:
+        """Returns the numbers of examples, their shape, and the number of classes."""
+        train, validation, test = self.counts
+        others = f" {validation:,} validation and" if validation else " and"
+        shape = "×".join(map(str, self.spec.shape))
+        return (
+            f"{train:,} training,{others} {test:,} test images of {shape}, "
+            f"{len(self.spec.classes)} classes".replace("training, and", "training and")
+        )
+
+    def notices(self) -> Iterator[str]:
+        """Yields a sentence about pictures that are left out."""
+        skipped: dict = {}
+        for part in self.parts:
+            skipped |= getattr(part, "skipped", {})
+        if skipped:
+            names = [f"{path} ({why})" for path, why in list(skipped.items())[:3]]
+            more = f" and {len(skipped) - 3:,} others" if len(skipped) > 3 else ""
+            yield f"{len(skipped):,} pictures are left out: {', '.join(names)}{more}"
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """What arrays take that are not mapped from files."""
+        arrays = [part.arrays[0] for part in self.parts if isinstance(part, ArrayDataset)]
+        return sum(array.nbytes for array in arrays if not isinstance(array, np.memmap))
+
+    def build(self) -> keras.Model:
+        """Returns the network, compiled and with all its variables."""
+        model = registry.build(self.config, self.spec, examples=self.train_examples)
+        keras_model.check(model, 1)
+        keras_model.build(model, self.train.spec, self.config.batch_size)
+        artifacts.archive(model)  # Hours later it would be too late to learn that it cannot be.
+        return model
+
+    def find_step(self, *, accelerator: bool) -> StepChoice:
+        """Returns Keras' step: the fast one is for the network for digits."""
+        del accelerator
+        return StepChoice("keras")
+
+    def prepare(self, strategy: tf.distribute.Strategy) -> None:
+        """Builds the network; it is the same one on all workers."""
+        workers = Workers(strategy)
+        self.model = self.build()
+        keras_model.check(self.model, strategy.num_replicas_in_sync)
+        self.model_sha256 = keras_model.digest(self.model)
+        if others := workers.differing(bytes.fromhex(self.model_sha256)):
+            raise ConfigurationError(
+                f"Expected the same network on all workers. Received: another one of "
+                f"{self.config.model} on worker {', '.join(map(str, others))} than on worker 0. "
+                "Install the same code there."
+            )
+
+    def fit(
+        self,
+        *,
+        strategy: tf.distribute.Strategy,
+        step: StepChoice,
+        callbacks: Sequence[keras.callbacks.Callback],
+        begin: "Callable[[keras.Model], Position]",
+        after_call: "Callable[[Position], None]",
+        notify: Callable[[str], None],
+    ) -> tuple[keras.Model, dict[str, list[float]]]:
+        """Trains the network; as ``trainer.fit``."""
+        del step, notify
+        config, model = self.config, self.model
+        shard = shard_of(Workers(strategy))
+        warp = augment.warp if config.augment == "affine" else None
+        feed = Feed(self.train, config.batch_size, shard, seed=config.seed, augment=warp)
+        measured = Feed(self.measured, config.batch_size, shard, seed=None)(0, 0)
+        with mirrored(model, strategy), reading_errors(self.train, self.measured):
+            history = loop.train(
+                model,
+                CompiledModel(model, strategy),
+                feed,
+                measured,
+                strategy=strategy,
+                epochs=config.epochs,
+                jit_compile=config.jit_compile,
+                program=False,
+                steps_per_execution=config.steps_per_execution,
+                listeners=keras.callbacks.CallbackList(list(callbacks), model=model),
+                position=begin(model),
+                after_call=after_call,
+            )
+        return model, history
+
+    def release(self) -> None:
+        """Forgets the training images."""
+        del self.train, self.measured
+
+    def predictions(
+        self, model: keras.Model, *, batch_size: int, after_batch: Callable[[], None]
+    ) -> Predictions:
+        """Returns what a trained model predicts for the images that judge it."""
+        return predict(model, self.test_set, batch_size=batch_size, after_batch=after_batch)
+
+
+def predict(
+    model: keras.Model,
+    data: Dataset,
+    *,
+    batch_size: int,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Predictions:
+    """Returns what a model predicts for a data set.
+
+    Args:
+        model: A model of ``registry.build``, on one device.
+        data: Images with class numbers.
+        batch_size: Images in one forward pass.
+        after_batch: Called after each batch; what it raises ends the prediction.
+
+    Raises:
+        DataError: A picture cannot be read.
+        NotFiniteError: A probability is NaN or infinite.
+    """
+    forward = tf.function(lambda images: model(images, training=False), autograph=False)
+    labels, probabilities = [], []
+    with reading_errors(data):
+        for x, y in data.batches(np.arange(len(data)), batch_size).prefetch(tf.data.AUTOTUNE):
+            labels.append(y.numpy())
+            probabilities.append(forward(x).numpy().astype(np.float32))
+            after_batch()
+    if not all(np.isfinite(part).all() for part in probabilities):
+        raise NotFiniteError(
+            "Expected finite probabilities. Received: NaN or infinity from the network. Train the "
+            "model again, with a smaller learning_rate."
+        )
+    return Predictions(
+        np.concatenate(labels),
+        np.concatenate(probabilities),
+        _Pictures(data),
+        tuple(data.classes or ()),
+    )
+
+
+def load_model(path: Path) -> tuple[keras.Model, TrainConfig, registry.DataSpec]:
+    """Loads a model that a run has written: builds the network as the run has, and reads the
+    weights from the file.
+
+    Args:
+        path: A ``model.keras``, with its ``model.json`` beside it.
+
+    Returns:
+        The model, the configuration of its run, and what the model is given.
+
+    Raises:
+        InputError: The file is missing or cannot be read.
+        DataError: It is not the one that the manifest beside it describes, or cannot be loaded.
+        ConfigurationError: The run's function makes no such network any more.
+    """
+    try:
+        with inputs.open_file(path):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"Expected a model.keras at {path}. Received: {error.strerror or error}. Name one that "
+            "a run has written."
+        ) from error
+    names = files.OTHERS._replace(model=path.name)
+    manifest = files.read_manifest(path.parent, names)
+    if not files.is_complete(path.parent, names):
+        raise DataError(
+            f"Expected the model that {names.manifest} describes at {path}. Received: "
+            f"{'another one' if manifest else f'no {names.manifest} beside it'}. Keep a run's "
+            "files together."
+        )
+    try:
+        config = TrainConfig(**manifest["config"])
+        data = manifest["data"]
+        spec = registry.DataSpec(
+            tuple(data["shape"]), data["dtype"], tuple(map(str, data["classes"]))
+        )
+    except (KeyError, TypeError, UsageError) as error:
+        raise DataError(
+            f"Expected the manifest of a run at {path.parent / names.manifest}. Received: "
+            f"{error}. Use the version of this program that has written it."
+        ) from error
+    model = registry.build(config, spec, examples=data["train_examples"])
+    model.optimizer.build(model.trainable_variables)  # The file has its variables, too.
+    try:
+        model.load_weights(path)
+    except Exception as error:  # Keras and h5py raise whatever does not fit.
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"Expected the weights of {config.model} in {path}. Received: {reason}. Use the code "
+            "that it was trained with."
+        ) from error
+    return model, config, spec
+
+
+def open_for(config: TrainConfig, spec: registry.DataSpec, *, limit: int | None) -> Dataset:
+    """Opens the images that a model is measured on: the test images of a source, else those for
+    validation, else all.
+
+    Args:
+        config: With the source.
+        spec: What the model is given; the source may have some of its classes alone.
+        limit: Number of images; None: all.
+
+    Raises:
+        DataError: The images have another shape, or other classes.
+        TrainerError: As ``sources.load`` raises it.
+    """
+    source = sources.load(config.data, image_size=config.height_and_width, skip_bad=config.skip_bad)
+    splits = _splits_of(source) if isinstance(source, Digits) else source
+    data = next(part for part in (splits.test, splits.validation, splits.train) if part is not None)
+    expected, received = tuple(spec.shape), tuple(data.spec[0].shape)
+    if expected != received:
+        raise DataError(
+            f"Expected images of shape {expected}, which the model takes, in {config.data}. "
+            f"Received: {received}. Use the image_size of the run."
+        )
+    classes, found = list(spec.classes), list(data.classes or ())
+    if others := [name for name in found if name not in classes]:
+        raise DataError(
+            f"Expected images of the classes {', '.join(classes)[:200]} in {config.data}. "
+            f"Received: {', '.join(others)[:200]}, too. Name the folders as those of the run."
+        )
+    data = _limited(data, "test_limit", limit, config.seed)
+    return data if found == classes else Renumbered(data, classes)
+
+
+class _Pictures:
+    """The images of a data set by their numbers."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        numbers = np.asarray(numbers, np.int64)
+        if not len(numbers):
+            return np.empty((0, *self.data.spec[0].shape), np.uint8)
+        [(x, _)] = self.data.batches(numbers, len(numbers))
+        return x.numpy().round().astype(np.uint8)
+
+
+def _splits_of(digits: Digits) -> Splits:
+    """Returns digits as a data set of images like any other."""
+    classes = [str(number) for number in range(NUM_CLASSES)]
+
+    def part(x: np.ndarray, y: np.ndarray) -> Dataset | None:
+        if not len(x):
+            return None
+        return ArrayDataset((x[..., np.newaxis], y.astype(np.int32)), classes=classes)
+
+    return Splits(part(digits.x_train, digits.y_train), part(digits.x_test, digits.y_test))
+
+
+def _limited(data: Dataset, name: str, limit: int | None, seed: int) -> Dataset:
+    """Returns as many examples of a data set: the first ones; of data that are sorted by class
+    some that the seed decides.
+    """
+    if limit is None:
+        return data
+    if limit > len(data):
+        raise UsageError(
+            f"{name} must be at most the {len(data)} examples there are. "
+            f"Received: {name}={limit}. Leave it out to use them all."
+        )
+    numbers = np.arange(limit)
+    if data.sorted_by_class:
+        numbers = np.sort(epoch_order(len(data), seed, 0)[:limit])
+    return Subset(data, numbers)
