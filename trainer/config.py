@@ -23,6 +23,7 @@ Optimizer = Literal["adadelta", "adagrad", "adam", "adamw", "lion", "nadam", "rm
 Recipe = Literal["default", "fast", "best"]
 Schedule = Literal["constant", "one-cycle"]
 Augment = Literal["none", "affine"]
+Cache = Literal["auto", "memory", "none"]
 Resume = Literal["auto", "never", "must"]
 Strategy = Literal["auto", "one", "mirrored", "multiworker", "tpu"]
 Collectives = Literal["tensorflow", "ring"]
@@ -71,6 +72,11 @@ class TrainConfig:
     skip_bad: bool = False
     """Leave out pictures of a folder that cannot be read
     or have another size."""
+
+    cache: Cache = dataclasses.field(default="auto", metadata=MAY_DIFFER)
+    """Whether pictures that have been decoded stay in
+    memory. auto: where they fit into half of what is
+    free; memory: always; none: never."""
 
     validation_split: float = 0.0
     """Share of the training images that is measured after
@@ -264,6 +270,7 @@ class TrainConfig:
             ("optimizer", Optimizer),
             ("schedule", Schedule),
             ("augment", Augment),
+            ("cache", Cache),
             ("resume", Resume),
             ("strategy", Strategy),
             ("collectives", Collectives),

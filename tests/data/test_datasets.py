@@ -10,6 +10,7 @@ from PIL import Image
 
 from trainer.data import dataset, pipeline
 from trainer.data.arrays import ArrayDataset
+from trainer.data.cache import Cached
 from trainer.data.dataset import ClassWeighted, Subset
 from trainer.data.examples import examples
 from trainer.data.folders import ImageFolder
@@ -436,3 +437,62 @@ def test_a_stream_that_cannot_be_counted_is_refused():
     ):
         with pytest.raises(error, match=message):
             Stream(stream)
+
+
+# -- what stays in memory
+
+
+def test_examples_that_were_read_are_not_read_again():
+    items = Items()
+    data = Cached(ObjectDataset(items))
+    del items.read[:]
+    order = np.random.default_rng(0).permutation(20)
+    first = batches(data, order)
+    assert sorted(items.read) == list(range(20))
+    again = batches(data, order[::-1])
+    assert len(items.read) == 20
+    for (x, y), (other, label) in zip(batches(ObjectDataset(Items()), order), first, strict=True):
+        assert (x["a"] == other["a"]).all()
+        assert y.tolist() == label.tolist()
+    assert [y for _, part in again for y in part] == Y[order[::-1]].tolist()
+
+
+def test_a_share_that_is_in_memory_is_joined_with_what_is_read():
+    items = Items()
+    data = Cached(ObjectDataset(items))
+    batches(data, range(0, 20, 2))
+    del items.read[:]
+    mixed = batches(data, [3, 2, 4, 7, 0, 19, 18, 5, 1], batch_size=4)
+    assert [y.tolist() for _, y in mixed] == [
+        Y[part].tolist() for part in ([3, 2, 4, 7], [0, 19, 18, 5], [1])
+    ]
+    assert [x["a"].tolist() for x, _ in mixed][1] == X[[0, 19, 18, 5]].tolist()
+    assert sorted(items.read) == [1, 3, 5, 7, 19]
+
+
+def test_a_worker_keeps_what_it_has_read_itself():
+    items = Items()
+    data = Cached(ObjectDataset(items))
+    del items.read[:]
+    for order in (np.arange(20), np.arange(20)[::-1]):
+        list(
+            pipeline.shard_batches(
+                data, order, batch_size=4, shard=Shard(first_replica=1, replicas=2)
+            )
+        )
+    # The second half of each batch of the one order and of the other.
+    assert sorted(items.read) == list(range(20))
+    assert len(items.read) == 20
+
+
+def test_pictures_that_stay_in_memory_are_the_same(tmp_path):
+    plain = ImageFolder(write_pictures(tmp_path), image_size=(4, 4))
+    cached = Cached(plain)
+    for _ in range(2):
+        for (x, y), (other, label) in zip(
+            batches(plain, range(8)), batches(cached, range(8)), strict=True
+        ):
+            assert (x == other).all()
+            assert (y == label).all()
+    assert cached.digest == plain.digest
+    assert cached.spec == plain.spec

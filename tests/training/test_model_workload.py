@@ -11,12 +11,15 @@ import pytest
 from PIL import Image
 from support import Pause, children, save_npz
 
+import trainer
 from trainer.config import TrainConfig
 from trainer.data import sources
-from trainer.errors import UsageError
+from trainer.data.cache import Cached
+from trainer.data.folders import ImageFolder
+from trainer.errors import DataError, UsageError
 from trainer.models import registry
 from trainer.models.registry import DataSpec
-from trainer.runtime import keras
+from trainer.runtime import keras, tf
 from trainer.training import workload as workloads
 
 CLASSES = ("bars", "dots", "rings")
@@ -253,6 +256,47 @@ def test_a_limit_of_a_sorted_folder_takes_of_all_classes(pictures, limit):
     assert workload.data["train_examples"] == limit
     [(_, labels)] = workload.train.batches(np.arange(limit), limit)
     assert len(set(labels.numpy())) > 1
+
+
+def test_pictures_stay_in_memory_where_they_fit(pictures, monkeypatch):
+    def kinds(**settings):
+        workload = workloads.load(TrainConfig(data=str(pictures), batch_size=12, **settings))
+        workload.prepare(tf.distribute.get_strategy())
+        return type(workload.train), type(workload.measured)
+
+    assert kinds() == (Cached, Cached)
+    assert kinds(cache="none") == (ImageFolder, ImageFolder)
+    monkeypatch.setattr("trainer.machine.available_memory", lambda: 100_000)
+    assert kinds() == (ImageFolder, ImageFolder)
+    with pytest.raises(DataError, match=r"fit into 0\.0 GB, half of the memory that is free"):
+        kinds(cache="memory")
+
+
+def test_every_picture_is_read_once(pictures, monkeypatch, tmp_path):
+    read = []
+    batches = ImageFolder.batches
+
+    def counted(self, numbers, batch_size):
+        read.append((self.folder.name, len(numbers)))
+        return batches(self, numbers, batch_size)
+
+    monkeypatch.setattr(ImageFolder, "batches", counted)
+    config = TrainConfig(
+        data=str(pictures), batch_size=12, epochs=3, output_dir=tmp_path, report=False
+    )
+    trainer.train(config)
+    # The order of the first epoch is asked for twice, before anything is read.
+    assert set(read) == {("train", 48), ("test", 18)}
+    assert len(read) <= 3
+
+
+def test_the_cache_changes_no_bit(command, pictures):
+    flags = ("--data", pictures, *FLAGS, "--augment", "affine", "--no-report")
+    digests = {
+        trained(command, *flags, "--cache", cache, output_dir=cache)["model"]["weights_sha256"]
+        for cache in ("memory", "none")
+    }
+    assert len(digests) == 1
 
 
 # -- networks

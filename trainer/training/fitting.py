@@ -5,6 +5,7 @@ It is ``trainer.fit``, which has the defaults and the documentation.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import signal
@@ -78,7 +79,8 @@ def fit(
     feed = Feed(training, batch_size, shard, seed=config.seed if shuffle else None)
     validation_batches = None
     if validation is not None:
-        validation_batches = Feed(validation, batch_size, shard, seed=None)(0, 0)
+        validation_feed = Feed(validation, batch_size, shard, seed=None)
+        validation_batches = functools.partial(validation_feed, 0, 0)
     for notice in {part.notice for part in (training, validation) if part}:
         if notice and workers.index == 0:
             print(notice)

@@ -99,7 +99,7 @@ def fit(
         model,
         objective,
         lambda epoch, first: train_data(epoch).skip(first),
-        validation_data,
+        lambda: validation_data,
         strategy=strategy,
         epochs=epochs,
         jit_compile=jit_compile,
@@ -116,7 +116,7 @@ def train(
     model: keras.Model,
     objective: Objective,
     train_data: Callable[[int, int], tf.data.Dataset],
-    validation_data: tf.data.Dataset | None,
+    validation_data: Callable[[], tf.data.Dataset] | None,
     *,
     strategy: tf.distribute.Strategy,
     epochs: int,
@@ -136,7 +136,7 @@ def train(
         objective: What to minimize and measure.
         train_data: Returns the batches of an epoch, counted from 0, that the objective takes, from
             a step on, also counted from 0.
-        validation_data: The same; None: the model is not evaluated.
+        validation_data: Returns those of an evaluation; None: the model is not evaluated.
         strategy: Splits each batch, which is a global one, among its replicas.
         epochs: Number of epochs.
         jit_compile: Whether to compile with XLA.
@@ -208,7 +208,7 @@ def train(
             test_logs = _evaluate(
                 objective,
                 test_execution,
-                validation_data,
+                validation_data(),
                 listeners,
                 where=f"{where}'s evaluation",
                 steps_per_execution=steps_per_execution,

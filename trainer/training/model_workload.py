@@ -6,6 +6,7 @@ Images are read as they are needed, by each worker its own; the network is built
 function of the user's own (``models.registry``).
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer import files, inputs
+from trainer import files, inputs, machine
 from trainer.config import TrainConfig
 from trainer.data import augment, dataset, sources
 from trainer.data.arrays import ArrayDataset
+from trainer.data.cache import Cached, bytes_of
 from trainer.data.dataset import Dataset, OneHot, Renumbered, Splits, Subset
 from trainer.data.digits import NUM_CLASSES, Digits
 from trainer.data.order import epoch_order
@@ -34,6 +36,9 @@ from trainer.training.workload import Predictions, Workload, no_test_images
 
 if TYPE_CHECKING:
     from trainer.training.position import Position
+
+
+CACHE_SHARE = 0.5  # Of the memory that is free, for images that stay in it.
 
 
 class ModelWorkload(Workload):
@@ -155,7 +160,9 @@ class ModelWorkload(Workload):
         return StepChoice("keras")
 
     def prepare(self, strategy: tf.distribute.Strategy) -> None:
-        """Builds the network; it is the same one on all workers."""
+        """Builds the network, which is the same one on all workers, and decides whether images stay
+        in memory.
+        """
         workers = Workers(strategy)
         self.model = self.build()
         keras_model.check(self.model, strategy.num_replicas_in_sync)
@@ -166,6 +173,27 @@ class ModelWorkload(Workload):
                 f"{self.config.model} on worker {', '.join(map(str, others))} than on worker 0. "
                 "Install the same code there."
             )
+        self._cache(workers)
+
+    def _cache(self, workers: Workers) -> None:
+        """Has images that are read from files stay in memory, where they fit."""
+        streamed = [part for part in (self.train, self.measured) if not _in_memory(part)]
+        size = sum(map(bytes_of, streamed))
+        # Workers may share a machine.
+        most = int((machine.available_memory() or 0) * CACHE_SHARE / workers.count)
+        if self.config.cache == "none" or not streamed:
+            return
+        if size > most:
+            if self.config.cache == "memory":
+                raise DataError(
+                    f"Expected images that fit into {most / 1e9:.1f} GB, half of the memory that "
+                    f"is free, for cache='memory'. Received: {size / 1e9:.1f} GB at "
+                    f"{self.config.data}. Use cache='auto', or a smaller image_size."
+                )
+            return
+        self.train, self.measured = (
+            part if _in_memory(part) else Cached(part) for part in (self.train, self.measured)
+        )
 
     def fit(
         self,
@@ -183,13 +211,13 @@ class ModelWorkload(Workload):
         shard = shard_of(Workers(strategy))
         warp = augment.warp if config.augment == "affine" else None
         feed = Feed(self.train, config.batch_size, shard, seed=config.seed, augment=warp)
-        measured = Feed(self.measured, config.batch_size, shard, seed=None)(0, 0)
+        measured = Feed(self.measured, config.batch_size, shard, seed=None)
         with mirrored(model, strategy), reading_errors(self.train, self.measured):
             history = loop.train(
                 model,
                 CompiledModel(model, strategy),
                 feed,
-                measured,
+                functools.partial(measured, 0, 0),
                 strategy=strategy,
                 epochs=config.epochs,
                 jit_compile=config.jit_compile,
@@ -336,6 +364,13 @@ def open_for(config: TrainConfig, spec: registry.DataSpec, *, limit: int | None)
         )
     data = _limited(data, "test_limit", limit, config.seed)
     return data if found == classes else Renumbered(data, classes)
+
+
+def _in_memory(data: Dataset) -> bool:
+    """Tells whether a data set is one of arrays."""
+    while isinstance(data, (Subset, OneHot)):
+        data = data.dataset
+    return isinstance(data, ArrayDataset)
 
 
 class _Pictures:
