@@ -13,7 +13,9 @@ from trainer.errors import DataError, UsageError
     [
         (["--epoch", "3"], "Unrecognized options: --epoch, 3. Perhaps you meant --epochs."),
         (["surplus"], "Unrecognized options: surplus."),
-        (["--optimizer", "adagrat"], "invalid choice 'adagrat' for argument '--optimizer'."),
+        (["--recipe", "slow"], "invalid choice 'slow' for argument '--recipe'."),
+        (["--optimizer", "adagrat"], "optimizer must be one of adadelta, "),
+        (["--optimizer", "adam", "beta_1"], "must be name=value. Received: 'beta_1'."),
         (["--epochs"], "Missing value for argument '--epochs'."),
         (["--epochs", "many"], "Error parsing --epochs: expected INT. Received: many. prog --help"),
         (["--epochs", "0"], "epochs must be a whole number of at least 1."),
@@ -44,6 +46,19 @@ def test_every_field_is_a_flag_with_help(capsys):
 def test_flags_make_the_configuration():
     config = cli.parse("prog", TrainConfig, ["--epochs", "3", "--tensorflow-logs", "--seed", "7"])
     assert config == TrainConfig(epochs=3, tensorflow_logs=True, seed=7)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--optimizer", "sgd", "momentum=0.9", "nesterov=True", "--epochs", "3"],
+        ["--epochs", "3", "--optimizer=sgd", "nesterov=True", "momentum=0.9"],
+        ["--optimizer", "sgd momentum=0.9 nesterov=True", "--epochs", "3"],
+    ],
+)
+def test_the_parameters_of_a_name_are_words_after_it(argv):
+    config = cli.parse("prog", TrainConfig, argv)
+    assert config == TrainConfig(optimizer="sgd momentum=0.9 nesterov=True", epochs=3)
 
 
 def test_a_recipe_and_what_differs_from_it_are_flags():

@@ -109,8 +109,9 @@ def test_a_recipes_rate_is_for_its_optimizer():
 def test_the_rates_are_those_of_keras_except_for_adadelta():
     from trainer.runtime import keras
 
+    kinds = {name.lower(): kind for name, kind in vars(keras.optimizers).items()}
     for name, rate in LEARNING_RATES.items():
-        default = float(keras.optimizers.get(name).learning_rate)
+        default = float(kinds[name]().learning_rate)
         assert (default == pytest.approx(rate)) is (name != "adadelta")
 
 
@@ -295,3 +296,33 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
 def test_the_commands_refuse_urls_too(make):
     with pytest.raises(UsageError, match=r"must be a path on this machine"):
         make(Path("gs://bucket/mnist.onnx"))
+
+
+def test_a_name_and_its_parameters_have_one_spelling():
+    config = TrainConfig(optimizer="adamw  weight_decay=.05 beta_1=0.8", schedule="cosine")
+    assert config.optimizer == "adamw beta_1=0.8 weight_decay=0.05"
+    assert (config.optimizer_name, config.learning_rate) == ("adamw", 0.001)
+    assert TrainConfig(**config.as_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "adamw 0.05"}, "must be name=value. Received: '0.05'"),
+        ({"optimizer": "adam beta_1=x"}, "must be a number, True, False or None. Received: 'x'"),
+        ({"optimizer": "adam beta_1=[1]"}, r"Received: '\[1\]'"),
+        ({"optimizer": "adam beta_1=1 beta_1=2"}, "beta_1 must be there once"),
+        (
+            {"optimizer": "madam"},
+            "optimizer must be one of adadelta, .*Received: optimizer='madam'",
+        ),
+        ({"schedule": "cosine beta=1"}, "schedule=cosine has the parameters: alpha, warmup"),
+        ({"schedule": "one-cycle warmup=1"}, "has the parameters: none"),
+        ({"schedule": "cosine warmup=2"}, "warmup of schedule=cosine must be from 0 to 1"),
+        ({"schedule": "cosine warmup=True"}, "must be from 0 to 1"),
+        ({"schedule": "polynomial power=0"}, "power of schedule=polynomial must be above 0"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**settings)

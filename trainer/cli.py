@@ -183,6 +183,30 @@ def write_termination_message(text: str) -> None:
             Path(path).write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
 
 
+def _joined(kind: type, argv: Sequence[str]) -> list[str]:
+    """Returns arguments with the words of a flag that has parameters as one: ``--optimizer``,
+    ``adamw weight_decay=0.05``.
+    """
+    flags = {
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(kind)
+        if field.metadata.get("parameters")
+    }
+    joined: list[str] = []
+    taking, values = False, 0
+    for argument in argv:
+        if argument.startswith("-"):
+            flag, equals, _ = argument.partition("=")
+            taking, values = flag.replace("_", "-") in flags, int(bool(equals))
+        elif taking and values:
+            joined[-1] += f" {argument}"
+            continue
+        else:
+            values += 1
+        joined.append(argument)
+    return joined
+
+
 def parse(prog: str, kind: type[Config], argv: Sequence[str]) -> Config:
     """Makes a configuration from flags.
 
@@ -196,7 +220,7 @@ def parse(prog: str, kind: type[Config], argv: Sequence[str]) -> Config:
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(
-                kind, prog=prog, args=list(argv), config=(tyro.conf.FlagCreatePairsOff,)
+                kind, prog=prog, args=_joined(kind, argv), config=(tyro.conf.FlagCreatePairsOff,)
             )
     except SystemExit as exit:
         if not exit.code:

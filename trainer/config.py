@@ -17,11 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, get_a
 from trainer import recipes
 from trainer.errors import UsageError
 from trainer.machine import available_cpus
-from trainer.recipes import RECIPES
+from trainer.parameters import parse
+from trainer.recipes import LEARNING_RATES, RECIPES
 
-Optimizer = Literal["adadelta", "adagrad", "adam", "adamw", "lion", "nadam", "rmsprop", "sgd"]
 Recipe = Literal["default", "fast", "best"]
-Schedule = Literal["constant", "one-cycle"]
+# Names and what parameters they have; of optimizers those that Keras has.
+SCHEDULES: Mapping[str, tuple[str, ...]] = {
+    "constant": (),
+    "one-cycle": (),
+    "cosine": ("alpha", "warmup"),
+    "exponential": ("decay_rate",),
+    "polynomial": ("end", "power"),
+}
 Augment = Literal["none", "affine"]
 Cache = Literal["auto", "memory", "none"]
 Resume = Literal["auto", "never", "must"]
@@ -44,6 +51,8 @@ else:
 # Marks the settings that may differ between a checkpoint and the run that resumes it: those that
 # change no result, or its last bits at most.
 MAY_DIFFER: Mapping[str, bool] = {"may_differ": True}
+# Marks those that are a name and its parameters: several words of a command line.
+PARAMETERS: Mapping[str, bool] = {"parameters": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,9 +118,10 @@ class TrainConfig:
     """Images in one step, over all replicas together.
     None: the recipe's; 128, fast: 64."""
 
-    optimizer: OrRecipe[Optimizer] = None
-    """Keras' optimizer of this name, with Keras'
-    defaults for everything but the learning rate.
+    optimizer: OrRecipe[str] = dataclasses.field(default=None, metadata=PARAMETERS)
+    """Keras' optimizer of this name, and parameters of
+    its: adamw weight_decay=0.05 global_clipnorm=1. Else
+    they are Keras' defaults, but for the learning rate.
     None: the recipe's; adadelta, fast and best: adam."""
 
     learning_rate: OrRecipe[float] = None
@@ -121,12 +131,16 @@ class TrainConfig:
     others. (0.001 with adadelta is the notebook as
     published, which ends at 58% after two epochs.)"""
 
-    schedule: OrRecipe[Schedule] = None
+    schedule: OrRecipe[str] = dataclasses.field(default=None, metadata=PARAMETERS)
     """How the learning rate changes from step to step.
     constant: not at all; one-cycle: it warms up from
     10% of the peak, then cosine-decays to 0 at the
-    end of the last epoch. None: the recipe's;
-    constant, fast and best: one-cycle."""
+    end of the last epoch; cosine warmup=0.1 alpha=0.01:
+    it warms up from 0 over a tenth of the steps, and
+    decays to a hundredth; exponential decay_rate=0.9:
+    to nine tenths in each epoch; polynomial power=1
+    end=0. None: the recipe's; constant, fast and best:
+    one-cycle."""
 
     label_smoothing: OrRecipe[float] = None
     """Share of each label that is spread evenly over all
@@ -267,8 +281,6 @@ class TrainConfig:
         folder = _path("output_dir", self.output_dir, remedy="Leave it out for the current folder.")
         object.__setattr__(self, "output_dir", local_path("output_dir", folder))
         for name, choices in (
-            ("optimizer", Optimizer),
-            ("schedule", Schedule),
             ("augment", Augment),
             ("cache", Cache),
             ("resume", Resume),
@@ -279,6 +291,9 @@ class TrainConfig:
             ("log_format", LogFormat),
         ):
             _check_choice(name, getattr(self, name), get_args(choices))
+        for name, known in (("optimizer", LEARNING_RATES), ("schedule", SCHEDULES)):
+            object.__setattr__(self, name, _named(name, getattr(self, name), known))
+        _check_schedule(self.schedule)
         for name in ("epochs", "batch_size"):
             _check_whole(name, getattr(self, name), 1, remedy=self._remedy(name))
         _check_whole("seed", self.seed, 0, 2**32 - 1, remedy="Use 0, the default.")
@@ -298,7 +313,7 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None:
                 _check_whole(name, value, 1, remedy="Leave it out for the default.")
         if self.learning_rate is None:
-            rate = recipes.learning_rate(self.recipe, self.optimizer)
+            rate = recipes.learning_rate(self.recipe, self.optimizer_name)
             object.__setattr__(self, "learning_rate", rate)
         if (
             not isinstance(self.learning_rate, int | float)
@@ -308,8 +323,8 @@ class TrainConfig:
             raise UsageError(
                 "learning_rate must be a finite number above 0. "
                 f"Received: learning_rate={self.learning_rate!r}. Leave it out for "
-                f"{recipes.learning_rate(self.recipe, self.optimizer)}, that of {self.optimizer} "
-                f"in the recipe {self.recipe}."
+                f"{recipes.learning_rate(self.recipe, self.optimizer_name)}, that of "
+                f"{self.optimizer_name} in the recipe {self.recipe}."
             )
         for name in ("label_smoothing", "pooling_dropout", "dense_dropout"):
             _check_share(name, getattr(self, name), remedy=self._remedy(name))
@@ -347,6 +362,11 @@ class TrainConfig:
     def as_dict(self) -> dict:
         """Returns the fields as JSON can hold them; ``TrainConfig(**fields)`` is equal to this."""
         return {**dataclasses.asdict(self), "output_dir": str(self.output_dir)}
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer's name, without its parameters."""
+        return parse(self.optimizer).name
 
     @property
     def height_and_width(self) -> tuple[int, int] | None:
@@ -460,6 +480,38 @@ def _path(name: str, value: object, *, remedy: str) -> str:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise UsageError(f"{name} must be one of {', '.join(choices)}. Received: {name}={value!r}.")
+
+
+def _named(setting: str, value: object, known: Mapping[str, object]) -> str:
+    """Returns a name and its parameters in their one spelling."""
+    if not isinstance(value, str) or parse(value).name not in known:
+        raise UsageError(
+            f"{setting} must be one of {', '.join(known)}. Received: {setting}={value!r}."
+        )
+    return str(parse(value))
+
+
+def _check_schedule(value: str) -> None:
+    name, parameters = parse(value)
+    for parameter, number in parameters.items():
+        if parameter not in SCHEDULES[name]:
+            known = ", ".join(SCHEDULES[name]) or "none"
+            raise UsageError(
+                f"schedule={name} has the parameters: {known}. Received: {parameter}={number}. "
+                "Leave it out."
+            )
+        least = 0 if parameter == "power" else None
+        if (
+            not isinstance(number, (int, float))
+            or isinstance(number, bool)
+            or not (number > least if least is not None else 0 <= number <= 1)
+            or number == float("inf")
+        ):
+            raise UsageError(
+                f"{parameter} of schedule={name} must be "
+                f"{'above 0' if least is not None else 'from 0 to 1'}. Received: "
+                f"{parameter}={number}. Leave it out for the default."
+            )
 
 
 def _check_share(name: str, value: object, *, remedy: str) -> None:

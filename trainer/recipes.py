@@ -8,10 +8,15 @@ docs/performance.md has the accuracy of each recipe, and how its values were cho
 # example.
 LEARNING_RATES: dict[str, float] = {
     "adadelta": 1.0,
+    "adafactor": 0.001,
     "adagrad": 0.001,
     "adam": 0.001,
+    "adamax": 0.001,
     "adamw": 0.001,
+    "ftrl": 0.001,
+    "lamb": 0.001,
     "lion": 0.001,
+    "muon": 0.001,
     "nadam": 0.001,
     "rmsprop": 0.001,
     "sgd": 0.01,

@@ -113,6 +113,9 @@ def test_gradients_are_the_models_own(mnist, digits, n, steps):
         ("adadelta", 1.0),
         pytest.param("adam", 1e-3, marks=pytest.mark.full),
         pytest.param("sgd", 0.1, marks=pytest.mark.full),
+        pytest.param(
+            "adam weight_decay=0.1 global_clipnorm=0.5 use_ema=True", 1e-3, marks=pytest.mark.full
+        ),
     ],
 )
 def test_in_float64_the_loss_curve_is_the_models_own(digits, float64, optimizer, rate):

@@ -215,7 +215,9 @@ class _Run:
         else:
             found = find_step(self.config, accelerator=self.accelerator)
         step = found.verify(
-            optimizer=self.config.optimizer, threads=self.config.threads, replicas=self.replicas
+            optimizer=self.config.optimizer_name,
+            threads=self.config.threads,
+            replicas=self.replicas,
         )
         self.step_name = step.name
         return {"name": step.name, "reason": step.reason}

@@ -113,7 +113,7 @@ def _verify_step(
     step: StepChoice, config: TrainConfig, strategy: tf.distribute.Strategy
 ) -> StepChoice:
     return step.verify(
-        optimizer=config.optimizer,
+        optimizer=config.optimizer_name,
         threads=config.threads,
         replicas=Workers(strategy).local_replicas,
     )

@@ -203,10 +203,11 @@ def _progress(config: TrainConfig, cluster: "Cluster | None") -> "Iterator[Watch
 def _announce(
     config: TrainConfig, workload: "Workload", assembly: "Assembly", watcher: "Watcher"
 ) -> None:
+    optimizer = config.optimizer + (", learning rate" if " " in config.optimizer else "")
     schedule = "" if config.schedule == "constant" else f" ({config.schedule})"
     watcher.say(
         f"{workload.summary()} ({config.data}), "
-        f"epochs {config.epochs}, batch size {config.batch_size}, {config.optimizer} "
+        f"epochs {config.epochs}, batch size {config.batch_size}, {optimizer} "
         f"{config.learning_rate:g}{schedule}, seed {config.seed}, threads {config.threads}",
         "start",
         **assembly.manifest.as_dict(),
