@@ -52,7 +52,7 @@ __all__ = ["TrainConfig", "evaluate", "fit", "is_chief", "load_data", "load_mode
 
 def train(
     config: TrainConfig,
-    data: "Digits | None" = None,
+    data: "Digits | Splits | None" = None,
     *,
     callbacks: Sequence["keras.callbacks.Callback"] = (),
 ) -> tuple["keras.Model", dict[str, list[float]]]:

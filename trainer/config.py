@@ -92,6 +92,12 @@ class TrainConfig:
     each epoch in place of the test images, which then
     judge the model once, at the end."""
 
+    early_stopping: int | None = None
+    """Stop after this many epochs without a better loss of
+    the validation images, and keep the weights of the
+    best epoch. It takes validation images, such as those
+    of validation_split. None: train all epochs."""
+
     model: str = "cnn"
     """The network: cnn, resnet, or package.module:function
     for your own, which is called with the data's spec
@@ -309,7 +315,8 @@ class TrainConfig:
                 "checkpoint_every must be a time like 90s, 5m or 1h, or a number of steps like "
                 f"200. Received: checkpoint_every={self.checkpoint_every!r}. Use 60s, the default."
             )
-        for name in ("steps_per_execution", "train_limit", "test_limit", "step_timeout"):
+        optional = "steps_per_execution", "train_limit", "test_limit", "step_timeout"
+        for name in (*optional, "early_stopping"):
             if (value := getattr(self, name)) is not None:
                 _check_whole(name, value, 1, remedy="Leave it out for the default.")
         if self.learning_rate is None:

@@ -299,6 +299,49 @@ def test_the_cache_changes_no_bit(command, pictures):
     assert len(digests) == 1
 
 
+# -- early stopping
+
+
+@pytest.mark.parametrize("digits", [False, True])
+def test_a_run_stops_early_in_the_same_epoch_after_a_kill(
+    command, tmp_path, pictures, few_digits, digits
+):
+    data = few_digits if digits else pictures  # Noise, which is learned by heart.
+    flags = ("--data", data, "--epochs", 30, "--batch-size", 12, "--optimizer", "adam")
+    flags += ("--learning-rate", 0.003, "--validation-split", 0.25, "--early-stopping", 2)
+    flags += ("--steps-per-execution", 1)
+    done = command.run(*flags, "--output-dir", "undisturbed")
+    assert done.returncode == 0, done.stderr
+    name = "mnist.json" if digits else "model.json"
+    undisturbed = json.loads((tmp_path / "undisturbed" / name).read_text())
+    history = json.loads((tmp_path / "undisturbed" / "history.json").read_text())
+    best = int(np.argmin(history["val_loss"]))
+    assert undisturbed["best_epoch"] == best + 1
+    assert undisturbed["metrics"]["val_loss"] == history["val_loss"][best]
+    assert len(history["loss"]) == min(best + 3, 30) > 3
+    assert f"The weights are those of epoch {best + 1}" in done.stdout + done.stderr
+    page = (tmp_path / "undisturbed" / "report.html").read_text()
+    assert f"the model is that of epoch {best + 1}." in page
+    pause = Pause(folder=tmp_path / "pause", after_step=(len(history["loss"]), 1))
+    run = command.start(*flags, "--output-dir", "killed", hooks=[pause])
+    pause.wait(run)
+    run.kill()
+    run.communicate()
+    done = command.run(*flags, "--output-dir", "killed")
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads((tmp_path / "killed" / name).read_text())
+    assert resumed["model"]["weights_sha256"] == undisturbed["model"]["weights_sha256"]
+    assert resumed["metrics"] == undisturbed["metrics"]
+    assert resumed["best_epoch"] == undisturbed["best_epoch"]
+
+
+def test_early_stopping_takes_validation_images(command, pictures):
+    done = command.run("--data", pictures, *FLAGS, "--early-stopping", 2)
+    assert done.returncode == 2
+    assert "early_stopping takes validation images" in done.stderr
+    assert "Use validation_split=0.1" in done.stderr
+
+
 # -- networks
 
 

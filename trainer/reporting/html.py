@@ -112,6 +112,7 @@ def _sentences(manifest: dict, history: Mapping, found: Scores, judged: _Judged)
     epochs = len(history["loss"])
     measured = history[f"val_{judged.metric}"]
     best = int(np.argmin(measured) if judged.metric == "loss" else np.argmax(measured))
+    kept = f"epoch {manifest['best_epoch']}" if "best_epoch" in manifest else "the last epoch"
     at_most = "" if config["schedule"] == "constant" else " at most"
     network = "CNN" if config.get("model", "cnn") == "cnn" else f"network ({config['model']})"
     examples = data[f"{judged.part}_examples"]
@@ -128,8 +129,8 @@ def _sentences(manifest: dict, history: Mapping, found: Scores, judged: _Judged)
             f"{_many(epochs, 'epoch')} with {config['optimizer']}, learning rate "
             f"{config['learning_rate']:g}{at_most}, batches of {config['batch_size']}, seed "
             f"{config['seed']}. The best {judged.measured} {judged.metric} was "
-            f"{judged.shown(measured[best])}, after epoch {best + 1}; the model is that of the "
-            "last epoch. Dropout is active in training only, so training metrics can be worse than "
+            f"{judged.shown(measured[best])}, after epoch {best + 1}; the model is that of {kept}. "
+            "Dropout is active in training only, so training metrics can be worse than "
             f"{judged.measured} metrics."
         ),
         "mistaken": (

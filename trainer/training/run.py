@@ -22,13 +22,13 @@ from trainer.training import workload as workloads
 if TYPE_CHECKING:
     import keras
 
+    from trainer.data.dataset import Splits
     from trainer.data.digits import Digits
     from trainer.distributed.cluster import Cluster
     from trainer.distributed.collectives import Workers
     from trainer.distributed.worker import Link
     from trainer.reporting.progress import Watcher
     from trainer.training.assembly import Assembly
-    from trainer.training.manifest import RunManifest
     from trainer.training.session import Session
     from trainer.training.workload import Workload
 
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 def train(
     config: TrainConfig,
     *,
-    data: "Digits | None" = None,
+    data: "Digits | Splits | None" = None,
     cluster: "Cluster | None" = None,
     link: "Link | None" = None,
     job: str | None = None,
@@ -125,6 +125,8 @@ def train(
                 after_call=session.after_call,
                 notify=lambda text: watcher.say(text, "notice"),
             )
+            if session.best_epoch is not None:
+                watcher.say(_stopped_early(config, history, session.best_epoch), "notice")
             workload.release()
             del data
             runtime.release_memory()
@@ -138,7 +140,7 @@ def train(
             replicas = session.manifest.environment["replicas"]
             report = Report(config, workload, model, replicas, lambda: signals.received, watcher)
             tested = workload.test(lambda: report.predictions)
-            description = _save(config, workload, model, history, tested, session.manifest, start)
+            description = _save(config, workload, model, history, tested, session, start)
             session.checkpoints.delete_all()
             report.draw(description, history)
             _report_result(config, description, watcher)
@@ -233,19 +235,33 @@ def _compare_weights(model: "keras.Model", workers: "Workers", watcher: "Watcher
     watcher.say(text, "weights", workers=workers.count, same=same, weights_sha256=sha256)
 
 
+def _stopped_early(config: TrainConfig, history: dict[str, list[float]], best: int) -> str:
+    """Returns the sentence about a run with early stopping that has ended."""
+    epochs = len(history["loss"])
+    ended = "All epochs are trained"
+    if epochs < config.epochs:
+        ended = (
+            f"Stopped after epoch {epochs}: the validation loss was lower {epochs - best - 1} ago"
+        )
+    return f"{ended}. The weights are those of epoch {best + 1}"
+
+
 def _save(
     config: TrainConfig,
     workload: "Workload",
     model: "keras.Model",
     history: dict[str, list[float]],
     test: Mapping[str, float],
-    manifest: "RunManifest",
+    session: "Session",
     start: float,
 ) -> dict:
     """Writes the files; returns the content of the manifest."""
-    metrics = {name: values[-1] for name, values in history.items() if name != "seconds"}
+    epoch = -1 if session.best_epoch is None else session.best_epoch
+    metrics = {name: values[epoch] for name, values in history.items() if name != "seconds"}
+    best = {} if session.best_epoch is None else {"best_epoch": session.best_epoch + 1}
     description = {
-        **manifest.as_dict(),
+        **session.manifest.as_dict(),
+        **best,
         "metrics": {**metrics, **test},
         "seconds": round(time.monotonic() - start, 3),
     }

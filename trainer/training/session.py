@@ -17,6 +17,7 @@ from trainer.reporting.tensorboard import EpochEvents
 from trainer.runtime import keras
 from trainer.signals import Signals
 from trainer.training.assembly import Assembly
+from trainer.training.callback_state import CallbackState
 from trainer.training.checkpoint import Checkpointer, Checkpoints
 from trainer.training.position import Position
 from trainer.training.resume import resume
@@ -44,6 +45,12 @@ class Session:
         self.workers = Workers(assembly.strategy.strategy)
         self.ring = assembly.strategy.ring
         self.first_sums = 0  # elements that the ring must have summed after the first call
+        self.stopping: keras.callbacks.EarlyStopping | None = None
+        if config.early_stopping:
+            self.stopping = keras.callbacks.EarlyStopping(
+                "val_loss", patience=config.early_stopping, restore_best_weights=True
+            )
+            self.stopping_state = CallbackState([self.stopping])
         self.checkpoints = Checkpoints(config.output_dir, keep=config.keep_checkpoints)
         self.checkpointer: Checkpointer | None = None
 
@@ -54,9 +61,14 @@ class Session:
             return self.checkpointer.saved
         return None
 
+    @property
+    def best_epoch(self) -> int | None:
+        """Number of the epoch, counted from 0, whose weights early stopping has kept."""
+        return self.stopping.best_epoch if self.stopping else None
+
     def begin(self, model: keras.Model) -> Position:
         """Restores the unfinished run, if there is one."""
-        self.checkpoints.track(model)
+        self.checkpoints.track(model, extra=self.stopping_state.dumps if self.stopping else None)
         position, self.manifest = resume(
             self.checkpoints,
             model,
@@ -76,6 +88,8 @@ class Session:
             stop=lambda: self.signals.received,
             workers=self.workers,
         )
+        if self.stopping and position.steps:
+            self.stopping_state.resume(self.checkpoints.extra.numpy(), position.epoch)
         if self.ring:
             parameters = sum(math.prod(weight.shape) for weight in model.trainable_weights)
             self.first_sums = self.ring.summed + parameters
@@ -83,16 +97,20 @@ class Session:
 
     def callbacks(self) -> list[keras.callbacks.Callback]:
         """Returns the callbacks that the configuration asks for."""
+        stopping: list[keras.callbacks.Callback] = []
+        if self.stopping:  # Its state last: Keras resets the others where training begins.
+            stopping = [keras.callbacks.History(), self.stopping, self.stopping_state]
         if not self.config.tensorboard or self.workers.index:
-            return []
+            return stopping
         return [
+            *stopping,
             EpochEvents(
                 self.config.output_dir,
                 learning_rate=optimizers.learning_rate_by_epoch(
                     self.config, self.workload.train_examples
                 ),
                 before=lambda: self.checkpointer.saved.history if self.checkpointer else {},
-            )
+            ),
         ]
 
     def after_call(self, position: Position) -> None:

@@ -131,7 +131,7 @@ class Workload(abc.ABC):
         return {"test_loss": found.loss, "test_accuracy": found.accuracy}
 
 
-def load(config: TrainConfig, data: "Digits | None" = None) -> Workload:
+def load(config: TrainConfig, data: "Digits | Splits | None" = None) -> Workload:
     """Loads the data of a run.
 
     Args:
@@ -158,6 +158,11 @@ def load(config: TrainConfig, data: "Digits | None" = None) -> Workload:
         from trainer.training.model_workload import ModelWorkload
 
         workload = ModelWorkload(config, source)
+    if config.early_stopping and "validation_examples" not in workload.data:
+        raise UsageError(
+            "early_stopping takes validation images: the test images judge the model afterwards. "
+            f"Received: {config.data}, without any. Use validation_split=0.1, for example."
+        )
     if config.batch_size > workload.train_examples:
         raise UsageError(
             f"batch_size must be at most the {workload.train_examples} training images. Received: "
