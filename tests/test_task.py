@@ -114,7 +114,7 @@ def test_damaged_data_is_65(command, tmp_path):
     assert_one_line(done, 65, str(path), "Fetch or make it again")
     assert (tmp_path / "termination-log").read_text() == done.stderr
     save_npz(path, y_test=np.full(20, 10))
-    assert_one_line(command.run("--data", path), 65, "Received: labels from 10 to 10")
+    assert_one_line(command.run("--data", path), 65, "Received: none of class 10")
 
 
 def test_a_missing_input_is_66(command):

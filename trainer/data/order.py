@@ -41,7 +41,7 @@ def split_numbers(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarr
         UsageError: One part would be empty.
 
     >>> split_numbers(6, 0.5, seed=0)
-    (array([1, 3, 4]), array([0, 2, 5]))
+    (array([0, 2, 5]), array([1, 3, 4]))
     """
     order = epoch_order(n, seed, _NO_EPOCH)
     kept = count_kept(n, share)
