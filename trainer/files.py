@@ -42,6 +42,7 @@ FILES = (MODEL_FILE, HISTORY_FILE, MANIFEST_FILE)
 
 DIGITS = Names(MODEL_FILE, MANIFEST_FILE)  # of the network for digits
 OTHERS = Names("model.keras", "model.json")  # of every other run
+KINDS = (DIGITS, OTHERS)
 
 # Written after those; they may be missing.
 PAGE_FILE = "report.html"
@@ -339,7 +340,7 @@ def _finish_killed_save(folder: Path) -> None:
         if match and match["name"] in known and not path.is_symlink():
             left.setdefault(match["token"], {})[match["name"]] = path
     for files in left.values():
-        for names in (DIGITS, OTHERS):
+        for names in KINDS:
             manifest = files.get(names.manifest)
             model = _read_json(manifest).get("model") if manifest else None
             if isinstance(model, dict) and model.get("sha256") == _sha256(folder / names.model):

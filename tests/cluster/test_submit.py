@@ -104,9 +104,9 @@ def left(namespace):
     return [f"{one['kind']}/{one['metadata']['name']}" for one in found]
 
 
-def assert_fetched(folder):
-    manifest = json.loads((folder / "mnist.json").read_text())
-    model = (folder / "mnist.h5").read_bytes()
+def assert_fetched(folder, model="mnist.h5", manifest="mnist.json"):
+    manifest = json.loads((folder / manifest).read_text())
+    model = (folder / model).read_bytes()
     assert len(model) == manifest["model"]["bytes"]
     history = json.loads((folder / "history.json").read_text())
     assert history["val_accuracy"][-1] == manifest["metrics"]["val_accuracy"]
@@ -121,6 +121,15 @@ def test_two_workers_from_start_to_finish(namespace, submit, tmp_path):
     assert "epoch 2/2  loss" in run.text
     assert "mnist.h5  9.6 MB  SHA-256" in run.lines[-1]
     assert_fetched(tmp_path)
+    assert left(namespace) == []
+
+
+def test_another_network_is_trained_by_two_workers(namespace, submit, tmp_path):
+    flags = "--model=resnet", "--epochs=1", "--train-limit=256", "--test-limit=100"
+    run = submit("--workers", 2, "--", *flags, "--optimizer", "adamw", "weight_decay=0.01")
+    assert run.end() == 0, run.text
+    assert "model.keras  " in run.lines[-1]
+    assert_fetched(tmp_path, "model.keras", "model.json")
     assert left(namespace) == []
 
 

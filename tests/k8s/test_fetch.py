@@ -104,6 +104,17 @@ def test_the_report_is_read_too_and_the_manifest_last():
     assert list(files)[-1] == MANIFEST_FILE
 
 
+def test_a_model_of_another_name_is_read():
+    files = {
+        "model.keras": MODEL,
+        HISTORY_FILE: b"{}",
+        "model.json": SOUND[MANIFEST_FILE],
+    }
+    assert read(Server(files)) == (files, [])
+    with pytest.raises(DataError, match=r"model\.keras to have the SHA-256 that model\.json names"):
+        read(Server(*[{**files, "model.keras": b"another"}] * ATTEMPTS))
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_missing_file_is_an_error(file):
     incomplete = {name: content for name, content in SOUND.items() if name != file}

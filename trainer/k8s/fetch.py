@@ -10,17 +10,16 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 
 from trainer.errors import ConfigurationError, DataError, TrainerError
 from trainer.files import (
     CURVES_FILE,
-    FILES,
     HISTORY_FILE,
-    MANIFEST_FILE,
-    MODEL_FILE,
+    KINDS,
     PAGE_FILE,
     REPORT_FILES,
+    Names,
 )
 from trainer.k8s import manifests
 from trainer.k8s.api import Server
@@ -109,8 +108,10 @@ class _Pod:
         try:
             if not self._wait_until_running():
                 return None
+            names = self._find_names()
             # The manifest is the last, as write_files wants it.
-            return self._read_report() | {file: self._read_file(file) for file in FILES}
+            files = (names.model, HISTORY_FILE, names.manifest)
+            return self._read_report() | {file: self._read_file(file) for file in files}
         finally:
             with contextlib.suppress(TrainerError):
                 self.server.delete("Pod", self.name)
@@ -135,31 +136,50 @@ class _Pod:
             self.sleep(POLL_SECONDS)
         return True
 
+    def _find_names(self) -> Names:
+        """Returns the names of the run's files, which depend on what it has trained."""
+        for names in KINDS:
+            with self._if_it_exists():
+                self._read_file(names.manifest)
+                return names
+        return KINDS[0]
+
     def _read_report(self) -> dict[str, bytes]:
         """Reads the report. A run whose pod was lost after saving the model has none."""
         contents = {}
         for file in REPORT_FILES:
-            try:
+            with self._if_it_exists():
                 contents[file] = self._read_file(file)
-            except ConfigurationError as error:
-                if "No such file" not in str(error):
-                    raise
         return contents
+
+    @contextlib.contextmanager
+    def _if_it_exists(self) -> Iterator[None]:
+        try:
+            yield
+        except ConfigurationError as error:
+            if "No such file" not in str(error):
+                raise
 
     def _read_file(self, file: str) -> bytes:
         return self.server.read_file(self.name, f"/output/{file}")
 
 
+def names_of(contents: Container[str]) -> Names:
+    """Returns the names of a run's files from those that were fetched."""
+    return next(names for names in KINDS if names.manifest in contents)
+
+
 def _check(contents: dict[str, bytes]) -> None:
-    model = contents[MODEL_FILE]
+    names = names_of(contents)
+    model = contents[names.model]
     try:
         json.loads(contents[HISTORY_FILE])
-        expected = json.loads(contents[MANIFEST_FILE])["model"]["sha256"]
+        expected = json.loads(contents[names.manifest])["model"]["sha256"]
     except (ValueError, KeyError, TypeError):
         expected = None
     if hashlib.sha256(model).hexdigest() != expected:
         raise DataError(
-            f"Expected {MODEL_FILE} to have the SHA-256 that {MANIFEST_FILE} names. "
+            f"Expected {names.model} to have the SHA-256 that {names.manifest} names. "
             f"Received: {len(model):,} bytes with another one."
         )
     for file, ending in _ENDINGS.items():

@@ -20,10 +20,10 @@ from trainer.errors import (
     StoppedError,
     TrainerError,
 )
-from trainer.files import MANIFEST_FILE, MODEL_FILE, REPORT_FILES, remove_files, write_files
+from trainer.files import REPORT_FILES, check_replaceable, remove_files, write_files
 from trainer.k8s import manifests
 from trainer.k8s.api import Kind, RefusedError, Server
-from trainer.k8s.fetch import fetch
+from trainer.k8s.fetch import fetch, names_of
 from trainer.k8s.follow import Screen, follow
 
 # Objects that are created here have this label; no others are deleted.
@@ -182,6 +182,8 @@ class ClusterRun:
             )
             if contents is None:
                 raise self._detached()
+            names = names_of(contents)
+            check_replaceable(self.output_dir, names)
             # An earlier run's would be taken for this one's.
             remove_files(self.output_dir, set(REPORT_FILES) - contents.keys())
             write_files(self.output_dir, contents)
@@ -189,9 +191,9 @@ class ClusterRun:
             raise type(error)(
                 f"{error} Nothing is deleted in the cluster: {self.attach_command} tries again."
             ) from error
-        model = json.loads(contents[MANIFEST_FILE])["model"]
+        model = json.loads(contents[names.manifest])["model"]
         self.screen.say(
-            f"{self.output_dir / MODEL_FILE}  {model['bytes'] / 1e6:.1f} MB  "
+            f"{self.output_dir / names.model}  {model['bytes'] / 1e6:.1f} MB  "
             f"SHA-256 {model['sha256']}, as in the cluster"
         )
         self._clean_up()

@@ -172,7 +172,7 @@ def _is_finished(config: TrainConfig, job: str | None) -> bool:
     """Tells whether this is a pod in place of one that was lost after it had written its Job's
     files; then shows the result once more.
     """
-    for names in (files.DIGITS, files.OTHERS) if job else ():
+    for names in files.KINDS if job else ():
         if (manifest := files.read_manifest(config.output_dir, names)).get("job") == job:
             with _progress(config, None) as watcher:
                 _report_result(config, manifest, watcher)
