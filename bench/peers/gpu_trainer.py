@@ -294,14 +294,14 @@ def run() -> None:
                 jit_compile=jit_compile,
                 **smaller(),
             )
-            save, draw = artifacts.save, report.draw
-            artifacts.save, report.draw = timed("save", save), timed("report", draw)
+            save, draw = artifacts.save, report.Report.draw
+            artifacts.save, report.Report.draw = timed("save", save), timed("report", draw)
             begun = time.perf_counter()
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
                     done = runs.train(config, callbacks=[calls.callback()])
             finally:
-                artifacts.save, report.draw = save, draw
+                artifacts.save, report.Report.draw = save, draw
             total = time.perf_counter() - begun
         work.say(
             "run",
