@@ -468,6 +468,9 @@ def test_a_share_that_is_in_memory_is_joined_with_what_is_read():
     ]
     assert [x["a"].tolist() for x, _ in mixed][1] == X[[0, 19, 18, 5]].tolist()
     assert sorted(items.read) == [1, 3, 5, 7, 19]
+    assert int(Cached(ObjectDataset(items)).batches(np.arange(9), 4).cardinality()) == 3
+    batches(half := Cached(ObjectDataset(items)), range(5))
+    assert int(half.batches(np.arange(9), 4).cardinality()) == 3  # Which a training must know.
 
 
 def test_a_worker_keeps_what_it_has_read_itself():

@@ -20,7 +20,7 @@ from trainer.errors import DataError, UsageError
 from trainer.models import registry
 from trainer.models.registry import DataSpec
 from trainer.runtime import keras, tf
-from trainer.training import workload as workloads
+from trainer.training import workloads
 
 CLASSES = ("bars", "dots", "rings")
 FLAGS = ("--epochs", 3, "--batch-size", 12, "--optimizer", "adam")

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from trainer.data.arrays import tensor
-from trainer.data.dataset import Dataset
+from trainer.data.dataset import Dataset, Derived
 from trainer.machine import aligned_empty
 from trainer.runtime import tf
 
 _TOGETHER = 32  # Examples that are read at once where others are in memory already.
 
 
-class Cached(Dataset):
+class Cached(Derived):
     """The examples of a data set, in memory from their first use on.
 
     Args:
@@ -28,36 +28,13 @@ class Cached(Dataset):
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-        self.classes = dataset.classes
+        super().__init__(dataset)
         self.flat = tf.nest.flatten(dataset.spec)
         self.arrays = [
             aligned_empty((len(dataset), *spec.shape), spec.dtype.as_numpy_dtype)
             for spec in self.flat
         ]
         self.present = np.zeros(len(dataset), bool)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    @property
-    def spec(self) -> tuple:
-        """That of the whole."""
-        return self.dataset.spec
-
-    @property
-    def digest(self) -> str:
-        """That of the whole."""
-        return self.dataset.digest
-
-    @property
-    def sorted_by_class(self) -> bool:  # type: ignore[override]
-        """That of the whole."""
-        return self.dataset.sorted_by_class
-
-    def explain(self, error: Exception) -> Exception:
-        """Returns the reason that the whole has for an error."""
-        return self.dataset.explain(error)
 
     @functools.cached_property
     def tensors(self) -> list[tf.Tensor]:

@@ -33,7 +33,7 @@ class Dataset(abc.ABC):
 
     classes: Sequence[str] | None = None
     notice: ClassVar[str] = ""
-    sorted_by_class: ClassVar[bool] = False
+    sorted_by_class: bool = False
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -83,7 +83,37 @@ class Splits:
     validation: "Dataset | None" = None
 
 
-class Subset(Dataset):
+class Derived(Dataset):
+    """A data set that is made of another one, whose properties it has.
+
+    Args:
+        dataset: The other one.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.classes = dataset.classes
+        self.sorted_by_class = dataset.sorted_by_class
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def spec(self) -> tuple:
+        """That of the other one."""
+        return self.dataset.spec
+
+    @property
+    def digest(self) -> str:
+        """That of the other one."""
+        return self.dataset.digest
+
+    def explain(self, error: Exception) -> Exception:
+        """Returns the reason that the other one has for an error."""
+        return self.dataset.explain(error)
+
+
+class Subset(Derived):
     """Some examples of a data set.
 
     Args:
@@ -92,17 +122,11 @@ class Subset(Dataset):
     """
 
     def __init__(self, dataset: Dataset, numbers: np.ndarray) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self.numbers = np.asarray(numbers, np.int64)
-        self.classes = dataset.classes
 
     def __len__(self) -> int:
         return len(self.numbers)
-
-    @property
-    def spec(self) -> tuple:
-        """That of the whole."""
-        return self.dataset.spec
 
     @functools.cached_property
     def digest(self) -> str:
@@ -113,12 +137,8 @@ class Subset(Dataset):
         """Returns batches of the whole."""
         return self.dataset.batches(self.numbers[numbers], batch_size)
 
-    def explain(self, error: Exception) -> Exception:
-        """Returns the reason that the whole has for an error."""
-        return self.dataset.explain(error)
 
-
-class ClassWeighted(Dataset):
+class ClassWeighted(Derived):
     """A data set whose sample weights are those of the classes.
 
     Args:
@@ -137,12 +157,8 @@ class ClassWeighted(Dataset):
                 f"{'sample weights, too' if len(spec) > 2 else 'several outputs'}. Multiply the "
                 "weights yourself, and give them as sample_weight."
             )
-        self.dataset = dataset
+        super().__init__(dataset)
         self.class_weight = dict(class_weight)
-        self.classes = dataset.classes
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     @property
     def spec(self) -> tuple:
@@ -172,12 +188,8 @@ class ClassWeighted(Dataset):
 
         return self.dataset.batches(numbers, batch_size).map(add_weights)
 
-    def explain(self, error: Exception) -> Exception:
-        """Returns the reason that the data without weights have for an error."""
-        return self.dataset.explain(error)
 
-
-class Renumbered(Dataset):
+class Renumbered(Derived):
     """A data set with the class numbers of another one.
 
     Args:
@@ -186,17 +198,9 @@ class Renumbered(Dataset):
     """
 
     def __init__(self, dataset: Dataset, classes: Sequence[str]) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self.classes = list(classes)
         self.numbers = [self.classes.index(name) for name in dataset.classes or ()]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    @property
-    def spec(self) -> tuple:
-        """That of the whole."""
-        return self.dataset.spec
 
     @property
     def digest(self) -> str:
@@ -210,12 +214,8 @@ class Renumbered(Dataset):
             lambda x, y: (x, tf.gather(numbers_of, y))
         )
 
-    def explain(self, error: Exception) -> Exception:
-        """Returns the reason that the data have for an error."""
-        return self.dataset.explain(error)
 
-
-class OneHot(Dataset):
+class OneHot(Derived):
     """A data set whose class numbers are one-hot, as a loss with label smoothing wants them.
 
     Args:
@@ -224,22 +224,13 @@ class OneHot(Dataset):
     """
 
     def __init__(self, dataset: Dataset, classes: int) -> None:
-        self.dataset = dataset
+        super().__init__(dataset)
         self.depth = classes
-        self.classes = dataset.classes
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     @property
     def spec(self) -> tuple:
         """That of the class numbers, but for y: (classes,), of Keras' type."""
         return self.dataset.spec[0], tf.TensorSpec((self.depth,), keras.config.floatx())
-
-    @property
-    def digest(self) -> str:
-        """That of the class numbers."""
-        return self.dataset.digest
 
     def batches(self, numbers: np.ndarray, batch_size: int) -> tf.data.Dataset:
         """Returns batches with one-hot labels."""
@@ -247,10 +238,6 @@ class OneHot(Dataset):
         return self.dataset.batches(numbers, batch_size).map(
             lambda x, y: (x, tf.one_hot(y, self.depth, dtype=dtype))
         )
-
-    def explain(self, error: Exception) -> Exception:
-        """Returns the reason that the data with class numbers have for an error."""
-        return self.dataset.explain(error)
 
 
 def split(dataset: Dataset, share: float, *, seed: int | None = None) -> tuple[Dataset, Dataset]:

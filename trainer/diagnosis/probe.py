@@ -129,7 +129,7 @@ class _Run:
 
     def data(self) -> dict:
         from trainer.data import sources
-        from trainer.training import workload as workloads
+        from trainer.training import workloads
 
         sources.check_installed(self.config.data)
         if sources.downloads(self.config.data):

@@ -16,8 +16,7 @@ from trainer import cli, files
 from trainer.config import TrainConfig
 from trainer.errors import StoppedError, UsageError
 from trainer.signals import TERMINATING, Signals
-from trainer.training import artifacts
-from trainer.training import workload as workloads
+from trainer.training import artifacts, workloads
 
 if TYPE_CHECKING:
     import keras
