@@ -57,7 +57,7 @@ class Cached(Derived):
         both = tf.data.Dataset.choose_from_datasets(
             [kept, read], which, stop_on_empty_dataset=False
         )
-        return both.batch(batch_size, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        return both.batch(batch_size)
 
     def _gather(self, rows: tf.data.Dataset) -> tf.data.Dataset:
         tensors = self.tensors
