@@ -57,6 +57,8 @@ class Cached(Derived):
         both = tf.data.Dataset.choose_from_datasets(
             [kept, read], which, stop_on_empty_dataset=False
         )
+        # Of those two it is not known, nor of batches that are made in parallel.
+        both = both.apply(tf.data.experimental.assert_cardinality(len(numbers)))
         return both.batch(batch_size)
 
     def _gather(self, rows: tf.data.Dataset) -> tf.data.Dataset:
