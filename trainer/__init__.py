@@ -16,8 +16,9 @@ the last bits of results, so it is the same here and in ``python -m trainer.task
 TensorFlow's threads (``config.threads``), its use of TensorFloat-32 (``config.precision``), its
 visible GPUs and memory growth (``config.gpus``), and with ``config.deterministic`` op determinism,
 for the whole process; ``fit`` sets none of them but the GPUs and their memory growth. While they
-train in the main thread, they handle SIGINT, SIGTERM and SIGHUP. They change nothing else in the
-process.
+train in the main thread, they handle SIGINT, SIGTERM and SIGHUP. For other networks than that for
+digits ``train`` sets the seeds of Python, NumPy and TensorFlow (``config.seed``). They change
+nothing else in the process.
 """
 
 import os

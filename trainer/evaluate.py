@@ -38,6 +38,11 @@ class EvaluateConfig:
     """An mnist.h5, as python -m trainer.task writes it; or
     a model.keras with its model.json beside it."""
 
+    network: str | None = None
+    """The package.module:function that has made the
+    network of a model.keras, which is run to make it
+    again. Not for the built-in ones."""
+
     data: str | None = None
     """Where the test images come from, as in
     python -m trainer.task; of a folder without test,
@@ -130,7 +135,7 @@ def _evaluate_other(config: EvaluateConfig) -> None:
     from trainer.training import model_workload
 
     with runtime.keras_defaults():
-        model, run, spec = model_workload.load_model(config.model)
+        model, run, spec = model_workload.load_model(config.model, config.network)
         size = config.image_size or run.image_size
         run = dataclasses.replace(
             run, data=config.data or run.data, image_size=size, skip_bad=config.skip_bad

@@ -357,7 +357,10 @@ def test_a_network_of_any_kind_is_trained_and_measured(command, pictures, functi
     (command.folder / "mine.py").write_text(MINE)
     manifest = trained(command, "--data", pictures, *FLAGS, "--model", f"mine:{function}")
     command.program = ["-m", "trainer.evaluate"]
-    done = command.run("out/model.keras", "--json")
+    done = command.run("out/model.keras", "--json")  # Which would run what a file names.
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"Use network='mine:{function}' if you trust it" in done.stderr
+    done = command.run("out/model.keras", "--json", "--network", f"mine:{function}")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["loss"] == pytest.approx(
         manifest["metrics"]["val_loss"], rel=1e-4

@@ -279,12 +279,16 @@ def predict(
     )
 
 
-def load_model(path: Path) -> tuple[keras.Model, TrainConfig, registry.DataSpec]:
+def load_model(
+    path: Path, network: str | None = None
+) -> tuple[keras.Model, TrainConfig, registry.DataSpec]:
     """Loads a model that a run has written: builds the network as the run has, and reads the
     weights from the file.
 
     Args:
         path: A ``model.keras``, with its ``model.json`` beside it.
+        network: The run's function, which the manifest alone is not trusted to name; None: the
+            network is built in.
 
     Returns:
         The model, the configuration of its run, and what the model is given.
@@ -292,6 +296,7 @@ def load_model(path: Path) -> tuple[keras.Model, TrainConfig, registry.DataSpec]
     Raises:
         InputError: The file is missing or cannot be read.
         DataError: It is not the one that the manifest beside it describes, or cannot be loaded.
+        UsageError: Its network is another function's.
         ConfigurationError: The run's function makes no such network any more.
     """
     try:
@@ -321,6 +326,12 @@ def load_model(path: Path) -> tuple[keras.Model, TrainConfig, registry.DataSpec]
             f"Expected the manifest of a run at {path.parent / names.manifest}. Received: "
             f"{error}. Use the version of this program that has written it."
         ) from error
+    if config.model != (network or config.model) or (not network and ":" in config.model):
+        raise UsageError(
+            f"network must be the function that has made the model of {path}: {config.model}, as "
+            f"{names.manifest} has it, is code that would run here. Received: network={network!r}. "
+            f"Use network={config.model!r} if you trust it."
+        )
     model = registry.build(config, spec, examples=data["train_examples"])
     model.optimizer.build(model.trainable_variables)  # The file has its variables, too.
     try:
