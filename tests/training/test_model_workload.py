@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -181,6 +183,39 @@ def test_a_killed_run_of_pictures_goes_on_to_the_same_bits(command, tmp_path, pi
     for history in histories:
         del history["seconds"]
     assert histories[0] == histories[1]
+
+
+def test_no_data_start_tensorflow_before_the_workers_connect(command, few_digits, pictures):
+    """MultiWorkerMirroredStrategy must be constructed before TensorFlow's first operation."""
+    program = """
+import sys
+import numpy as np
+from trainer.config import TrainConfig
+from trainer.training import workloads
+from trainer.runtime import tf
+from tensorflow.python.eager import context
+
+for source in sys.argv[1:]:
+    workload = workloads.load(TrainConfig(data=source, model="resnet", batch_size=10))
+    workload.data, workload.summary(), list(workload.notices()), workload.bytes_in_memory
+    assert not context.context()._initialized, source
+"""
+    np.savez(
+        command.folder / "colours.npz",
+        x_train=np.zeros((12, 4, 4, 3), np.uint8),
+        y_train=np.arange(12) % 3,
+        x_test=np.zeros((3, 4, 4, 3), np.uint8),
+        y_test=np.arange(3),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, few_digits, "colours.npz", pictures],
+        env=command.env,
+        cwd=command.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.full

@@ -49,11 +49,12 @@ class ArrayDataset(Dataset):
         """The arrays as tensors, in the structure of ``spec``. Made at first use: several workers
         are connected before TensorFlow makes any.
         """
-        return _map_arrays(tensor, self.arrays)
+        with tf.device("CPU:0"):
+            return _map_arrays(tensor, self.arrays)
 
     @functools.cached_property
     def spec(self) -> tuple:
-        """Shapes and dtypes of a row."""
+        """Shapes and dtypes of a row. (Even a ``tf.device`` would start TensorFlow's devices.)"""
         return _map_arrays(_row_spec, self.arrays)
 
     @functools.cached_property
@@ -97,8 +98,7 @@ def _map_arrays(function: Callable[[np.ndarray], Any], arrays: Any) -> Any:
         return {name: _map_arrays(function, value) for name, value in arrays.items()}
     if isinstance(arrays, (list, tuple)):
         return tuple(_map_arrays(function, value) for value in arrays)
-    with tf.device("CPU:0"):
-        return function(_writable(np.asanyarray(arrays)))
+    return function(_writable(np.asanyarray(arrays)))
 
 
 def _row_spec(array: np.ndarray) -> tf.TensorSpec:

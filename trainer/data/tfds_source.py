@@ -188,10 +188,13 @@ class Records:
     def _sized(self, image: np.ndarray) -> np.ndarray:
         if not self.image_size:
             return image
-        from trainer.runtime import tf
+        from PIL import Image
 
-        with tf.device("CPU:0"):
-            return tf.image.resize(image, self.image_size, antialias=True).numpy()
+        # Not by TensorFlow, whose workers are connected before its first operation.
+        grey = image.shape[2] == 1
+        picture = Image.fromarray(image[..., 0] if grey else image)
+        resized = picture.resize(self.image_size[::-1], Image.Resampling.BILINEAR)
+        return np.asarray(resized).reshape(*self.image_size, image.shape[2])
 
 
 def _by_number(builder: Any, parts: list[str], image_size: tuple[int, int] | None) -> "Splits":
