@@ -90,7 +90,7 @@ def test_json_lines_tell_the_whole_run(command, tmp_path):
     ("flags", "part"),
     [
         (["--epoch", "1"], "Perhaps you meant --epochs"),
-        (["--optimizer", "adadelt"], "Expected one of ('adadelta', "),
+        (["--optimizer", "adadelt"], "optimizer must be one of adadelta, "),
         (["--batch-size", "0"], "Received: batch_size=0. Use 128"),
         (["--batch-size", "many"], "many"),
         (["--epochs", "-1"], "Received: epochs=-1"),
