@@ -132,15 +132,15 @@ def _evaluate_other(config: EvaluateConfig) -> None:
     runtime.set_threads(config.threads)
 
     from trainer.reporting import scores
-    from trainer.training import model_workload
+    from trainer.training import model_workload, saved_model
 
     with runtime.keras_defaults():
-        model, run, spec = model_workload.load_model(config.model, config.network)
+        model, run, spec = saved_model.load_model(config.model, config.network)
         size = config.image_size or run.image_size
         run = dataclasses.replace(
             run, data=config.data or run.data, image_size=size, skip_bad=config.skip_bad
         )
-        data = model_workload.open_for(run, spec, limit=config.test_limit)
+        data = saved_model.open_for(run, spec, limit=config.test_limit)
         predicted = model_workload.predict(model, data, batch_size=config.batch_size)
     _print(config, run.data, scores.score(predicted.labels, predicted.probabilities), spec.classes)
 

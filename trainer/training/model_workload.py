@@ -9,22 +9,21 @@ function of the user's own (``models.registry``).
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer import files, inputs, machine
+from trainer import machine
 from trainer.config import TrainConfig
-from trainer.data import augment, dataset, sources
+from trainer.data import augment, dataset
 from trainer.data.arrays import ArrayDataset
 from trainer.data.cache import Cached, bytes_of
-from trainer.data.dataset import Dataset, OneHot, Renumbered, Splits, Subset
+from trainer.data.dataset import Dataset, OneHot, Splits, Subset
 from trainer.data.digits import NUM_CLASSES, Digits
 from trainer.data.order import epoch_order
 from trainer.distributed.collectives import Workers
 from trainer.distributed.replica_variables import mirrored
-from trainer.errors import ConfigurationError, DataError, InputError, NotFiniteError, UsageError
+from trainer.errors import ConfigurationError, DataError, NotFiniteError, UsageError
 from trainer.files import OTHERS
 from trainer.models import registry
 from trainer.models.fast_step import StepChoice
@@ -63,7 +62,7 @@ class ModelWorkload(Workload):
 
     def __init__(self, config: TrainConfig, source: Splits | Digits) -> None:
         self.config = config
-        splits = _splits_of(source) if isinstance(source, Digits) else source
+        splits = splits_of(source) if isinstance(source, Digits) else source
         if splits.train is None:
             raise DataError(
                 f"Expected training images in {config.data}. Received: test images alone."
@@ -71,10 +70,10 @@ class ModelWorkload(Workload):
         self.parts = [
             part for part in (splits.train, splits.validation, splits.test) if part is not None
         ]
-        train = _limited(splits.train, "train_limit", config.train_limit, config.seed)
+        train = limited(splits.train, "train_limit", config.train_limit, config.seed)
         test, validation = splits.test, splits.validation
         if test is not None:
-            test = _limited(test, "test_limit", config.test_limit, config.seed)
+            test = limited(test, "test_limit", config.test_limit, config.seed)
         if config.validation_split and validation is not None:
             raise UsageError(
                 f"validation_split is for data without validation images. Received: {config.data}, "
@@ -123,11 +122,11 @@ class ModelWorkload(Workload):
     def summary(self) -> str:
         """Returns the numbers of examples, their shape, and the number of classes."""
         train, validation, test = self.counts
-        others = f" {validation:,} validation and" if validation else " and"
+        validated = f", {validation:,} validation" if validation else ""
         shape = "×".join(map(str, self.spec.shape))
         return (
-            f"{train:,} training,{others} {test:,} test images of {shape}, "
-            f"{len(self.spec.classes)} classes".replace("training, and", "training and")
+            f"{train:,} training{validated} and {test:,} test images of {shape}, "
+            f"{len(self.spec.classes)} classes"
         )
 
     def notices(self) -> Iterator[str]:
@@ -279,104 +278,6 @@ def predict(
     )
 
 
-def load_model(
-    path: Path, network: str | None = None
-) -> tuple[keras.Model, TrainConfig, registry.DataSpec]:
-    """Loads a model that a run has written: builds the network as the run has, and reads the
-    weights from the file.
-
-    Args:
-        path: A ``model.keras``, with its ``model.json`` beside it.
-        network: The run's function, which the manifest alone is not trusted to name; None: the
-            network is built in.
-
-    Returns:
-        The model, the configuration of its run, and what the model is given.
-
-    Raises:
-        InputError: The file is missing or cannot be read.
-        DataError: It is not the one that the manifest beside it describes, or cannot be loaded.
-        UsageError: Its network is another function's.
-        ConfigurationError: The run's function makes no such network any more.
-    """
-    try:
-        with inputs.open_file(path):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"Expected a model.keras at {path}. Received: {error.strerror or error}. Name one that "
-            "a run has written."
-        ) from error
-    names = files.OTHERS._replace(model=path.name)
-    manifest = files.read_manifest(path.parent, names)
-    if not files.is_complete(path.parent, names):
-        raise DataError(
-            f"Expected the model that {names.manifest} describes at {path}. Received: "
-            f"{'another one' if manifest else f'no {names.manifest} beside it'}. Keep a run's "
-            "files together."
-        )
-    try:
-        config = TrainConfig(**manifest["config"])
-        data = manifest["data"]
-        spec = registry.DataSpec(
-            tuple(data["shape"]), data["dtype"], tuple(map(str, data["classes"]))
-        )
-    except (KeyError, TypeError, UsageError) as error:
-        raise DataError(
-            f"Expected the manifest of a run at {path.parent / names.manifest}. Received: "
-            f"{error}. Use the version of this program that has written it."
-        ) from error
-    if config.model != (network or config.model) or (not network and ":" in config.model):
-        raise UsageError(
-            f"network must be the function that has made the model of {path}: {config.model}, as "
-            f"{names.manifest} has it, is code that would run here. Received: network={network!r}. "
-            f"Use network={config.model!r} if you trust it."
-        )
-    model = registry.build(config, spec, examples=data["train_examples"])
-    model.optimizer.build(model.trainable_variables)  # The file has its variables, too.
-    try:
-        model.load_weights(path)
-    except Exception as error:  # Keras and h5py raise whatever does not fit.
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"Expected the weights of {config.model} in {path}. Received: {reason}. Use the code "
-            "that it was trained with."
-        ) from error
-    return model, config, spec
-
-
-def open_for(config: TrainConfig, spec: registry.DataSpec, *, limit: int | None) -> Dataset:
-    """Opens the images that a model is measured on: the test images of a source, else those for
-    validation, else all.
-
-    Args:
-        config: With the source.
-        spec: What the model is given; the source may have some of its classes alone.
-        limit: Number of images; None: all.
-
-    Raises:
-        DataError: The images have another shape, or other classes.
-        TrainerError: As ``sources.load`` raises it.
-    """
-    source = sources.load(config.data, image_size=config.height_and_width, skip_bad=config.skip_bad)
-    splits = _splits_of(source) if isinstance(source, Digits) else source
-    data = next(part for part in (splits.test, splits.validation, splits.train) if part is not None)
-    expected, received = tuple(spec.shape), tuple(data.spec[0].shape)
-    if expected != received:
-        raise DataError(
-            f"Expected images of shape {expected}, which the model takes, in {config.data}. "
-            f"Received: {received}. Use the image_size of the run."
-        )
-    classes, found = list(spec.classes), list(data.classes or ())
-    if others := [name for name in found if name not in classes]:
-        raise DataError(
-            f"Expected images of the classes {', '.join(classes)[:200]} in {config.data}. "
-            f"Received: {', '.join(others)[:200]}, too. Name the folders as those of the run."
-        )
-    data = _limited(data, "test_limit", limit, config.seed)
-    return data if found == classes else Renumbered(data, classes)
-
-
 def _in_memory(data: Dataset) -> bool:
     """Tells whether a data set is one of arrays."""
     while isinstance(data, (Subset, OneHot)):
@@ -398,7 +299,7 @@ class _Pictures:
         return x.numpy().round().astype(np.uint8)
 
 
-def _splits_of(digits: Digits) -> Splits:
+def splits_of(digits: Digits) -> Splits:
     """Returns digits as a data set of images like any other."""
     classes = [str(number) for number in range(NUM_CLASSES)]
 
@@ -410,7 +311,7 @@ def _splits_of(digits: Digits) -> Splits:
     return Splits(part(digits.x_train, digits.y_train), part(digits.x_test, digits.y_test))
 
 
-def _limited(data: Dataset, name: str, limit: int | None, seed: int) -> Dataset:
+def limited(data: Dataset, name: str, limit: int | None, seed: int) -> Dataset:
     """Returns as many examples of a data set: the first ones; of data that are sorted by class
     some that the seed decides.
     """
