@@ -97,6 +97,7 @@ bench: $(VENV)/.installed-$(EXTRA)
 	$(RUN) bench/pipeline.py
 	$(RUN) bench/checkpoint.py
 	$(RUN) bench/fit.py
+	$(RUN) bench/augmentation.py
 	$(RUN) bench/compare.py $(ARGS)
 
 bench-gpu: $(VENV)/.installed-$(EXTRA)

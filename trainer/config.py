@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, get_a
 from trainer import recipes
 from trainer.errors import UsageError
 from trainer.machine import available_cpus
-from trainer.parameters import parse
+from trainer.parameters import format_augmentation, parse, parse_augmentation
 from trainer.recipes import LEARNING_RATES, RECIPES
 
 Recipe = Literal["default", "fast", "best"]
@@ -29,7 +29,6 @@ SCHEDULES: Mapping[str, tuple[str, ...]] = {
     "exponential": ("decay_rate",),
     "polynomial": ("end", "power"),
 }
-Augment = Literal["none", "affine"]
 Cache = Literal["auto", "memory", "none"]
 Resume = Literal["auto", "never", "must"]
 Strategy = Literal["auto", "one", "mirrored", "multiworker", "tpu"]
@@ -51,7 +50,7 @@ else:
 # Marks the settings that may differ between a checkpoint and the run that resumes it: those that
 # change no result, or its last bits at most.
 MAY_DIFFER: Mapping[str, bool] = {"may_differ": True}
-# Marks those that are a name and its parameters: several words of a command line.
+# Marks those that may be several words of a command line: a name and its parameters, or a list.
 PARAMETERS: Mapping[str, bool] = {"parameters": True}
 
 
@@ -161,10 +160,14 @@ class TrainConfig:
     """Dropout rate after the dense layer. None: the
     recipe's; 0.5, fast and best: 0.3."""
 
-    augment: OrRecipe[Augment] = None
-    """affine: rotate, shear, scale and translate each
-    training image at random, each time anew. None:
-    the recipe's; none, best: affine."""
+    augment: OrRecipe[str] = dataclasses.field(default=None, metadata=PARAMETERS)
+    """Changes of each training image, each time anew, by
+    random amounts up to those given: rotate=10 (degrees)
+    shear=10 zoom=0.1 translate=0.1 elastic=0.1 flip=0.5
+    (probability) vertical_flip brightness=0.2 contrast
+    saturation hue. affine: rotate, shear, zoom,
+    translate (2 pixels of 28). None: the recipe's;
+    none, best: affine."""
 
     seed: int = 0
     """Seed of initial weights, dropout masks and the
@@ -287,7 +290,6 @@ class TrainConfig:
         folder = _path("output_dir", self.output_dir, remedy="Leave it out for the current folder.")
         object.__setattr__(self, "output_dir", local_path("output_dir", folder))
         for name, choices in (
-            ("augment", Augment),
             ("cache", Cache),
             ("resume", Resume),
             ("strategy", Strategy),
@@ -300,6 +302,8 @@ class TrainConfig:
         for name, known in (("optimizer", LEARNING_RATES), ("schedule", SCHEDULES)):
             object.__setattr__(self, name, _named(name, getattr(self, name), known))
         _check_schedule(self.schedule)
+        changes = format_augmentation(parse_augmentation(self.augment))
+        object.__setattr__(self, "augment", changes)
         for name in ("epochs", "batch_size"):
             _check_whole(name, getattr(self, name), 1, remedy=self._remedy(name))
         _check_whole("seed", self.seed, 0, 2**32 - 1, remedy="Use 0, the default.")

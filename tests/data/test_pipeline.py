@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
-from trainer.data import augment, pipeline
+from trainer.data import pipeline
+from trainer.data.augment import Augmentation
 from trainer.data.digits import Digits
+from trainer.data.pipeline import Deferred
 from trainer.machine import aligned_empty
 from trainer.runtime import tf
 
@@ -65,15 +67,18 @@ def test_a_test_set_smaller_than_a_batch_is_one_batch():
     assert numbers[weights == 1].tolist() == list(range(5))
 
 
+AFFINE = Augmentation.of("affine")
+
+
 def augmented(seed=0, epoch=0, batch_size=32):
     """What the images of an epoch are augmented by, in the order of the data set."""
     x, y = numbered(100)
     batches = pipeline.train_batches(
-        x, y, batch_size=batch_size, seed=seed, epoch=epoch, augment=lambda x, drawn: drawn
+        x, y, batch_size=batch_size, seed=seed, epoch=epoch, augment=Deferred(AFFINE)
     )
-    assert all(None not in spec.shape for spec in batches.element_spec)
-    drawn = np.concatenate([x.numpy() for x, _, _ in batches])
-    numbers, weights = rows(batches)
+    assert all(None not in spec.shape for spec in tf.nest.flatten(batches.element_spec))
+    drawn = np.concatenate([drawn.numpy() for (_, drawn), _, _ in batches])
+    numbers, weights = rows(batches.map(lambda x, y, weight: (x[0], y, weight)))
     assert (
         numbers.tolist()
         == rows(train(100, batch_size=batch_size, seed=seed, epoch=epoch))[0].tolist()
@@ -83,13 +88,13 @@ def augmented(seed=0, epoch=0, batch_size=32):
 
 def test_each_image_is_augmented_by_what_is_drawn_for_it():
     drawn = augmented()
-    np.testing.assert_array_equal(drawn, augment.draw(100, 0, 0))
+    np.testing.assert_array_equal(drawn, AFFINE.draw(np.arange(100), 0, 0))
     np.testing.assert_array_equal(augmented(batch_size=7), drawn)
-    np.testing.assert_array_equal(augmented(seed=1), augment.draw(100, 1, 0))
-    np.testing.assert_array_equal(augmented(epoch=1), augment.draw(100, 0, 1))
+    np.testing.assert_array_equal(augmented(seed=1), AFFINE.draw(np.arange(100), 1, 0))
+    np.testing.assert_array_equal(augmented(epoch=1), AFFINE.draw(np.arange(100), 0, 1))
 
 
-@pytest.mark.parametrize("kind", [None, augment.warp])
+@pytest.mark.parametrize("kind", [None, AFFINE, Augmentation.of("elastic flip contrast")])
 def test_what_is_gathered_on_the_device_is_what_the_host_sends(mnist, kind):
     few = mnist.first(50, 20)
     strategy = tf.distribute.get_strategy()
@@ -112,7 +117,7 @@ def test_what_is_gathered_on_the_device_is_what_the_host_sends(mnist, kind):
         ),
     ):
         for (x, y, weight), (expected_x, expected_y, same) in zip(there, here, strict=True):
-            x, y = device.preprocess(x, y)
+            x, y = tf.function(device.preprocess, autograph=False)(x, y)
             real = same.numpy() == 1  # Padding is row 0 of each.
             np.testing.assert_array_equal(x[real], expected_x[real])
             np.testing.assert_array_equal(y[real], expected_y[real])
@@ -130,10 +135,10 @@ def test_a_device_without_room_for_the_images_gets_them_batch_by_batch(mnist, mo
         few,
         strategy=tf.distribute.get_strategy(),
         preprocess=lambda x, y: (x, y),
-        augment=augment.warp,
+        augment=AFFINE,
     )
     assert data.train[0] is few.x_train
-    assert data.augment is augment.warp
+    assert data.augment is AFFINE
     assert data.notice.startswith("The images (0 MiB) do not fit into the devices' memory")
 
 
@@ -168,7 +173,7 @@ def test_no_thread_autotunes(mnist):
     for batches in (
         train(100),
         pipeline.train_batches(
-            few.x_train, few.y_train, batch_size=8, seed=0, epoch=0, augment=augment.warp
+            few.x_train, few.y_train, batch_size=8, seed=0, epoch=0, augment=AFFINE
         ),
         pipeline.test_batches(few.x_test, few.y_test, batch_size=8),
     ):

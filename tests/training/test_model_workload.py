@@ -22,7 +22,7 @@ from trainer.errors import DataError, UsageError
 from trainer.models import registry
 from trainer.models.registry import DataSpec
 from trainer.runtime import keras, tf
-from trainer.training import workloads
+from trainer.training import model_workload, workloads
 
 CLASSES = ("bars", "dots", "rings")
 FLAGS = ("--epochs", 3, "--batch-size", 12, "--optimizer", "adam")
@@ -166,7 +166,8 @@ def test_the_saved_model_is_one_that_keras_loads(command, pictures):
 
 
 def test_a_killed_run_of_pictures_goes_on_to_the_same_bits(command, tmp_path, pictures):
-    flags = ("--data", pictures, *FLAGS, "--augment", "affine", "--checkpoint-every", "1")
+    flags = ("--data", pictures, *FLAGS, "--checkpoint-every", "1")
+    flags += ("--augment", "rotate=20", "flip", "elastic", "brightness")
     flags += ("--steps-per-execution", 1)
     undisturbed = trained(command, *flags, output_dir="undisturbed")
     pause = Pause(folder=tmp_path / "pause", after_step=(2, 2))
@@ -332,6 +333,36 @@ def test_the_cache_changes_no_bit(command, pictures):
         for cache in ("memory", "none")
     }
     assert len(digests) == 1
+
+
+def test_augmentation_on_the_device_is_that_of_the_host(tmp_path, monkeypatch, pictures):
+    digests = set()
+    for on_device in (False, True):
+        monkeypatch.setattr(model_workload, "has_accelerator", lambda: on_device)  # noqa: B023
+        config = TrainConfig(
+            data=str(pictures),
+            batch_size=20,
+            epochs=2,
+            augment="affine flip elastic contrast",
+            output_dir=tmp_path / str(on_device),
+            report=False,
+        )
+        trainer.train(config)
+        digests.add(manifest_of(config.output_dir)["model"]["weights_sha256"])
+    assert len(digests) == 1
+
+
+def test_the_report_shows_augmented_images(command, pictures):
+    trained(command, "--data", pictures, *FLAGS, "--augment", "flip", "rotate=5")
+    page = (command.folder / "out" / "report.html").read_text()
+    assert "The first 48 as the first epoch was trained on them" in page
+    assert "--augment rotate=5 flip=0.5" in page
+
+
+def test_colours_that_the_images_do_not_have_are_not_changed(command, few_digits):
+    done = command.run("--data", few_digits, "--augment", "hue")
+    assert done.returncode == 2
+    assert "hue of augment is for images of three channels. Received: 1." in done.stderr
 
 
 # -- early stopping

@@ -12,19 +12,45 @@ so there is no shuffle buffer and no cache. ``bench/pipeline.py`` compares this 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from trainer.data.arrays import tensor
-from trainer.data.augment import draw
 from trainer.data.dataset import Dataset
 from trainer.data.digits import Digits
 from trainer.data.order import epoch_order
 from trainer.runtime import tf
 
+DRAWN_AT_ONCE = 64 * 2**20  # bytes, of what is drawn for the augmentation of an epoch
+
 Preprocess = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
-Augment = Callable[[tf.Tensor, tf.Tensor], Any]
+
+
+class Augment(Protocol):
+    """What changes training images: an ``augment.Augmentation``."""
+
+    def draw(self, numbers: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Returns a row for each of the images of these numbers."""
+
+    def __call__(self, images: tf.Tensor, drawn: tf.Tensor) -> Any:
+        """Returns what takes the place of images, given their rows of what was drawn."""
+
+
+class Deferred:
+    """An augmentation that takes place later, on the device: returns images, or their numbers, and
+    what was drawn for them.
+
+    Args:
+        augment: The augmentation.
+    """
+
+    def __init__(self, augment: Augment) -> None:
+        self.draw = augment.draw
+
+    def __call__(self, images: tf.Tensor, drawn: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns its arguments."""
+        return images, drawn
 
 
 def train_batches(
@@ -44,8 +70,7 @@ def train_batches(
         batch_size: Rows in a batch.
         seed: Seed of the order.
         epoch: Number of the epoch, counted from 0.
-        augment: Called with the inputs of each batch and their rows of ``augment.draw``; what it
-            returns takes the place of the inputs.
+        augment: Changes the inputs of each batch.
 
     Returns:
         ceil(n / batch_size) batches ``(x, y, sample_weight)`` of shapes (batch_size, ...),
@@ -54,7 +79,8 @@ def train_batches(
     order = epoch_order(len(x), seed, epoch)
     if augment is None:
         return _batches(x, y, batch_size, order)
-    return _batches(x, y, batch_size, order, augment, draw(len(x), seed, epoch))
+    drawn = augment.draw(np.arange(len(x)), seed, epoch)
+    return _batches(x, y, batch_size, order, augment, drawn)
 
 
 def test_batches(x: np.ndarray, y: np.ndarray, *, batch_size: int) -> tf.data.Dataset:
@@ -95,7 +121,7 @@ def shard_batches(
     shard: Shard,
     first_step: int = 0,
     augment: Augment | None = None,
-    drawn: np.ndarray | None = None,
+    draw: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tf.data.Dataset:
     """Returns a worker's rows of each batch from a step on; no other row is read.
 
@@ -106,9 +132,8 @@ def shard_batches(
             fewer.
         shard: The worker's share.
         first_step: Number of the first batch, counted from 0.
-        augment: Called with the first component of each batch and its rows of ``drawn``; what it
-            returns takes its place.
-        drawn: Rows by the examples' numbers.
+        augment: Changes the first component of each batch.
+        draw: Returns the rows for it, float32, given the examples' numbers.
 
     Returns:
         Batches ``(*components, examples)``: the components of ``dataset.spec``, each of the length
@@ -131,15 +156,30 @@ def shard_batches(
     # Of all whole batches the share has the same length, and of the last one at most that.
     numbers, size = np.concatenate(own), batch_size * shard.local_replicas // shard.replicas
     batches = dataset.batches(numbers, size)
-    if augment and drawn is not None:
-        rows = tf.data.Dataset.from_tensor_slices(drawn[numbers]).batch(size)
-        batches = tf.data.Dataset.zip(batches, rows).map(
+    if augment and draw:
+        batches = tf.data.Dataset.zip(batches, _rows(draw, numbers, size)).map(
             lambda batch, rows: (augment(batch[0], rows), *batch[1:]),
             num_parallel_calls=tf.data.AUTOTUNE,
             deterministic=True,
         )
     pairs = tf.data.Dataset.zip(batches, tf.data.Dataset.from_tensor_slices(sizes))
     return configured(pairs.map(lambda batch, size: (*batch, size)))
+
+
+def _rows(
+    draw: Callable[[np.ndarray], np.ndarray], numbers: np.ndarray, batch_size: int
+) -> tf.data.Dataset:
+    """Returns in batches what is drawn for examples: of many of them not before it is needed."""
+    width = draw(numbers[:1]).shape[1]
+    if len(numbers) * width * 4 <= DRAWN_AT_ONCE:
+        return tf.data.Dataset.from_tensor_slices(draw(numbers)).batch(batch_size)
+
+    def drawn(numbers: tf.Tensor) -> tf.Tensor:
+        rows = tf.numpy_function(draw, [numbers], tf.float32, stateful=False)
+        return tf.ensure_shape(rows, (None, width))
+
+    batches = tf.data.Dataset.from_tensor_slices(numbers).batch(batch_size)
+    return batches.map(drawn, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +242,8 @@ def put_on_devices(
     numbers = np.arange(len(digits.x_train) + len(digits.x_test), dtype=np.int32)
     first, last = np.split(numbers, [len(digits.x_train)])
     # What is drawn goes to the device beside the row numbers.
-    pair = (lambda numbers, drawn: (numbers, drawn)) if augment else None
-    return DeviceDataset((first, first), (last, last), gather, pair)
+    later = Deferred(augment) if augment else None
+    return DeviceDataset((first, first), (last, last), gather, later)
 
 
 def _place(

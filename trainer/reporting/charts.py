@@ -19,6 +19,7 @@ from trainer.files import MARK
 from trainer.reporting.scores import Scores
 
 if TYPE_CHECKING:  # Imported by the functions that draw: it takes a second.
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # From the palette of Okabe and Ito (2008), https://jfly.uni-koeln.de/color/, for colour-blind
@@ -27,6 +28,8 @@ BLUE, ORANGE, RED = "#0072b2", "#e69f00", "#b03a00"
 INK, GREY, PALE, PALER = "#24292f", "#6e7781", "#d0d7de", "#eaeef2"
 
 TILES = 24  # images in a grid, at most
+AUGMENTED = 64  # augmented images, at most
+PIXELS = 120  # along a side of one of them, before every second one is left out
 NUMBERS = 20  # classes of a confusion matrix with numbers in its cells, at most
 NAMES = 40  # classes that are named along its sides, at most
 
@@ -194,6 +197,28 @@ def samples(
     return _grid(images, labels, probabilities, first, classes, "")
 
 
+def augmented(images: Sequence[np.ndarray]) -> "Figure":
+    """Draws images alone.
+
+    Args:
+        images: uint8 (height, width) or (height, width, channels), at most AUGMENTED.
+    """
+    columns, side = 16, 0.6  # inches, of a cell
+    with _style():
+        from matplotlib.figure import Figure
+
+        rows = -(-len(images) // columns)
+        size = columns * side, rows * side
+        figure = Figure(figsize=size)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        for place, image in enumerate(images):
+            left, top = place % columns * side, place // columns * side
+            _show(axes, image, (left, left + 0.94 * side, top + 0.94 * side, top))
+        axes.set(xlim=(0, size[0]), ylim=(size[1], 0))
+        return figure
+
+
 def reliability(found: Scores) -> "Figure":
     """Draws accuracy by confidence, the reliability diagram of Guo et al. (2017),
     https://arxiv.org/abs/1706.04599, above a histogram of the confidence.
@@ -292,9 +317,7 @@ def _grid(
             middle = (place % columns + 0.5) * width
             top = place // columns * height + 0.27
             extent = (middle - side / 2, middle + side / 2, top + side, top)
-            # Dark ink on white, as on paper. (Colours have no colour map.)
-            grey = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-            axes.imshow(grey, cmap="gray_r", vmin=0, vmax=255, extent=extent)
+            _show(axes, image, extent)
             left, end, bottom, top = extent
             colour = PALE if correct else RED
             axes.plot([left, end, end, left, left], [top, top, bottom, bottom, top], colour, lw=1)
@@ -317,6 +340,14 @@ def _grid(
             )
         axes.set(xlim=(0, columns * width), ylim=(rows * height, 0))  # imshow has changed them
         return figure
+
+
+def _show(axes: "Axes", image: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+    """Draws an image at a place, left, right, bottom and top; grey ones with dark ink on white, as
+    on paper.
+    """
+    grey = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    axes.imshow(grey, cmap="gray_r", vmin=0, vmax=255, extent=extent)
 
 
 def _short(name: str) -> str:

@@ -42,6 +42,7 @@ def render(
     labels: np.ndarray,
     probabilities: np.ndarray,
     classes: Sequence[str],
+    augmented: Sequence[np.ndarray] = (),
     after_picture: Callable[[], None] = lambda: None,
 ) -> Report:
     """Draws the charts and fills the page's template.
@@ -53,6 +54,7 @@ def render(
         labels: Their classes, integers (n,).
         probabilities: Predicted probabilities, (n, k).
         classes: Names of the k classes.
+        augmented: Training images as the augmentation makes them, for ``charts.augmented``.
         after_picture: Called after each chart; it may raise to end the drawing.
     """
     found = scores.score(labels, probabilities)
@@ -64,7 +66,10 @@ def render(
         ("mistakes", lambda: charts.mistakes(images, labels, probabilities, found.worst, classes)),
         ("samples", lambda: charts.samples(images, labels, probabilities, classes)),
         ("reliability", lambda: charts.reliability(found)),
+        ("augmented", lambda: charts.augmented(augmented)),
     ):
+        if name == "augmented" and not augmented:
+            continue
         drawn[name] = charts.png(draw())
         gc.collect()  # A figure has reference cycles, and takes as much memory as the model.
         after_picture()
@@ -76,6 +81,7 @@ def render(
         **{name: _escape(text) for name, text in sentences.items()},
         **{name: _picture(drawn[name], alt) for name, alt in _alts(history, found, judged).items()},
         figures=_figures(manifest, history, found, judged),
+        augmented=_augmented(drawn.get("augmented"), len(augmented), manifest["config"]),
         **_tables(manifest, history, found, judged),
     )
     # A file name may be valid in no encoding.
@@ -191,6 +197,19 @@ def _alts(history: Mapping, found: Scores, judged: _Judged) -> dict[str, str]:
             f"{percent(found.bin_accuracy[-1])}."
         ),
     }
+
+
+def _augmented(content: bytes | None, count: int, config: Mapping) -> str:
+    """Returns the section about the augmentation; nothing where there is none."""
+    if content is None:
+        return ""
+    alt = f"{count} training images, each changed at random."
+    return (
+        "<h2>Augmented training images</h2>\n"
+        f"<p>The first {count} as the first epoch was trained on them "
+        f"(<code>--augment {_escape(config['augment'])}</code>); in each epoch they change anew."
+        f'</p>\n<div class="wide">\n{_picture(content, alt)}\n</div>\n'
+    )
 
 
 def _figures(manifest: dict, history: Mapping, found: Scores, judged: _Judged) -> str:

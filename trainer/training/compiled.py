@@ -12,7 +12,7 @@ they are read.
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from trainer.runtime import keras, tf
 from trainer.training.execution import Step
 from trainer.training.objective import sums_dtype
 
+if TYPE_CHECKING:
+    from trainer.data.pipeline import Augment
+
 
 class CompiledModel:
     """The objective of a compiled model.
@@ -30,14 +33,22 @@ class CompiledModel:
         model: Built, with its optimizer and metrics; its variables are those of the strategy
             (``replica_variables.mirrored``).
         strategy: What it is trained under.
+        augment: Changes the inputs of training batches inside the step: what comes in their place
+            is ``(inputs, rows)``, as of ``pipeline.Deferred``. None: they stay as they are.
     """
 
     names: Sequence[str] = ("loss",)
     sharded = True
 
-    def __init__(self, model: keras.Model, strategy: tf.distribute.Strategy) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        strategy: tf.distribute.Strategy,
+        augment: "Augment | None" = None,
+    ) -> None:
         self.model = model
         self.strategy = strategy
+        self.augment = augment
         self.dtype = sums_dtype(model)
         self.replicas = strategy.num_replicas_in_sync
         self.workers = Workers(strategy)
@@ -57,6 +68,8 @@ class CompiledModel:
 
         def gradients(*batch: Any) -> tuple[tf.Tensor, list[tf.Tensor], _Values]:
             *components, length, examples = batch
+            if self.augment:
+                components[0] = self.augment(*components[0])
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 values = self._values(tape)
                 loss, changed = self._compute(components, values, training=True)

@@ -10,12 +10,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from trainer.config import TrainConfig
 from trainer.data import plausibility
 from trainer.data.digits import NUM_CLASSES, Digits
 from trainer.data.order import split_numbers
 from trainer.errors import DataError
 from trainer.files import DIGITS
+from trainer.parameters import check_augmentation
 from trainer.training.workload import Predictions, Workload, no_test_images
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ class DigitsWorkload(Workload):
 
     def __init__(self, config: TrainConfig, source: Digits) -> None:
         self.config = config
+        check_augmentation(config.augment, 1)
         self.sha256 = source.sha256
         self.bytes_in_memory = source.x_train.nbytes + source.x_test.nbytes
         digits = source.first(config.train_limit, config.test_limit)
@@ -127,6 +131,15 @@ class DigitsWorkload(Workload):
             notify=notify,
         )
 
+    def augmented(self, count: int) -> Iterator[np.ndarray]:
+        """Yields the first training images as the augmentation makes them in the first epoch."""
+        from trainer.data.augment import Augmentation
+
+        if augmentation := Augmentation.of(self.config.augment):
+            images = self.digits.x_train[:count]
+            drawn = augmentation.draw(np.arange(len(images)), self.config.seed, 0)
+            yield from augmentation(images, drawn).numpy()
+
     def release(self) -> None:
         """Forgets the training images."""
         del self.digits
@@ -176,7 +189,8 @@ def fit(
         UsageError: The batch size does not divide among the replicas.
         NotFiniteError: The loss or the weights became NaN or infinite.
     """
-    from trainer.data import augment, pipeline
+    from trainer.data import pipeline
+    from trainer.data.augment import Augmentation
     from trainer.distributed.strategy import check_batch_size, has_accelerator
     from trainer.models import cnn
     from trainer.training import loop
@@ -192,7 +206,7 @@ def fit(
         digits,
         strategy=strategy if has_accelerator() else None,
         preprocess=cnn.preprocess,
-        augment=augment.warp if config.augment == "affine" else None,
+        augment=Augmentation.of(config.augment),
     )
     if dataset.notice:
         notify(dataset.notice)

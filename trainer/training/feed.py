@@ -6,6 +6,7 @@ feed.steps, feed(epoch=3, first_step=100)
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
@@ -13,7 +14,6 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from trainer.data import dataset, pipeline
-from trainer.data.augment import draw
 from trainer.data.dataset import ClassWeighted, Dataset
 from trainer.data.examples import examples
 from trainer.data.order import epoch_order
@@ -96,8 +96,7 @@ class Feed:
         batch_size: Examples in a global batch.
         shard: The worker's replicas.
         seed: Of the order of each epoch; None: that of the data.
-        augment: Called with the images of a batch and their rows of ``augment.draw``; what it
-            returns takes their place.
+        augment: Changes the images of each batch; None: they stay as they are.
 
     Raises:
         UsageError: The batches do not divide among the replicas.
@@ -130,6 +129,9 @@ class Feed:
         order = np.arange(len(self.data))
         if self.seed is not None:
             order = epoch_order(len(self.data), self.seed, epoch)
+        draw = None
+        if self.augment:
+            draw = functools.partial(self.augment.draw, seed=self.seed or 0, epoch=epoch)
         return pipeline.shard_batches(
             self.data,
             order,
@@ -137,7 +139,7 @@ class Feed:
             shard=self.shard,
             first_step=first_step,
             augment=self.augment,
-            drawn=draw(len(self.data), self.seed or 0, epoch) if self.augment else None,
+            draw=draw,
         )
 
 

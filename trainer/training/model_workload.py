@@ -15,18 +15,22 @@ import numpy as np
 
 from trainer import machine
 from trainer.config import TrainConfig
-from trainer.data import augment, dataset
+from trainer.data import dataset
 from trainer.data.arrays import ArrayDataset
+from trainer.data.augment import Augmentation
 from trainer.data.cache import Cached, bytes_of
 from trainer.data.dataset import Dataset, OneHot, Splits, Subset
 from trainer.data.digits import NUM_CLASSES, Digits
 from trainer.data.order import epoch_order
+from trainer.data.pipeline import Deferred
 from trainer.distributed.collectives import Workers
 from trainer.distributed.replica_variables import mirrored
+from trainer.distributed.strategy import has_accelerator
 from trainer.errors import ConfigurationError, DataError, NotFiniteError, UsageError
 from trainer.files import OTHERS
 from trainer.models import registry
 from trainer.models.fast_step import StepChoice
+from trainer.parameters import check_augmentation
 from trainer.runtime import keras, tf
 from trainer.training import artifacts, keras_model, loop
 from trainer.training.compiled import CompiledModel
@@ -98,6 +102,8 @@ class ModelWorkload(Workload):
             tuple(images.shape), images.dtype.name, tuple(train.classes or ())
         )
         self.model_sha256 = ""
+        check_augmentation(config.augment, self.spec.shape[-1])
+        self.augmentation = Augmentation.of(config.augment)
 
     @property
     def data(self) -> dict:
@@ -208,13 +214,16 @@ class ModelWorkload(Workload):
         del step, notify
         config, model = self.config, self.model
         shard = shard_of(Workers(strategy))
-        warp = augment.warp if config.augment == "affine" else None
-        feed = Feed(self.train, config.batch_size, shard, seed=config.seed, augment=warp)
+        augment = self.augmentation
+        # Where there is an accelerator, the step augments, on the device.
+        on_device = augment if has_accelerator() else None
+        ahead = Deferred(augment) if augment and on_device else augment
+        feed = Feed(self.train, config.batch_size, shard, seed=config.seed, augment=ahead)
         measured = Feed(self.measured, config.batch_size, shard, seed=None)
         with mirrored(model, strategy), reading_errors(self.train, self.measured):
             history = loop.train(
                 model,
-                CompiledModel(model, strategy),
+                CompiledModel(model, strategy, on_device),
                 feed,
                 functools.partial(measured, 0, 0),
                 strategy=strategy,
@@ -227,6 +236,15 @@ class ModelWorkload(Workload):
                 after_call=after_call,
             )
         return model, history
+
+    def augmented(self, count: int) -> "Iterator[np.ndarray]":
+        """Yields the first training images as the augmentation makes them in the first epoch."""
+        if not self.augmentation:
+            return
+        numbers = np.arange(min(count, len(self.train)))
+        drawn = self.augmentation.draw(numbers, self.config.seed, 0)
+        for (x, _), rows in zip(self.train.batches(numbers, 1), drawn, strict=True):
+            yield self.augmentation(x, rows[np.newaxis])[0].numpy().astype(np.uint8)
 
     def release(self) -> None:
         """Forgets the training images."""

@@ -1,20 +1,24 @@
 """Draws report.html and curves.png of a run that has ended, and keeps it from failing.
 
-    report = Report(config, workload, model, replicas, stopped, watcher)
+    augmented = augmented_images(config, workload)      # while the workload has its training data
+    report = Report(config, workload, model, replicas, stopped, watcher, augmented)
     report.draw(manifest, history)
 
 The model is saved before that, so whatever goes wrong here is a notice and no error.
 """
 
+import contextlib
 import functools
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from trainer.config import TrainConfig
 from trainer.errors import StoppedError, TrainerError
 from trainer.files import CURVES_FILE, PAGE_FILE, REPORT_FILES, remove_files, write_files
-from trainer.reporting import html
+from trainer.reporting import charts, html
 from trainer.runtime import keras, release_memory
 from trainer.training.workload import Predictions, Workload
 
@@ -32,6 +36,7 @@ class Report:
         replicas: Number of replicas that a batch was split among.
         stopped: Returns the name of the signal that was received, None before that.
         watcher: Shows the progress of the run, and the notice.
+        augmented: What ``augmented_images`` has returned.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Report:
         replicas: int,
         stopped: Callable[[], str | None],
         watcher: "Watcher",
+        augmented: Sequence[np.ndarray] = (),
     ) -> None:
         self.config = config
         self.workload = workload
@@ -49,6 +55,7 @@ class Report:
         self.batch_size = config.batch_size // replicas
         self.stopped = stopped
         self.watcher = watcher
+        self.augmented = augmented
 
     def draw(self, manifest: dict, history: Mapping[str, Sequence[float]]) -> None:
         """Draws the report of a run whose model is saved, or removes that of an earlier run.
@@ -104,12 +111,27 @@ class Report:
             labels=predicted.labels,
             probabilities=predicted.probabilities,
             classes=predicted.classes,
+            augmented=self.augmented,
             after_picture=self._check_stopped,
         )
 
     def _check_stopped(self) -> None:
         if signal := self.stopped():
             raise StoppedError(f"stopped by {signal}")
+
+
+def augmented_images(config: TrainConfig, workload: Workload) -> list[np.ndarray]:
+    """Returns some training images as the augmentation makes them, as small as they are drawn; none
+    where they are not drawn, or cannot be read.
+    """
+    if not config.report:
+        return []
+    small = []
+    with contextlib.suppress(Exception):  # The training has read them: it is for it to complain.
+        for image in workload.augmented(charts.AUGMENTED):
+            every = max(1, max(image.shape[:2]) // charts.PIXELS)
+            small.append(image[::every, ::every].copy())
+    return small
 
 
 def _reason(error: BaseException) -> str:

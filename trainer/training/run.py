@@ -103,6 +103,7 @@ def train(
             from trainer import runtime
             from trainer.distributed.worker import out_of_memory_errors, peer_errors
             from trainer.training.assembly import assemble
+            from trainer.training.report import Report, augmented_images
             from trainer.training.session import Session
 
             configure_tensorflow(config)
@@ -126,6 +127,7 @@ def train(
             )
             if session.best_epoch is not None:
                 watcher.say(_stopped_early(config, history, session.best_epoch), "notice")
+            augmented = augmented_images(config, workload) if chief else []
             workload.release()
             del data
             runtime.release_memory()
@@ -134,10 +136,10 @@ def train(
                 link.tell("trained")
             if not chief:
                 return Run(model, history, {})
-            from trainer.training.report import Report
-
             replicas = session.manifest.environment["replicas"]
-            report = Report(config, workload, model, replicas, lambda: signals.received, watcher)
+            report = Report(
+                config, workload, model, replicas, lambda: signals.received, watcher, augmented
+            )
             tested = workload.test(lambda: report.predictions)
             description = _save(config, workload, model, history, tested, session, start)
             session.checkpoints.delete_all()

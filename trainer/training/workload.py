@@ -107,6 +107,12 @@ class Workload(abc.ABC):
         """Trains the network; returns it, compiled, and its history as ``loop.fit`` returns it."""
 
     @abc.abstractmethod
+    def augmented(self, count: int) -> Iterator[np.ndarray]:
+        """Yields the first training images as the augmentation makes them in the first epoch, uint8
+        (height, width[, channels]); none where there is no augmentation.
+        """
+
+    @abc.abstractmethod
     def release(self) -> None:
         """Forgets the training data."""
 
