@@ -1,6 +1,6 @@
 """Accuracy on digits that are not MNIST's, with and without the segmentation.
 
-    python bench/foreign.py mnist.h5            # needs scikit-learn, as in the extra test
+    python bench/foreign.py mnist.h5
 
 Pictures are made anew from a seed: scikit-learn's ``load_digits`` (handwriting of 8×8 pixels),
 fonts, and pens: strokes as a hand would lead them, drawn by several kinds of pen; then the same
@@ -134,12 +134,17 @@ def fonts(random: np.random.Generator, each: int) -> Iterator[tuple[np.ndarray, 
                 yield np.asarray(picture), digit
 
 
-def scans(random: np.random.Generator, each: int) -> Iterator[tuple[np.ndarray, int]]:
-    """scikit-learn's ``load_digits``: 1,797 of UCI's handwritten digits, light on dark."""
-    from sklearn.datasets import load_digits
+def optdigits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the test part of UCI's Optical Recognition of Handwritten Digits, which
+    scikit-learn's ``load_digits`` is: (1797, 8, 8), 0 to 16, light on dark; and their digits.
+    """
+    rows = np.loadtxt(Path(__file__).parent / "assets" / "optdigits.csv.gz", delimiter=",")
+    return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int64)
 
-    bunch = load_digits()
-    for picture, digit in zip(bunch.images, bunch.target, strict=True):
+
+def scans(random: np.random.Generator, each: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The 1,797 handwritten digits of ``optdigits``, light on dark."""
+    for picture, digit in zip(*optdigits(), strict=True):
         grey = Image.fromarray((picture * (255 / 16)).astype(np.uint8))
         yield np.asarray(grey.resize((96, 96), Image.Resampling.BICUBIC)), int(digit)
 

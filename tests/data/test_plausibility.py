@@ -1,9 +1,9 @@
 """Unusual images are noticed, and neither usual ones nor pictures of other things."""
 
+import foreign
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from sklearn.datasets import load_digits
 
 from trainer.data.digits import Digits
 from trainer.data.plausibility import MNIST_MEANS, ORIENTATIONS, _pooled, notices
@@ -61,9 +61,9 @@ def test_other_labels_for_the_same_digits_are_no_other_orientation(mnist):
 
 
 def test_digits_of_others_are_as_usual():
-    digits = load_digits()  # 8x8 pixels, values 0 to 16
-    images = np.pad(np.kron(digits.images * 15, np.ones((3, 3))), ((0, 0), (2, 2), (2, 2)))
-    assert said(images.astype(np.uint8), digits.target) == []
+    images, labels = foreign.optdigits()  # 8x8 pixels, values 0 to 16
+    images = np.pad(np.kron(images * 15, np.ones((3, 3))), ((0, 0), (2, 2), (2, 2)))
+    assert said(images.astype(np.uint8), labels) == []
 
 
 @pytest.mark.parametrize("expression", [name for name in ORIENTATIONS if name != "images"])

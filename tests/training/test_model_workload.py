@@ -26,6 +26,7 @@ from trainer.training import model_workload, workloads
 
 CLASSES = ("bars", "dots", "rings")
 FLAGS = ("--epochs", 3, "--batch-size", 12, "--optimizer", "adam")
+QUIET = (*FLAGS, "--no-report")  # which takes as long as the training
 
 MINE = """
 import keras
@@ -156,7 +157,7 @@ def test_a_folder_of_pictures_becomes_a_model_and_its_report(command, pictures):
 
 
 def test_the_saved_model_is_one_that_keras_loads(command, pictures):
-    manifest = trained(command, "--data", pictures, *FLAGS)
+    manifest = trained(command, "--data", pictures, *QUIET)
     model = keras.saving.load_model(command.folder / "out" / "model.keras")
     splits = sources.load(str(pictures))
     [(x, y)] = splits.test.batches(np.arange(18), 18)
@@ -166,7 +167,7 @@ def test_the_saved_model_is_one_that_keras_loads(command, pictures):
 
 
 def test_a_killed_run_of_pictures_goes_on_to_the_same_bits(command, tmp_path, pictures):
-    flags = ("--data", pictures, *FLAGS, "--checkpoint-every", "1")
+    flags = ("--data", pictures, *QUIET, "--checkpoint-every", "1")
     flags += ("--augment", "rotate=20", "flip", "elastic", "brightness")
     flags += ("--steps-per-execution", 1)
     undisturbed = trained(command, *flags, output_dir="undisturbed")
@@ -223,7 +224,7 @@ for source in sys.argv[1:]:
 def test_two_workers_train_pictures_and_one_of_them_is_killed(command, tmp_path, pictures):
     (tmp_path / "mine.py").write_text(MINE)
     command.program = ["-m", "trainer.launch", "--workers", "2", "--"]
-    flags = ("--data", pictures, *FLAGS, "--model", "mine:make", "--steps-per-execution", 1)
+    flags = ("--data", pictures, *QUIET, "--model", "mine:make", "--steps-per-execution", 1)
     undisturbed = trained(command, *flags, output_dir="undisturbed")
     assert undisturbed["environment"]["workers"] == 2
     pauses = [
@@ -273,7 +274,7 @@ def test_a_validation_split_of_digits_leaves_the_test_images_to_the_end(command,
 
 
 def test_a_folder_without_test_pictures_takes_a_share_of_them(command, pictures):
-    done = command.run("--data", pictures / "train", *FLAGS, "--no-report")
+    done = command.run("--data", pictures / "train", *QUIET)
     assert done.returncode == 2
     assert "Use validation_split=0.2" in done.stderr
     assert not list(command.folder.iterdir())
@@ -326,6 +327,7 @@ def test_every_picture_is_read_once(pictures, monkeypatch, tmp_path):
     assert len(read) <= 3
 
 
+@pytest.mark.full
 def test_the_cache_changes_no_bit(command, pictures):
     flags = ("--data", pictures, *FLAGS, "--augment", "affine", "--no-report")
     digests = {
@@ -368,6 +370,7 @@ def test_colours_that_the_images_do_not_have_are_not_changed(command, few_digits
 # -- early stopping
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("digits", [False, True])
 def test_a_run_stops_early_in_the_same_epoch_after_a_kill(
     command, tmp_path, pictures, few_digits, digits
@@ -402,7 +405,7 @@ def test_a_run_stops_early_in_the_same_epoch_after_a_kill(
 
 
 def test_early_stopping_takes_validation_images(command, pictures):
-    done = command.run("--data", pictures, *FLAGS, "--early-stopping", 2)
+    done = command.run("--data", pictures, *QUIET, "--early-stopping", 2)
     assert done.returncode == 2
     assert "early_stopping takes validation images" in done.stderr
     assert "Use validation_split=0.1" in done.stderr
@@ -414,14 +417,15 @@ def test_early_stopping_takes_validation_images(command, pictures):
 @pytest.mark.parametrize("function", ["make", "compiled"])
 def test_a_function_of_the_users_makes_the_network(command, pictures, function):
     (command.folder / "mine.py").write_text(MINE)
-    manifest = trained(command, "--data", pictures, *FLAGS, "--model", f"mine:{function}")
+    manifest = trained(command, "--data", pictures, *QUIET, "--model", f"mine:{function}")
     assert manifest["model"]["parameters"] == 3 * 3 * 3 * 4 + 4 + 4 * 4 + 4 * 3 + 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("function", ["unbuilt", "subclassed"])
 def test_a_network_of_any_kind_is_trained_and_measured(command, pictures, function):
     (command.folder / "mine.py").write_text(MINE)
-    manifest = trained(command, "--data", pictures, *FLAGS, "--model", f"mine:{function}")
+    manifest = trained(command, "--data", pictures, *QUIET, "--model", f"mine:{function}")
     command.program = ["-m", "trainer.evaluate"]
     done = command.run("out/model.keras", "--json")  # Which would run what a file names.
     assert (done.returncode, done.stdout) == (2, "")
@@ -450,7 +454,7 @@ def test_a_network_of_any_kind_is_trained_and_measured(command, pictures, functi
 def test_a_function_that_makes_no_network_is_named(command, pictures, model, code, message):
     (command.folder / "mine.py").write_text(MINE)
     (command.folder / "broken.py").write_text("def make(:\n")
-    done = command.run("--data", pictures, *FLAGS, "--model", model, "--output-dir", "out")
+    done = command.run("--data", pictures, *QUIET, "--model", model, "--output-dir", "out")
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr
     assert not (command.folder / "out").exists()
@@ -458,7 +462,7 @@ def test_a_function_that_makes_no_network_is_named(command, pictures, model, cod
 
 def test_another_network_does_not_resume_a_run(command, tmp_path, pictures):
     (tmp_path / "mine.py").write_text(MINE)
-    flags = ("--data", pictures, *FLAGS, "--model", "mine:make", "--checkpoint-every", "1")
+    flags = ("--data", pictures, *QUIET, "--model", "mine:make", "--checkpoint-every", "1")
     flags += ("--steps-per-execution", 1, "--output-dir", "out")
     pause = Pause(folder=tmp_path / "pause", after_step=(1, 2))
     run = command.start(*flags, hooks=[pause])
@@ -522,7 +526,7 @@ def test_settings_that_do_not_fit_are_refused(pictures, settings, message):
 
 
 def test_the_models_file_is_that_of_its_manifest(command, tmp_path, pictures):
-    trained(command, "--data", pictures, *FLAGS, "--no-report")
+    trained(command, "--data", pictures, *QUIET)
     command.program = ["-m", "trainer.evaluate"]
     content = bytearray((tmp_path / "out" / "model.keras").read_bytes())
     content[len(content) // 2] ^= 1
@@ -536,7 +540,7 @@ def test_the_models_file_is_that_of_its_manifest(command, tmp_path, pictures):
 
 def test_a_file_of_the_users_own_is_not_replaced(command, tmp_path, pictures):
     (tmp_path / "model.keras").write_text("mine")
-    done = command.run("--data", pictures, *FLAGS)
+    done = command.run("--data", pictures, *QUIET)
     assert done.returncode == 73
     assert (tmp_path / "model.keras").read_text() == "mine"
     assert "an earlier run or nothing at" in done.stderr
@@ -546,18 +550,19 @@ def test_pictures_that_are_bad_are_listed_or_left_out(command, tmp_path, picture
     shutil.copytree(pictures, tmp_path / "bad")
     (tmp_path / "bad" / "train" / "dots" / "3.png").write_bytes(b"")
     Image.new("RGB", (5, 5)).save(tmp_path / "bad" / "train" / "bars" / "large.png")
-    done = command.run("--data", "bad", *FLAGS, "--output-dir", "out")
+    done = command.run("--data", "bad", *QUIET, "--output-dir", "out")
     assert done.returncode == 65
     assert "3.png (empty)" in done.stderr
     assert "large.png (5×5 pixels)" in done.stderr
     assert not (tmp_path / "out").exists()
-    done = command.run("--data", "bad", *FLAGS, "--skip-bad", "--output-dir", "out")
+    done = command.run("--data", "bad", *QUIET, "--skip-bad", "--output-dir", "out")
     assert done.returncode == 0
     assert "2 pictures are left out" in done.stderr + done.stdout
 
 
+@pytest.mark.full
 def test_measured_pictures_are_of_the_models_classes(command, tmp_path, pictures):
-    trained(command, "--data", pictures, *FLAGS, "--no-report")
+    trained(command, "--data", pictures, *QUIET)
     shutil.copytree(pictures / "test", tmp_path / "some")
     shutil.rmtree(tmp_path / "some" / "bars")
     command.program = ["-m", "trainer.evaluate"]
