@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import TIMEOUT, Command, Replicas
+from support import COLOURS, TIMEOUT, Command, Replicas, paint
 
 collect_ignore = ["keras_scripts"]  # Programs, which train when they are imported.
 
@@ -104,6 +104,36 @@ def trained(tmp_path_factory):
                 "--epochs", 1, "--test-limit", 1000, "--no-report", timeout=TIMEOUT
             )
             assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def colour_run(tmp_path_factory):
+    """A folder with train/ and test/, pictures of three colours, and run/ with the model.keras of
+    a run on them, resized to 20×24.
+    """
+    import trainer
+    from trainer.config import TrainConfig
+
+    folder, noise = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for part, count in (("train", 8), ("test", 3)):
+        for colour in COLOURS:
+            (folder / part / colour).mkdir(parents=True)
+            for number in range(count):
+                picture = paint(colour, noise, (24 + number, 20))
+                picture.save(folder / part / colour / f"{number}.png")
+    trainer.train(
+        TrainConfig(
+            data=str(folder),
+            image_size="20x24",
+            epochs=8,
+            batch_size=6,
+            optimizer="adam",
+            output_dir=folder / "run",
+            report=False,
+            log_format="plain",
+        )
+    )
     return folder
 
 

@@ -22,6 +22,7 @@ from trainer.distributed.local import free_ports
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
+    from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 1800  # Seconds: only what hangs takes so long, however busy the machine is.
@@ -169,6 +170,18 @@ def save_npz(path: Path, train: int = 60, test: int = 20, **arrays) -> Path:
         },
     )
     return path
+
+
+COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (230, 30, 30)}
+
+
+def paint(colour: str, noise: np.random.Generator, size: tuple[int, int]) -> "Image.Image":
+    """Returns a picture of a colour, with noise."""
+    from PIL import Image
+
+    width, height = size
+    pixels = noise.normal(COLOURS[colour], 30, (height, width, 3))
+    return Image.fromarray(np.uint8(np.clip(pixels, 0, 255)))
 
 
 class Replicas:

@@ -4,13 +4,16 @@ import hashlib
 import os
 import signal
 import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
 from support import TIMEOUT, Pause
 
 from trainer import export
 from trainer.errors import UsageError
 from trainer.inference.formats import SUFFIXES
+from trainer.runtime import keras, tf
 
 NAMES = {
     "keras": "mnist.keras",
@@ -263,3 +266,50 @@ def test_sigterm_leaves_what_was_there_and_nothing_temporary(here, command, tmp_
     assert (here / "mnist.onnx").read_text() == "old"
     assert names(here) == ["mnist.h5", "mnist.onnx"]
     assert not list(temporary.glob("trainer-export-*"))
+
+
+# -- a model of other images
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["savedmodel", *(pytest.param(name, marks=pytest.mark.full) for name in ("onnx", "litert"))],
+)
+def test_a_model_of_other_images_is_exported(colour_run, tmp_path, capfd, kind):
+    made = tmp_path / f"colours{SUFFIXES[kind]}"
+    path = colour_run / "run" / "model.keras"
+    assert export.main([str(path), "--format", kind, "--output", str(made)]) == 0
+    assert capfd.readouterr().err == ""
+    images = np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3)).astype(np.float32)
+    expected = keras.saving.load_model(path).predict(images, verbose=0)
+    if kind == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(made)
+        [answer] = session.run(["probabilities"], {"images": images})
+    elif kind == "litert":
+        from ai_edge_litert.interpreter import Interpreter
+
+        serve = Interpreter(str(made)).get_signature_runner()
+        answer = serve(images=images)["probabilities"]
+    else:
+        serve = tf.saved_model.load(made).signatures["serving_default"]
+        answer = serve(images=tf.constant(images))["probabilities"].numpy()
+    np.testing.assert_allclose(answer, expected, atol=1e-5)
+
+
+def test_its_name_is_that_of_the_model(colour_run, capfd):
+    config = export.ExportConfig(model=colour_run / "run" / "model.keras", format="onnx")
+    assert export._beside(config) == colour_run / "run" / "model.onnx"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "model.keras", "format": "keras"}, "format must be savedmodel, onnx or litert"),
+        ({"model": "mnist.h5", "format": "onnx", "network": "a:b"}, "network is for a model.keras"),
+    ],
+)
+def test_what_a_model_cannot_become_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        export.ExportConfig(**{**options, "model": Path(options["model"])})

@@ -3,15 +3,19 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import foreign
 import numpy as np
 import pytest
 from PIL import Image
+from support import COLOURS, paint
 
 from trainer import cli, predict
+from trainer.data import sources
 from trainer.errors import UsageError
 from trainer.inference import pictures, segmentation
+from trainer.runtime import keras, tf
 
 
 @pytest.fixture
@@ -38,8 +42,6 @@ def ask(command, model):
 
 def expected(model, paths) -> np.ndarray:
     """Says what stock Keras makes of the pictures."""
-    import keras
-
     seen = np.stack([segmentation.find(pictures.open_image(path))[0].pixels for path in paths])
     return keras.models.load_model(model).predict(seen[..., None] / 255.0, verbose=0)
 
@@ -174,3 +176,75 @@ def test_a_missing_model_ends_it_whatever_the_pictures_are(command, digits):
     done = command.run("nowhere.h5", digits)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (66, "", 1)
     assert "nowhere.h5" in done.stderr
+
+
+# -- whole pictures
+
+
+@pytest.fixture
+def ask_colours(command, colour_run):
+    command.program = ["-m", "trainer.predict", colour_run / "run" / "model.keras"]
+    return command
+
+
+def test_a_model_of_other_images_classifies_whole_pictures(ask_colours, colour_run):
+    folders = [colour_run / "test" / name for name in COLOURS]
+    (ask_colours.folder / "cut.png").write_bytes((folders[0] / "0.png").read_bytes()[:99])
+    paint("red", np.random.default_rng(7), (300, 500)).save(ask_colours.folder / "large.jpg")
+    done = ask_colours.run(*folders, "cut.png", "large.jpg", "--json")
+    assert done.returncode == 65
+    *answers, cut, large = map(json.loads, done.stdout.splitlines())
+    assert cut["code"] == 65
+    assert large["class"] == "red"
+    # Of Keras' own, of the pictures as they were trained on.
+    model = keras.saving.load_model(colour_run / "run" / "model.keras")
+    data = sources.load(str(colour_run), image_size=(20, 24)).test
+    [(x, _)] = data.batches(np.arange(9), 9)
+    expected = model.predict(x, verbose=0)
+    assert [answer["file"] for answer in answers] == [str(file.path) for file in data.files]
+    for answer, probabilities in zip(answers, expected, strict=True):
+        assert list(answer["probabilities"]) == list(COLOURS)
+        # Pillow's pixels and TensorFlow's differ by one at most.
+        np.testing.assert_allclose(list(answer["probabilities"].values()), probabilities, atol=0.02)
+        assert answer["class"] == list(COLOURS)[probabilities.argmax()]
+        assert answer["probability"] == max(answer["probabilities"].values())
+
+
+@pytest.mark.full
+def test_each_line_has_the_class(ask_colours, colour_run):
+    done = ask_colours.run(colour_run / "test" / "red" / "0.png", "--threshold", 0)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"\S+0\.png  red  \d+\.\d%\n", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("model.keras", {"digits": "many"}, "digits is for an mnist.h5. Received: digits='many'"),
+        ("model.keras", {"show": Path("seen")}, "show is for an mnist.h5. Received: show='seen'"),
+        ("mnist.h5", {"network": "a:b"}, "network is for a model.keras. Received: network='a:b'"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(model, options, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        predict.PredictConfig(model=Path(model), images=("a.png",), **options)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])
+def test_a_whole_picture_is_as_the_training_read_it(tmp_path, channels, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    picture = Image.fromarray(pixels).resize((60, 40))
+    if mode == "I;16":
+        picture = Image.fromarray(np.uint16(pixels[..., 0]) * 256 + 77)
+    elif mode != "RGB":
+        picture = picture.convert(mode)
+    picture.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    read = tf.image.decode_image(content, channels, expand_animations=False)
+    whole = pictures.open_whole(tmp_path / "a.png", (40, 60, channels))
+    # Grey of colours is weighted by other whole numbers.
+    assert np.abs(np.int32(whole) - np.int32(read)).max() <= (channels == 1)
+    small = pictures.open_whole(tmp_path / "a.png", (15, 20, channels))
+    resized = tf.image.resize(read, (15, 20), antialias=True)
+    assert np.abs(small - resized.numpy()).max() <= 2

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import TIMEOUT, Command
+from support import COLOURS, TIMEOUT, Command
 
 from trainer import cli, serve
 from trainer.errors import UsageError
@@ -166,7 +166,7 @@ def browser(server: Server):
             lambda response: response.status >= 400 and failures.append(response.url),
         )
         page.goto(server.url)
-        page.locator("canvas").wait_for()
+        page.locator("#pixels").wait_for()
         yield page, sync_api.expect
         window.close()
         assert not failures
@@ -350,3 +350,31 @@ def test_a_signal_ends_it_though_a_page_is_open(model, tmp_path, number):
     finally:
         server.process.kill()
     assert not list(server.temporary.glob("digits-*"))
+
+
+@pytest.mark.full
+def test_a_model_of_other_images_is_asked_by_upload(colour_run, tmp_path):
+    server = Server(tmp_path, colour_run / "run" / "model.keras")
+    red = (colour_run / "test" / "red" / "0.png").read_bytes()
+    try:
+        with browser(server) as (page, expect):
+            assert page.locator("canvas").count() == 0
+            answer = page.get_by_test_id("label-output-value")
+            upload(page, red)
+            expect(answer).to_have_text("red")
+            expect(page.get_by_test_id("label").locator("dt")).to_have_count(3)
+            expect(page.locator("#pixels img")).to_have_js_property("naturalHeight", 20)
+        text = f"data:image/png;base64,{base64.b64encode(red).decode()}"
+        status, answer = server.predict(text)
+        assert status == 200
+        (said,) = answer["data"]
+        assert said["class"] == "red"
+        assert list(said["probabilities"]) == list(COLOURS)
+        assert server.predict("data:image/png;base64,AAAA")[0] == 500
+    finally:
+        assert server.end(signal.SIGTERM) == (0, "")
+
+
+def test_a_network_is_for_other_images():
+    with pytest.raises(UsageError, match=r"network is for a model\.keras"):
+        serve.ServeConfig(network="a:b")

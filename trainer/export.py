@@ -1,6 +1,7 @@
 """The command: writes a saved model in the format of another runtime.
 
     python -m trainer.export mnist.h5 --format onnx      # mnist.onnx, beside mnist.h5
+    python -m trainer.export model.keras --format onnx   # model.onnx
 
 ``trainer.inference.formats`` has the formats, and what their inputs and outputs are.
 """
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
@@ -22,8 +23,11 @@ from trainer import cli
 from trainer.config import local_path
 from trainer.errors import ConfigurationError, OutputError, UsageError
 from trainer.files import place
-from trainer.inference.formats import SUFFIXES, convert
+from trainer.inference.formats import DIGITS, SUFFIXES, Input, convert
 from trainer.signals import Signals
+
+if TYPE_CHECKING:  # --help loads none of these.
+    import keras
 
 PROG = "python -m trainer.export"
 
@@ -41,13 +45,19 @@ class ExportConfig:
     """
 
     model: Positional[Path]
-    """An mnist.h5, as python -m trainer.task writes it."""
+    """An mnist.h5, as python -m trainer.task writes it; or
+    a model.keras with its model.json beside it."""
 
     format: Literal["keras", "savedmodel", "onnx", "litert"]
     """keras: Keras' own, mnist.keras. savedmodel:
     TensorFlow's, a folder mnist_savedmodel. onnx:
     mnist.onnx. litert: LiteRT's, formerly TensorFlow
     Lite, mnist.tflite."""
+
+    network: str | None = None
+    """The package.module:function that has made the
+    network of a model.keras, which is run to make it
+    again. Not for the built-in ones."""
 
     quantize: bool = False
     """With --format litert: weights of 8 bits (dynamic
@@ -62,6 +72,17 @@ class ExportConfig:
         object.__setattr__(self, "model", local_path("model", self.model))
         if self.output is not None:
             object.__setattr__(self, "output", local_path("output", self.output))
+        is_of_digits = self.model.suffix != ".keras"
+        if self.network is not None and is_of_digits:
+            raise UsageError(
+                f"network is for a model.keras. Received: network={self.network!r} and "
+                f"{self.model.name}. Leave it out."
+            )
+        if self.format == "keras" and not is_of_digits:
+            raise UsageError(
+                f"format must be savedmodel, onnx or litert for a model in Keras' own. Received: "
+                f"format='keras' and {self.model.name}. Copy that file."
+            )
         if self.quantize and self.format != "litert":
             raise UsageError(
                 "quantize is for format=litert alone. Received: quantize=True, "
@@ -94,15 +115,13 @@ def export(config: ExportConfig) -> None:
         _check_packages("onnx", "tf2onnx")
 
     with Signals() as signals:
-        from trainer.inference import model_file
-
-        model = model_file.load(config.model)
+        model, takes = _load(config)
         # A KeyboardInterrupt in the middle of a conversion, which is short, would come out of it
         # as another error.
         signals.defer()
         with tempfile.TemporaryDirectory(prefix="trainer-export-") as folder:
             converted = Path(folder) / f"mnist{SUFFIXES[config.format]}"
-            convert(model, converted, config.format, quantize=config.quantize)
+            convert(model, converted, config.format, takes, quantize=config.quantize)
             if signals.received:
                 raise KeyboardInterrupt(signals.received)
             size = sum(
@@ -112,6 +131,20 @@ def export(config: ExportConfig) -> None:
             with _output_errors(path):
                 place(converted, target)
     print(line, flush=True)
+
+
+def _load(config: ExportConfig) -> "tuple[keras.Model, Input]":
+    """Loads the model; returns what it takes, too."""
+    if config.model.suffix != ".keras":
+        from trainer.inference import model_file
+
+        return model_file.load(config.model), DIGITS
+    from trainer.runtime import keras_defaults
+    from trainer.training import saved_model
+
+    with keras_defaults():
+        model, _, spec = saved_model.load_model(config.model, config.network)
+    return model, Input("images", spec.shape, spec.dtype)
 
 
 def sha256(path: Path) -> str:

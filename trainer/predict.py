@@ -1,9 +1,10 @@
-"""The command: recognizes the digits in pictures.
+"""The command: recognizes the digits in pictures, or classifies them as a whole.
 
     python -m trainer.predict mnist.h5 seven.jpg scans/ "photos/*.heic"
+    python -m trainer.predict model.keras cat.jpg
 
-Each line has the file, the digit and its probability. For a picture that cannot be read there
-is an error instead, and the others are still processed.
+Each line has the file, the digit or class and its probability. For a picture that cannot be read
+there is an error instead, and the others are still processed.
 """
 
 import contextlib
@@ -41,14 +42,16 @@ SHOWN = 448  # Pixels of the original's longest side in what --show writes.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Recognizes the digits in pictures: prints file, digit, probability.
+    """Recognizes the digits in pictures, or with a model of other images classifies whole pictures:
+    prints file, digit or class, probability.
 
     Raises:
         UsageError: A value is outside its range; the message names field, value and remedy.
     """
 
     model: Positional[Path]
-    """An mnist.h5, as python -m trainer.task writes it."""
+    """An mnist.h5, as python -m trainer.task writes it; or
+    a model.keras with its model.json beside it."""
 
     images: Positional[tuple[str, ...]]
     """Files, folders, patterns such as "scans/*.png", or -
@@ -58,6 +61,11 @@ class PredictConfig:
     digits: Literal["one", "many"] = "one"
     """one: a picture shows one digit; many: several, apart
     from each other, read line by line, left to right."""
+
+    network: str | None = None
+    """The package.module:function that has made the
+    network of a model.keras, which is run to make it
+    again. Not for the built-in ones."""
 
     threshold: float = THRESHOLD
     """Answers of a lower probability are marked unsure."""
@@ -77,6 +85,16 @@ class PredictConfig:
         object.__setattr__(self, "model", local_path("model", self.model))
         if self.show is not None:
             object.__setattr__(self, "show", local_path("show", self.show))
+        for name, default, is_of_digits, kind in (
+            ("network", None, False, "a model.keras"),
+            ("digits", "one", True, "an mnist.h5"),
+            ("show", None, True, "an mnist.h5"),
+        ):
+            if (value := getattr(self, name)) != default and self.is_of_digits != is_of_digits:
+                raise UsageError(
+                    f"{name} is for {kind}. Received: {name}={str(value)!r} and {self.model.name}. "
+                    "Leave it out."
+                )
         if not self.images:
             raise UsageError("Expected at least one image. Received: none. Name a file or folder.")
         if not 0 <= self.threshold <= 1:
@@ -89,6 +107,11 @@ class PredictConfig:
                 f"threads must be a whole number of at least 1. Received: threads={self.threads}. "
                 "Leave it out to use every CPU."
             )
+
+    @property
+    def is_of_digits(self) -> bool:
+        """Whether the model is one of digits, which are searched for in pictures."""
+        return self.model.suffix != ".keras"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,15 +132,21 @@ def predict(config: PredictConfig) -> None:
     if config.show:
         _make_folder(config.show)
     failures = []
-    with classifier.start(
-        config.model, processes=min(config.threads, len(names)), threads=config.threads
-    ) as started:
+    load, shape, classes = classifier.load_digits(config.model, config.threads), None, None
+    if not config.is_of_digits:
+        from trainer.training import saved_model
+
+        predictor, spec = saved_model.load_predictor(
+            config.model, config.network, threads=config.threads
+        )
+        load, shape, classes = (lambda: predictor), spec.shape, spec.classes
+    with classifier.start(load, processes=min(config.threads, len(names)), shape=shape) as started:
         answers = started.classify(map(_picture, names), digits=config.digits)
         for number, answer in enumerate(answers, start=1):
             if config.json:
-                print(json.dumps(_as_dict(config, answer)), flush=True)
+                print(json.dumps(_as_dict(config, answer, classes)), flush=True)
             elif not answer.error:
-                print(_as_text(config, answer), flush=True)
+                print(_as_text(config, answer, classes), flush=True)
             if answer.error:
                 failures.append(answer.error)
                 if len(names) > 1:
@@ -129,8 +158,9 @@ def predict(config: PredictConfig) -> None:
     if failures and len(names) == 1:
         raise failures[0]
     if failures:
+        wanted = "digits in" if config.is_of_digits else "an answer for"
         raise type(failures[0])(
-            f"Expected digits in all of {len(names):,} pictures. Received: {len(failures):,} "
+            f"Expected {wanted} all of {len(names):,} pictures. Received: {len(failures):,} "
             "without, each named above. Replace them, or leave them out."
         )
 
@@ -160,9 +190,18 @@ def _picture(name: str) -> "Picture":
     return "standard input", sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""
 
 
-def _as_dict(config: PredictConfig, answer: "Answer") -> dict:
+def _as_dict(config: PredictConfig, answer: "Answer", classes: Sequence[str] | None) -> dict:
     if answer.error:
         return {"file": answer.name, "error": str(answer.error), "code": answer.error.exit_code}
+    if classes:
+        [prediction] = answer.predictions
+        return {
+            "file": answer.name,
+            "class": classes[prediction.label],
+            "probability": prediction.probability,
+            "unsure": prediction.probability < config.threshold,
+            "probabilities": dict(zip(classes, prediction.probabilities.tolist(), strict=True)),
+        }
     digits = [
         {
             "digit": prediction.label,
@@ -175,11 +214,13 @@ def _as_dict(config: PredictConfig, answer: "Answer") -> dict:
     return {"file": answer.name, "digits": digits}
 
 
-def _as_text(config: PredictConfig, answer: "Answer") -> str:
+def _as_text(config: PredictConfig, answer: "Answer", classes: Sequence[str] | None) -> str:
     lines = []
-    for digit in _as_dict(config, answer)["digits"]:
-        lines.append(f"{answer.name}  {digit['digit']}  {digit['probability']:.1%}")
-        if digit["unsure"]:
+    found = _as_dict(config, answer, classes)
+    for one in found.get("digits", [found]):
+        label = one["digit"] if "digit" in one else one["class"]
+        lines.append(f"{answer.name}  {label}  {one['probability']:.1%}")
+        if one["unsure"]:
             lines[-1] += "  unsure"
     if answer.predictions[0].digit.several:
         lines[-1] += ", it looks like several digits: --digits many"

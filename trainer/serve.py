@@ -1,6 +1,7 @@
 """The command: serves a page to draw or upload a digit on, and the same as an HTTP API.
 
     python -m trainer.serve mnist.h5        # http://127.0.0.1:7860
+    python -m trainer.serve model.keras     # for pictures of other things, which are uploaded
 
 ``trainer.inference.web`` has the page, the API and the filter of requests. Nothing is loaded from
 the network.
@@ -14,6 +15,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
@@ -21,6 +23,9 @@ from trainer import cli
 from trainer.config import local_path
 from trainer.errors import ConfigurationError, UsageError
 from trainer.signals import Signals
+
+if TYPE_CHECKING:  # --help loads none of these.
+    from trainer.inference.classifier import Classifier
 
 PROG = "python -m trainer.serve"
 
@@ -34,7 +39,13 @@ class ServeConfig:
     """
 
     model: Positional[Path] = Path("mnist.h5")
-    """The model, as python -m trainer.task writes it."""
+    """An mnist.h5, as python -m trainer.task writes it; or
+    a model.keras with its model.json beside it."""
+
+    network: str | None = None
+    """The package.module:function that has made the
+    network of a model.keras, which is run to make it
+    again. Not for the built-in ones."""
 
     host: str = "127.0.0.1"
     """The address to listen at. 127.0.0.1: this machine
@@ -49,6 +60,11 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", local_path("model", self.model))
+        if self.network is not None and self.model.suffix != ".keras":
+            raise UsageError(
+                f"network is for a model.keras. Received: network={self.network!r} and "
+                f"{self.model.name}. Leave it out."
+            )
         for field, least, most in (("port", 0, 65535), ("max_upload_mb", 1, 64)):
             if not least <= (value := getattr(self, field)) <= most:
                 raise UsageError(
@@ -75,7 +91,6 @@ def serve(config: ServeConfig) -> None:
             "Expected Gradio. Received: a Python without it. "
             "Install it: pip install 'digits-trainer[web]'"
         )
-    from trainer.inference import classifier
     from trainer.inference.web import page, server
 
     with (
@@ -83,16 +98,33 @@ def serve(config: ServeConfig) -> None:
         contextlib.suppress(KeyboardInterrupt),  # Ctrl-C is the normal way to end it.
         _listen(config) as listener,
         server.temporary_folder() as folder,
-        classifier.start(config.model, processes=1) as started,
+        _start(config) as (started, classes),
     ):
         started.load()  # Before the first request.
         app = server.assemble(
-            page.build(lambda picture: next(started.classify([picture])), config.model.name),
+            page.build(
+                lambda picture: next(started.classify([picture])), config.model.name, classes
+            ),
             uploads=folder,
             max_bytes=config.max_upload_mb * 2**20,
         )
         print(f"{config.model} answers at {_url(listener)}  (Ctrl-C ends it)", flush=True)
         server.run(app, listener)
+
+
+@contextlib.contextmanager
+def _start(config: ServeConfig) -> "Iterator[tuple[Classifier, Sequence[str] | None]]":
+    """Starts what classifies; yields the names of the classes, too, of other images than digits."""
+    from trainer.inference import classifier
+
+    load, shape, classes = classifier.load_digits(config.model), None, None
+    if config.model.suffix == ".keras":
+        from trainer.training import saved_model
+
+        predictor, spec = saved_model.load_predictor(config.model, config.network)
+        load, shape, classes = (lambda: predictor), spec.shape, spec.classes
+    with classifier.start(load, processes=1, shape=shape) as started:
+        yield started, classes
 
 
 @contextlib.contextmanager

@@ -15,10 +15,12 @@ from trainer.data.dataset import ClassWeighted, Subset
 from trainer.data.examples import examples
 from trainer.data.folders import ImageFolder
 from trainer.data.objects import ObjectDataset
+from trainer.data.order import epoch_order
 from trainer.data.pipeline import Shard
 from trainer.data.streams import Stream
 from trainer.errors import DataError, InputError, UsageError
 from trainer.runtime import keras, tf
+from trainer.training.feed import Feed
 
 X = np.arange(40, dtype="float32").reshape(20, 2)
 Y = np.arange(20) % 3
@@ -499,3 +501,25 @@ def test_pictures_that_stay_in_memory_are_the_same(tmp_path):
             assert (y == label).all()
     assert cached.digest == plain.digest
     assert cached.spec == plain.spec
+
+
+def test_the_middle_of_an_epoch_of_six_million_reads_no_example_before_it():
+    read = []
+
+    class Counted:
+        digest = "counted"
+
+        def __len__(self):
+            return 6_000_000
+
+        def __getitem__(self, number):
+            read.append(number)
+            return np.float32([number % 10]), np.int32(number)
+
+    feed = Feed(examples(Counted()), 128, Shard(), seed=0)
+    first_step = feed.steps // 2
+    read.clear()  # The first example, for the spec.
+    order = epoch_order(6_000_000, 0, 3)[first_step * 128 :]
+    labels = [labels.numpy() for _, labels, _ in feed(3, first_step).take(3)]
+    np.testing.assert_array_equal(np.concatenate(labels), order[: 3 * 128])
+    assert set(read) <= set(order[: 200 * 128].tolist())  # What is read ahead, at most.

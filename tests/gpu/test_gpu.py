@@ -168,3 +168,46 @@ def test_a_gpu_that_is_hidden_is_78(gpu_command):
     done = gpu_command.run("--gpus", 1)
     assert done.returncode == 78
     assert "Expected 1 GPUs (gpus=1). Received: 0" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--precision", "mixed_bfloat16"), ("--jit-compile",)])
+def test_another_network_trains_on_the_gpu_with_what_it_holds(gpu_command, flags):
+    done = gpu_command.run(
+        *("--model", "resnet", "--optimizer", "adam", "--augment", "affine", "elastic"),
+        *("--epochs", 4, "--train-limit", 12_800, "--test-limit", 1000, "--no-report"),
+        *("--output-dir", "out", *flags),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "do not fit" not in done.stdout
+    manifest = json.loads((gpu_command.folder / "out" / "model.json").read_text())
+    assert manifest["metrics"]["val_accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("device", ["gpu", "gpus"])
+def test_two_logical_gpus_train_another_network(on, device):
+    found = on(device, "another_network")
+    assert found["accuracy"] > 0.8
+    assert found["notices"] == []  # The images are on the device.
+
+
+def test_fit_trains_a_model_of_the_users_own_on_the_gpu(gpu_command):
+    program = """
+import keras
+import trainer
+
+digits = trainer.load_data("bundled").first(6400, 1000)
+layers = keras.layers
+model = keras.Sequential([
+    layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(128, activation="relu"),
+    layers.BatchNormalization(), layers.Dropout(0.2), layers.Dense(10, activation="softmax"),
+])
+model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+test = digits.x_test[..., None], digits.y_test
+data = digits.x_train[..., None], digits.y_train
+history = trainer.fit(model, data, validation_data=test, epochs=4, batch_size=64, verbose=0)
+print(history.history["val_accuracy"][-1])
+"""
+    gpu_command.program = ["-c", program]
+    done = gpu_command.run()
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) > 0.85

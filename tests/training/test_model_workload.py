@@ -337,21 +337,35 @@ def test_the_cache_changes_no_bit(command, pictures):
     assert len(digests) == 1
 
 
-def test_augmentation_on_the_device_is_that_of_the_host(tmp_path, monkeypatch, pictures):
-    digests = set()
+@pytest.mark.parametrize("augment", ["none", "affine flip elastic contrast"])
+@pytest.mark.parametrize("kind", ["pictures", "arrays", "larger arrays"])
+def test_what_is_on_the_device_is_what_the_host_sends(
+    tmp_path, monkeypatch, capsys, pictures, few_digits, kind, augment
+):
+    """On a CPU, with the step of an accelerator: streamed pictures, and arrays in its memory."""
+    if kind == "larger arrays":
+        monkeypatch.setattr(model_workload.resident, "place", lambda data, strategy: None)
+    digests, histories = set(), []
     for on_device in (False, True):
         monkeypatch.setattr(model_workload, "has_accelerator", lambda: on_device)  # noqa: B023
         config = TrainConfig(
-            data=str(pictures),
+            data=str(pictures if kind == "pictures" else few_digits),
+            model="cnn" if kind == "pictures" else "resnet",
             batch_size=20,
             epochs=2,
-            augment="affine flip elastic contrast",
+            augment=augment,
+            label_smoothing=0.1,
+            train_limit=45,
             output_dir=tmp_path / str(on_device),
             report=False,
         )
-        trainer.train(config)
+        _, history = trainer.train(config)
         digests.add(manifest_of(config.output_dir)["model"]["weights_sha256"])
+        histories.append({name: row for name, row in history.items() if name != "seconds"})
     assert len(digests) == 1
+    assert histories[0] == histories[1]
+    said = "do not fit into the devices' memory" in capsys.readouterr().out
+    assert said == (kind == "larger arrays")
 
 
 def test_the_report_shows_augmented_images(command, pictures):

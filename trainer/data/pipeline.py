@@ -223,11 +223,7 @@ def put_on_devices(
         return DeviceDataset(train, test, preprocess, augment)
     placed = _place(train, test, strategy)
     if placed is None:
-        size = sum(array.nbytes for array in (*train, *test)) / 2**20
-        notice = (
-            f"The images ({size:,.0f} MiB) do not fit into the devices' memory beside the "
-            "training: the host sends them batch by batch, with the same results in more time."
-        )
+        notice = does_not_fit(sum(array.nbytes for array in (*train, *test)))
         return DeviceDataset(train, test, preprocess, augment, notice)
     images, labels = placed
 
@@ -244,6 +240,14 @@ def put_on_devices(
     # What is drawn goes to the device beside the row numbers.
     later = Deferred(augment) if augment else None
     return DeviceDataset((first, first), (last, last), gather, later)
+
+
+def does_not_fit(size: int) -> str:
+    """Returns the sentence about images of that many bytes that the devices do not hold."""
+    return (
+        f"The images ({size / 2**20:,.0f} MiB) do not fit into the devices' memory beside the "
+        "training: the host sends them batch by batch, with the same results in more time."
+    )
 
 
 def _place(

@@ -7,7 +7,6 @@ tfrecord files already is read into memory, if there is enough of it.
 """
 
 import contextlib
-import hashlib
 import io
 import logging
 import math
@@ -151,58 +150,9 @@ def _in_memory(tfds: ModuleType, builder: Any, parts: list[str]) -> dict[str, np
     return arrays
 
 
-class Records:
-    """One split's examples by number: for ``ObjectDataset``.
-
-    Args:
-        builder: Of a data set that is prepared as array_record files.
-        part: Name of the split.
-        image_size: Height and width to which images are resized, bilinearly with antialiasing.
-
-    Attributes:
-        classes: Names of the classes.
-        digest: Of name, version, and the split's files.
-    """
-
-    def __init__(self, builder: Any, part: str, image_size: tuple[int, int] | None) -> None:
-        self.source = builder.as_data_source(split=part)
-        self.image_size = image_size
-        self.classes = list(builder.info.features["label"].names)
-        split = builder.info.splits[part]
-        described = builder.info.full_name, part, split.shard_lengths, split.num_bytes, image_size
-        self.digest = hashlib.sha256(repr(described).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.__getitems__([number])[0]
-
-    def __getitems__(self, numbers: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns images (height, width, channels) and class numbers, int32."""
-        return [
-            (self._sized(example["image"]), np.array(example["label"], np.int32))
-            for example in self.source.__getitems__(numbers)
-        ]
-
-    def _sized(self, image: np.ndarray) -> np.ndarray:
-        if not self.image_size:
-            return image
-        from PIL import Image
-
-        # Not by TensorFlow, whose workers are connected before its first operation.
-        grey = image.shape[2] == 1
-        picture = Image.fromarray(image[..., 0] if grey else image)
-        resized = picture.resize(self.image_size[::-1], Image.Resampling.BILINEAR)
-        return np.asarray(resized).reshape(*self.image_size, image.shape[2])
-
-
 def _by_number(builder: Any, parts: list[str], image_size: tuple[int, int] | None) -> "Splits":
     from trainer.data.dataset import Splits
-    from trainer.data.objects import ObjectDataset
+    from trainer.data.records import Records
 
-    opened = {
-        part: ObjectDataset(Records(builder, part, image_size), f"tfds:{builder.info.name}")
-        for part in parts
-    }
+    opened = {part: Records(builder, part, image_size) for part in parts}
     return Splits(opened.get("train"), opened.get("test"), opened.get("validation"))

@@ -1,11 +1,11 @@
 """From pictures to predictions: decode each picture, find its digits, classify them.
 
-    with classifier.start(Path("mnist.h5"), processes=2) as classifier:
+    with classifier.start(load_digits(Path("mnist.h5")), processes=2) as classifier:
         for answer in classifier.classify([("seven.jpg", Path("seven.jpg"))]):
             print(answer.name, answer.error or answer.predictions[0].label)
 
-``trainer.predict`` and ``trainer.serve`` are built on it. ``trainer.evaluate``, whose images are
-28×28 already, needs the model alone: ``model_file`` and ``trainer.models.cnn``.
+Or classify whole pictures, where a shape is given. ``trainer.predict`` and ``trainer.serve`` are
+built on it. ``trainer.evaluate``, whose images have their size already, needs the model alone.
 """
 
 import contextlib
@@ -29,17 +29,18 @@ BATCH = 256  # Digits in one forward pass, which takes 60 MB of memory.
 
 Picture = tuple[str, Path | bytes]  # Its name in errors; its file, or that file's content.
 
-# From uint8 (n, 28, 28), n at least 1, 0 for background and 255 for ink, to float32 (n, 10).
+# From uint8 (n, 28, 28), n at least 1, 0 for background and 255 for ink, to float32 (n, 10); or
+# from uint8 (n, height, width, channels) to float32 (n, classes).
 Predict = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model predicts for a digit.
+    """What the model predicts for a digit, or a picture.
 
     Attributes:
         digit: Its pixels, and where it was found.
-        probabilities: float32 (10,).
+        probabilities: float32 (classes,).
     """
 
     digit: Digit
@@ -67,7 +68,8 @@ class Answer:
     Attributes:
         name: Its name in errors, control characters escaped.
         error: Why there are no predictions.
-        picture: uint8 (h, w), the picture as it was searched for digits; (0, 0) with an error.
+        picture: uint8 (h, w), the picture as it was searched for digits, or (h, w, channels), as a
+            whole; (0, 0) with an error.
         predictions: One for each digit; at least one where there is no error.
     """
 
@@ -78,45 +80,57 @@ class Answer:
 
 
 @contextlib.contextmanager
-def start(model: Path, *, processes: int, threads: int | None = None) -> Iterator["Classifier"]:
+def start(
+    load: Callable[[], Predict], *, processes: int, shape: decoders.Shape | None = None
+) -> Iterator["Classifier"]:
     """Starts the processes that decode pictures, and ends them with the block.
 
     Args:
-        model: An ``mnist.h5``.
+        load: As ``Classifier`` takes it: ``load_digits(path)``, for example.
         processes: Pictures decoded at a time (``decoders.start``).
-        threads: Threads inside one TensorFlow operation (``runtime.set_threads``); None: unchanged.
+        shape: As ``Classifier`` takes it.
     """
     with decoders.start(processes) as decode:
-        yield Classifier(decode, functools.partial(_load, model, threads))
+        yield Classifier(decode, load, shape)
 
 
 class Classifier:
-    """Classifies the digits in pictures.
+    """Classifies the digits in pictures, or whole pictures.
 
     Args:
         decode: As ``decoders.start`` yields it.
         load: Loads the model; called once, before the first prediction.
+        shape: Height, width and channels that whole pictures are read with; None: their digits are
+            searched for.
     """
 
-    def __init__(self, decode: decoders.Decode, load: Callable[[], Predict]) -> None:
+    def __init__(
+        self,
+        decode: decoders.Decode,
+        load: Callable[[], Predict],
+        shape: decoders.Shape | None = None,
+    ) -> None:
         self._decode = decode
         self._load = load
+        self._shape = shape
 
     def load(self) -> None:
         """Loads and compiles the model now, rather than with the first picture.
 
         Raises:
-            InputError: The model's file is missing or cannot be read.
-            DataError: It is not a model of the digits CNN, or damaged.
-            ConfigurationError: There is no TensorFlow, or it runs with another number of threads.
+            TrainerError: The model cannot be loaded.
         """
-        self._predict(np.zeros((1, SIZE, SIZE), np.uint8))
+        self._predict(np.zeros((1, *(self._shape or (SIZE, SIZE))), np.uint8))
 
     def classify(
         self, pictures: Iterable[Picture], *, digits: DigitCount = "one"
     ) -> Iterator[Answer]:
         """Yields an answer for each picture, in their order. The first pictures are decoded while
         the model is loaded, and the next ones while it classifies those before.
+
+        Args:
+            pictures: Names and files, or their content.
+            digits: How many digits a picture shows, where no shape was given.
 
         Raises:
             TrainerError: The model cannot be loaded, as in ``load``.
@@ -137,7 +151,7 @@ class Classifier:
         self, pictures: Iterable[Picture], digits: DigitCount
     ) -> list[tuple[str, Future[decoders.Decoded]]]:
         return [
-            (sandbox.printable(name), self._decode(source, name, digits))
+            (sandbox.printable(name), self._decode(source, name, self._shape or digits))
             for name, source in pictures
         ]
 
@@ -146,18 +160,33 @@ class Classifier:
         return self._load()
 
 
-def _load(path: Path, threads: int | None) -> Predict:
-    model = model_file.load(path, threads=threads)
+def load_digits(path: Path, threads: int | None = None) -> Callable[[], Predict]:
+    """Returns what loads a model of digits.
 
-    from trainer.models import cnn
+    Args:
+        path: An ``mnist.h5``.
+        threads: Threads inside one TensorFlow operation (``runtime.set_threads``); None: unchanged.
 
-    predict = cnn.predictor(model)
+    Raises (what is returned):
+        InputError: The file is missing or cannot be read.
+        DataError: It is not a model of the digits CNN, or damaged.
+        ConfigurationError: There is no TensorFlow, or it runs with another number of threads.
+    """
 
-    def predict_in_batches(images: np.ndarray) -> np.ndarray:
-        starts = range(0, len(images), BATCH)
-        return np.concatenate([predict(images[start : start + BATCH]) for start in starts])
+    def load() -> Predict:
+        model = model_file.load(path, threads=threads)
 
-    return predict_in_batches
+        from trainer.models import cnn
+
+        predict = cnn.predictor(model)
+
+        def predict_in_batches(images: np.ndarray) -> np.ndarray:
+            starts = range(0, len(images), BATCH)
+            return np.concatenate([predict(images[start : start + BATCH]) for start in starts])
+
+        return predict_in_batches
+
+    return load
 
 
 def _result(

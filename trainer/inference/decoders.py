@@ -3,6 +3,7 @@
     with decoders.start(2) as decode:
         future = decode(Path("seven.jpg"), "seven.jpg", "one")
         picture, digits = future.result()                       # or a DataError, an InputError
+        decode(Path("cat.jpg"), "cat.jpg", (180, 180, 3))       # the whole picture in that shape
 
 Image decoders are written in C, and a picture of 40 million pixels takes up to 0.7 GB while it is
 decoded: here that is another process's memory, which is limited; one that crashes or hangs is a
@@ -12,10 +13,12 @@ can open no file.
 
 import contextlib
 import io
+import math
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,8 +34,10 @@ CPU_SECONDS = 120  # Of processor time for one; some decoders use several thread
 MAX_PROCESSES = 4  # Each may take that memory.
 MODULE = "trainer.inference.decoders"  # What a process runs.
 
-Decoded = tuple[np.ndarray, list[Digit]]  # A picture, uint8 (h, w), and its digits.
-Decode = Callable[[Path | bytes, str, DigitCount], Future[Decoded]]
+Shape = tuple[int, int, int]  # Height, width and channels.
+Wanted = DigitCount | Shape  # Its digits, or the whole picture as one.
+Decoded = tuple[np.ndarray, list[Digit]]  # A picture, uint8 (h, w[, channels]), and its digits.
+Decode = Callable[[Path | bytes, str, Wanted], Future[Decoded]]
 
 
 @contextlib.contextmanager
@@ -42,7 +47,8 @@ def start(processes: int) -> Iterator[Decode]:
     Yields:
         A function that submits a picture: its path or content, the name for its errors, and how
         many digits it shows. The future is the picture, as ``pictures.open_image`` gives it, and
-        its digits, as ``segmentation.find`` gives them; or an error of one of the two.
+        its digits, as ``segmentation.find`` gives them; or an error of one of the two. With a shape
+        in place of their number it is what ``pictures.open_whole`` gives, and that alone.
     """
     processes = min(processes, MAX_PROCESSES)
     idle: queue.SimpleQueue[_Decoder] = queue.SimpleQueue()
@@ -50,10 +56,10 @@ def start(processes: int) -> Iterator[Decode]:
     for decoder in decoders:
         idle.put(decoder)
 
-    def decode(source: Path | bytes, name: str, digits: DigitCount) -> Decoded:
+    def decode(source: Path | bytes, name: str, wanted: Wanted) -> Decoded:
         decoder = idle.get()
         try:
-            return decoder.decode(source, name, digits)
+            return decoder.decode(source, name, wanted)
         finally:
             idle.put(decoder)
 
@@ -72,15 +78,15 @@ class _Decoder:
     def __init__(self) -> None:
         self._child: sandbox.Child | None = sandbox.Child(MODULE)
 
-    def decode(self, source: Path | bytes, name: str, digits: DigitCount) -> Decoded:
+    def decode(self, source: Path | bytes, name: str, wanted: Wanted) -> Decoded:
         child = self._child = self._child or sandbox.Child(MODULE)
         name = sandbox.printable(name)
         content = source if isinstance(source, bytes) else pictures.read_file(source, name)
         try:
             with child.deadline(DEADLINE):
-                request = {"bytes": len(content), "name": name, "digits": digits}
+                request = {"bytes": len(content), "name": name, "wanted": wanted}
                 child.send(request, content)
-                return _receive(child)
+                return _receive(child) if isinstance(wanted, str) else _receive_whole(child, wanted)
         except sandbox.ProtocolError as error:
             child.end()
             self._child = None
@@ -103,6 +109,14 @@ def _receive(child: sandbox.Child) -> Decoded:
         raise sandbox.ProtocolError
     picture = np.frombuffer(child.read(height * width), np.uint8).reshape(height, width)
     return picture, [_receive_digit(child, digit, width, height) for digit in digits]
+
+
+def _receive_whole(child: sandbox.Child, shape: Shape) -> Decoded:
+    """Receives a picture of that shape."""
+    if sandbox.integers(child.receive().get("shape"), count=3, most=max(shape)) != shape:
+        raise sandbox.ProtocolError
+    picture = np.frombuffer(child.read(math.prod(shape)), np.uint8).reshape(shape)
+    return picture, [Digit(picture, (0, 0, shape[1], shape[0]))]
 
 
 def _receive_digit(child: sandbox.Child, header: object, width: int, height: int) -> Digit:
@@ -128,10 +142,15 @@ def _serve() -> None:
             request = channel.receive()
             content = io.BytesIO(channel.read(request["bytes"]))
             name = request["name"]
+            wanted: Any = request["wanted"]
             sandbox.allow_cpu(CPU_SECONDS)
             try:
+                if isinstance(wanted, list):
+                    picture = pictures.open_whole(content, tuple(wanted), name)
+                    channel.send({"shape": picture.shape}, picture.tobytes())
+                    continue
                 picture = pictures.open_image(content, name)
-                digits = segmentation.find(picture, digits=request["digits"], name=name)
+                digits = segmentation.find(picture, digits=wanted, name=name)
             except TrainerError as error:
                 channel.send_error(error)
                 continue

@@ -16,7 +16,8 @@ class Digit:
     """A digit as the network sees it.
 
     Attributes:
-        pixels: uint8 (28, 28), 0 is paper and 255 ink.
+        pixels: uint8 (28, 28), 0 is paper and 255 ink; or a whole picture, uint8 (height, width,
+            channels).
         box: Where it was found: left, top, right, bottom, in pixels of the picture that was
             searched.
         several: Whether it looks like several digits side by side, though one was asked for.

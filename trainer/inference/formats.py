@@ -1,10 +1,11 @@
 """Conversions of a model to the formats of other runtimes.
 
-    formats.convert(model, Path("mnist.onnx"), "onnx")
+    formats.convert(model, Path("mnist.onnx"), "onnx", DIGITS)
 
-Every format takes float32 (n, 28, 28, 1) from 0 to 1 under the name ``digits``, and returns float32
-(n, 10) under the name ``probabilities``; n is any number. It holds the forward pass alone: no
-optimizer, no dropout.
+Every format takes float32 (n, height, width, channels) and returns float32 (n, classes) under the
+name ``probabilities``; n is any number. The input is called ``digits`` and is from 0 to 1 where it
+is (n, 28, 28, 1) of the network for digits; else it is called ``images`` and is from 0 to 255. It
+holds the forward pass alone: no optimizer, no dropout.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.errors import ConfigurationError, OutputError
 
@@ -23,19 +24,44 @@ if TYPE_CHECKING:  # --help loads none of these.
 
 SUFFIXES = {"keras": ".keras", "savedmodel": "", "onnx": ".onnx", "litert": ".tflite"}
 
-INPUT, OUTPUT = "digits", "probabilities"
+OUTPUT = "probabilities"
+
+
+class Input(NamedTuple):
+    """What a model takes.
+
+    Attributes:
+        name: As the formats call it.
+        shape: Of an image.
+        dtype: Of the images that it was trained on; the formats take float32, and cast.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+DIGITS = Input("digits", (28, 28, 1))
 
 # tf2onnx 1.17's own choice, written out lest another version choose another.
 OPSET = 15
 
 
-def convert(model: "keras.Sequential", path: Path, format: str, *, quantize: bool = False) -> None:
+def convert(
+    model: "keras.Model",
+    path: Path,
+    format: str,
+    takes: Input = DIGITS,
+    *,
+    quantize: bool = False,
+) -> None:
     """Writes a model in another format. The converters' output is not shown.
 
     Args:
-        model: As ``trainer.models.cnn.build`` returns it.
+        model: Of one input and one output.
         path: The file to create, with the format's suffix in SUFFIXES, or the folder.
-        format: One of SUFFIXES.
+        format: One of SUFFIXES; ``keras`` for a ``keras.Sequential``.
+        takes: What the model takes.
         quantize: Whether the weights of ``litert`` are to have 8 bits.
 
     Raises:
@@ -52,7 +78,7 @@ def convert(model: "keras.Sequential", path: Path, format: str, *, quantize: boo
     }[format]
     try:
         with _quiet():
-            convert(model, path)
+            convert(model, path, takes)
     except (OSError, tf.errors.OpError) as error:
         # TensorFlow's message begins with the location in its graph.
         reason = str(error).rpartition("; ")[2] if isinstance(error, tf.errors.OpError) else error
@@ -91,41 +117,42 @@ def _quiet() -> Iterator[None]:
         os.close(null)
 
 
-def _keras(model: "keras.Sequential", path: Path) -> None:
+def _keras(model: "keras.Model", path: Path, takes: Input) -> None:
     from trainer.runtime import keras
 
+    del takes
     # Not compiled: its optimizer's accumulators would be two thirds of the file, and zeros.
     plain = keras.Sequential.from_config(model.get_config())
     plain.set_weights(model.get_weights())
     plain.save(path)
 
 
-def _savedmodel(model: "keras.Sequential", path: Path) -> None:
+def _savedmodel(model: "keras.Model", path: Path, takes: Input) -> None:
     from trainer.runtime import keras, tf
 
-    named = _named(model)
+    named = _named(model, takes)
     # Not model.export, which in Keras 3.15 writes every weight twice: as a variable of Keras and
     # as one of TensorFlow.
     archive = keras.export.ExportArchive()
     archive.add_endpoint(
         "serve",
         tf.function(
-            lambda digits: named(digits, training=False),
-            input_signature=[tf.TensorSpec((None, *model.input_shape[1:]), tf.float32, name=INPUT)],
+            lambda images: named(images, training=False),
+            input_signature=[tf.TensorSpec((None, *takes.shape), tf.float32, name=takes.name)],
             autograph=False,
         ),
     )
     archive.write_out(path, verbose=False)
 
 
-def _onnx(model: "keras.Sequential", path: Path) -> None:
+def _onnx(model: "keras.Model", path: Path, takes: Input) -> None:
     import onnx
 
     from trainer.runtime import keras
 
     # Without its signature Keras wants a model that has been called.
-    signature = [keras.InputSpec(shape=model.input_shape, dtype="float32", name=INPUT)]
-    _named(model).export(
+    signature = [keras.InputSpec(shape=(None, *takes.shape), dtype="float32", name=takes.name)]
+    _named(model, takes).export(
         path, format="onnx", input_signature=signature, opset_version=OPSET, verbose=False
     )
     exported = onnx.load(path)
@@ -136,21 +163,25 @@ def _onnx(model: "keras.Sequential", path: Path) -> None:
     onnx.save(exported, path)
 
 
-def _litert(model: "keras.Sequential", path: Path, **options: object) -> None:
-    _named(model).export(path, format="litert", verbose=False, **options)
+def _litert(model: "keras.Model", path: Path, takes: Input, **options: object) -> None:
+    _named(model, takes).export(path, format="litert", verbose=False, **options)
 
 
-def _quantized_litert(model: "keras.Sequential", path: Path) -> None:
+def _quantized_litert(model: "keras.Model", path: Path, takes: Input) -> None:
     # Dynamic range: no calibration, and better than full int8 with any of 100 to 1,000 training
     # images (the figures are in docs/using.md).
     from trainer.runtime import tf
 
-    _litert(model, path, optimizations=[tf.lite.Optimize.DEFAULT])
+    _litert(model, path, takes, optimizations=[tf.lite.Optimize.DEFAULT])
 
 
-def _named(model: "keras.Sequential") -> "keras.Model":
-    """Returns the network with the names that the formats carry."""
+def _named(model: "keras.Model", takes: Input) -> "keras.Model":
+    """Returns the network with the names that the formats carry, float32 in and out."""
     from trainer.runtime import keras
 
-    digits = keras.Input(model.input_shape[1:], dtype="float32", name=INPUT)
-    return keras.Model(digits, {OUTPUT: model(digits, training=False)}, name="mnist")
+    images = keras.Input(takes.shape, dtype="float32", name=takes.name)
+    cast = images if takes.dtype == "float32" else keras.ops.cast(images, takes.dtype)
+    output = model(cast, training=False)
+    if output.dtype != "float32":
+        output = keras.ops.cast(output, "float32")
+    return keras.Model(images, {OUTPUT: output}, name="mnist")

@@ -1,6 +1,7 @@
 """Reads pictures: photographs, scans and drawings, from files of unknown origin.
 
     picture = pictures.open_image(Path("seven.jpg"))     # uint8 (h, w), grey, upright
+    picture = pictures.open_whole(Path("cat.jpg"), (180, 180, 3))
 
 ``trainer.inference.segmentation`` finds the digits in them.
 """
@@ -8,6 +9,7 @@
 import contextlib
 import errno
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,7 +41,44 @@ def open_image(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
         InputError: The file is missing or cannot be read.
         DataError: It is not an image, truncated, damaged, or larger than 40 million pixels.
     """
-    name = name or str(source)
+    with _opened(source, name or str(source)) as image:
+        return np.asarray(_upright(_grey(image)))
+
+
+def open_whole(
+    source: Path | BinaryIO, shape: tuple[int, int, int], name: str | None = None
+) -> np.ndarray:
+    """Reads a picture as ``data.folders.ImageFolder`` has read those that a model was trained on:
+    as it is stored, without its EXIF orientation.
+
+    Args:
+        source: A path, or a file that is open.
+        shape: Height, width and channels, 1 or 3. A picture of another size is resized, bilinearly
+            with antialiasing; Pillow does it in whole numbers, TensorFlow in fractions, so that
+            pixels differ by one at most.
+        name: The picture's name in errors; None: its path.
+
+    Returns:
+        uint8 of that shape.
+
+    Raises:
+        InputError: The file is missing or cannot be read.
+        DataError: As ``open_image``.
+    """
+    height, width, channels = shape
+    with _opened(source, name or str(source)) as image:
+        if image.mode.startswith("I"):  # 16 bits, of which TensorFlow takes the upper ones.
+            values = np.asarray(image).astype(np.int64)
+            image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+        image = image.convert("L" if channels == 1 else "RGB")
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(image).reshape(shape)
+
+
+@contextlib.contextmanager
+def _opened(source: Path | BinaryIO, name: str) -> Iterator[Image.Image]:
+    """Opens a picture, and names what is wrong with it when it is decoded."""
     content = read_file(source, name) if isinstance(source, Path) else source.read(MAX_BYTES + 1)
     _check_size(content, name)
     try:
@@ -50,7 +89,7 @@ def open_image(source: Path | BinaryIO, name: str | None = None) -> np.ndarray:
                 raise DataError(_expected(name, f"{width}×{height} pixels; {most}"))
             if content.count(b"\xff\xda") > MAX_SCANS and image.format in ("JPEG", "MPO"):
                 raise DataError(_expected(name, f"a JPEG of more than {MAX_SCANS} scans"))
-            return np.asarray(_upright(_grey(image)))
+            yield image
     except DataError:
         raise
     except UnidentifiedImageError:

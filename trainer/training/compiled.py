@@ -11,8 +11,8 @@ they are read.
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,9 +22,6 @@ from trainer.runtime import keras, tf
 from trainer.training.execution import Step
 from trainer.training.objective import sums_dtype
 
-if TYPE_CHECKING:
-    from trainer.data.pipeline import Augment
-
 
 class CompiledModel:
     """The objective of a compiled model.
@@ -33,8 +30,10 @@ class CompiledModel:
         model: Built, with its optimizer and metrics; its variables are those of the strategy
             (``replica_variables.mirrored``).
         strategy: What it is trained under.
-        augment: Changes the inputs of training batches inside the step: what comes in their place
-            is ``(inputs, rows)``, as of ``pipeline.Deferred``. None: they stay as they are.
+        train_inputs: Returns the inputs of a training batch, in the step, from what comes in their
+            place: numbers of examples whose inputs are on the device, or inputs that are to be
+            augmented and what was drawn for that. None: it is the inputs.
+        test_inputs: The same for the evaluation.
     """
 
     names: Sequence[str] = ("loss",)
@@ -44,11 +43,14 @@ class CompiledModel:
         self,
         model: keras.Model,
         strategy: tf.distribute.Strategy,
-        augment: "Augment | None" = None,
+        *,
+        train_inputs: Callable[[Any], Any] | None = None,
+        test_inputs: Callable[[Any], Any] | None = None,
     ) -> None:
         self.model = model
         self.strategy = strategy
-        self.augment = augment
+        self.train_inputs = train_inputs
+        self.test_inputs = test_inputs
         self.dtype = sums_dtype(model)
         self.replicas = strategy.num_replicas_in_sync
         self.workers = Workers(strategy)
@@ -68,8 +70,8 @@ class CompiledModel:
 
         def gradients(*batch: Any) -> tuple[tf.Tensor, list[tf.Tensor], _Values]:
             *components, length, examples = batch
-            if self.augment:
-                components[0] = self.augment(*components[0])
+            if self.train_inputs:
+                components[0] = self.train_inputs(components[0])
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 values = self._values(tape)
                 loss, changed = self._compute(components, values, training=True)
@@ -95,6 +97,8 @@ class CompiledModel:
 
         def step(*batch: Any) -> tf.Tensor:
             *components, length, _ = batch
+            if self.test_inputs:
+                components[0] = self.test_inputs(components[0])
             loss, changed = self._compute(components, self._values(), training=False)
             self._assign(changed, length)
             return self._row(length, loss)

@@ -9,20 +9,20 @@ function of the user's own (``models.registry``).
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer import machine
 from trainer.config import TrainConfig
-from trainer.data import dataset
+from trainer.data import dataset, pipeline, resident
 from trainer.data.arrays import ArrayDataset
 from trainer.data.augment import Augmentation
 from trainer.data.cache import Cached, bytes_of
 from trainer.data.dataset import Dataset, OneHot, Splits, Subset
 from trainer.data.digits import NUM_CLASSES, Digits
 from trainer.data.order import epoch_order
-from trainer.data.pipeline import Deferred
+from trainer.data.pipeline import Augment, Deferred
 from trainer.distributed.collectives import Workers
 from trainer.distributed.replica_variables import mirrored
 from trainer.distributed.strategy import has_accelerator
@@ -211,21 +211,26 @@ class ModelWorkload(Workload):
         notify: Callable[[str], None],
     ) -> tuple[keras.Model, dict[str, list[float]]]:
         """Trains the network; as ``trainer.fit``."""
-        del step, notify
+        del step
         config, model = self.config, self.model
         shard = shard_of(Workers(strategy))
-        augment = self.augmentation
-        # Where there is an accelerator, the step augments, on the device.
-        on_device = augment if has_accelerator() else None
-        ahead = Deferred(augment) if augment and on_device else augment
-        feed = Feed(self.train, config.batch_size, shard, seed=config.seed, augment=ahead)
-        measured = Feed(self.measured, config.batch_size, shard, seed=None)
+        train, measured = self.train, self.measured
+        augment: Augment | None = self.augmentation
+        train_inputs = test_inputs = None
+        if has_accelerator():
+            train, train_inputs = _on_devices(train, strategy, self.augmentation)
+            measured, test_inputs = _on_devices(measured, strategy)
+            augment = Deferred(augment) if augment else None
+            if train is self.train and _in_memory(train):
+                notify(pipeline.does_not_fit(bytes_of(train)))
+        feed = Feed(train, config.batch_size, shard, seed=config.seed, augment=augment)
+        measured_feed = Feed(measured, config.batch_size, shard, seed=None)
         with mirrored(model, strategy), reading_errors(self.train, self.measured):
             history = loop.train(
                 model,
-                CompiledModel(model, strategy, on_device),
+                CompiledModel(model, strategy, train_inputs=train_inputs, test_inputs=test_inputs),
                 feed,
-                functools.partial(measured, 0, 0),
+                functools.partial(measured_feed, 0, 0),
                 strategy=strategy,
                 epochs=config.epochs,
                 jit_compile=config.jit_compile,
@@ -276,24 +281,63 @@ def predict(
         DataError: A picture cannot be read.
         NotFiniteError: A probability is NaN or infinite.
     """
-    forward = tf.function(lambda images: model(images, training=False), autograph=False)
+    forward = predictor(model)
     labels, probabilities = [], []
     with reading_errors(data):
         for x, y in data.batches(np.arange(len(data)), batch_size).prefetch(tf.data.AUTOTUNE):
             labels.append(y.numpy())
-            probabilities.append(forward(x).numpy().astype(np.float32))
+            probabilities.append(forward(x))
             after_batch()
-    if not all(np.isfinite(part).all() for part in probabilities):
-        raise NotFiniteError(
-            "Expected finite probabilities. Received: NaN or infinity from the network. Train the "
-            "model again, with a smaller learning_rate."
-        )
     return Predictions(
         np.concatenate(labels),
         np.concatenate(probabilities),
         _Pictures(data),
         tuple(data.classes or ()),
     )
+
+
+def predictor(model: keras.Model) -> Callable[[tf.Tensor | np.ndarray], np.ndarray]:
+    """Returns a function that predicts the probabilities of one batch of images.
+
+    Args:
+        model: A model of ``registry.build``, on one device.
+
+    Returns:
+        A function from images of the dtype that the model was trained on to float32 (n, classes).
+        It raises NotFiniteError where a probability is NaN or infinite.
+    """
+    forward = tf.function(lambda images: model(images, training=False), autograph=False)
+
+    def predict(images: tf.Tensor | np.ndarray) -> np.ndarray:
+        predicted = forward(tf.convert_to_tensor(images)).numpy().astype(np.float32)
+        if not np.isfinite(predicted).all():
+            raise NotFiniteError(
+                "Expected finite probabilities. Received: NaN or infinity from the network. Train "
+                "the model again, with a smaller learning_rate."
+            )
+        return predicted
+
+    return predict
+
+
+def _on_devices(
+    data: Dataset,
+    strategy: tf.distribute.Strategy,
+    augment: Augmentation | None = None,
+) -> tuple[Dataset, Callable[[Any], tf.Tensor] | None]:
+    """Places a data set on the devices, if it is one of arrays that fit there; returns what is fed,
+    and what makes the inputs of that in the step.
+    """
+    placed = resident.place(data, strategy) if _in_memory(data) else None
+    gather = placed.inputs if placed else None
+    if not augment:
+        return placed or data, gather
+
+    def inputs(pair: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        given, drawn = pair
+        return augment(gather(given) if gather else given, drawn)
+
+    return placed or data, inputs
 
 
 def _in_memory(data: Dataset) -> bool:

@@ -2,11 +2,15 @@
 
 model, config, spec = load_model(Path("out/model.keras"))
 data = open_for(config, spec, limit=None)
+predict, spec = load_predictor(Path("out/model.keras"))
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
-from trainer import files, inputs
+import numpy as np
+
+from trainer import files, inputs, runtime
 from trainer.config import TrainConfig
 from trainer.data import sources
 from trainer.data.dataset import Dataset, Renumbered
@@ -14,7 +18,9 @@ from trainer.data.digits import Digits
 from trainer.errors import DataError, InputError, UsageError
 from trainer.models import registry
 from trainer.runtime import keras
-from trainer.training.model_workload import limited, splits_of
+from trainer.training.model_workload import limited, predictor, splits_of
+
+BATCH = 64  # Pictures in one forward pass.
 
 
 def load_model(
@@ -81,6 +87,43 @@ def load_model(
             "that it was trained with."
         ) from error
     return model, config, spec
+
+
+def load_predictor(
+    path: Path, network: str | None = None, *, threads: int | None = None
+) -> tuple[Callable[[np.ndarray], np.ndarray], registry.DataSpec]:
+    """Loads a model that a run has written, to classify pictures.
+
+    Args:
+        path: A ``model.keras``, with its ``model.json`` beside it.
+        network: As ``load_model`` takes it.
+        threads: Threads inside one TensorFlow operation (``runtime.set_threads``); None: unchanged.
+
+    Returns:
+        A function from uint8 (n, height, width, channels), n at least 1, to float32 (n, classes),
+        which raises NotFiniteError; and what the model is given.
+
+    Raises:
+        TrainerError: As ``load_model``; the channels are neither 1 nor 3.
+    """
+    if threads is not None:
+        runtime.set_threads(threads)
+    with runtime.keras_defaults():
+        model, _, spec = load_model(path, network)
+        predict = predictor(model)
+        if spec.shape[2] not in (1, 3):
+            raise DataError(
+                f"Expected a model of grey or coloured pictures at {path}. Received: one of images "
+                f"with {spec.shape[2]} channels. Measure it with trainer.evaluate."
+            )
+        predict(np.zeros((1, *spec.shape), spec.dtype))  # Traced as it was trained.
+
+    def predict_in_batches(pictures: np.ndarray) -> np.ndarray:
+        pictures = pictures.astype(spec.dtype)
+        starts = range(0, len(pictures), BATCH)
+        return np.concatenate([predict(pictures[start : start + BATCH]) for start in starts])
+
+    return predict_in_batches, spec
 
 
 def open_for(config: TrainConfig, spec: registry.DataSpec, *, limit: int | None) -> Dataset:

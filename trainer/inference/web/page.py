@@ -1,9 +1,11 @@
-"""The page to draw or upload a digit on, and its endpoint ``predict``, by Gradio."""
+"""The page to draw or upload a digit on, or to upload another picture, and its endpoint
+``predict``, by Gradio.
+"""
 
 import base64
 import contextlib
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,13 @@ if TYPE_CHECKING:  # Loading it takes seconds.
 Classify = Callable[["Picture"], "Answer"]
 
 
-def build(classify: Classify, name: str) -> "gr.Blocks":
+def build(classify: Classify, name: str, classes: Sequence[str] | None = None) -> "gr.Blocks":
     """Builds the page.
 
     Args:
         classify: Answers a picture of one digit; requests come from several threads at once.
         name: What the page calls the model.
+        classes: Names of the classes of whole pictures; None: digits, which can be drawn.
     """
     import gradio as gr
 
@@ -33,6 +36,10 @@ def build(classify: Classify, name: str) -> "gr.Blocks":
         [prediction] = answer.predictions
         return prediction
 
+    def named(prediction: "Prediction") -> dict[str, float]:
+        names = classes or [str(digit) for digit in range(10)]
+        return dict(zip(names, prediction.probabilities.tolist(), strict=True))
+
     def show(picture: object) -> tuple:
         if not picture:  # Cleared.
             return None, None
@@ -42,29 +49,37 @@ def build(classify: Classify, name: str) -> "gr.Blocks":
             # gr.Error would leave the previous picture's answer on the page.
             gr.Warning(html.escape(str(error), quote=False))
             return None, None
-        probabilities = map(float, prediction.probabilities)
-        return dict(zip(map(str, range(10)), probabilities, strict=True)), prediction.digit.pixels
+        pixels = prediction.digit.pixels
+        return named(prediction), pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
 
     def predict(image: gr.FileData) -> dict:
-        """Returns the digit in a picture, and the probabilities of 0 to 9, in this order."""
+        """Returns the digit in a picture, and the probabilities of 0 to 9, in this order; or the
+        class of a picture, and the probabilities by the names of the classes.
+        """
         try:
             prediction = answer(image)
         except TrainerError as error:
             raise gr.Error(str(error), print_exception=False) from error
+        if classes:
+            return {"class": classes[prediction.label], "probabilities": named(prediction)}
         return {
             "digit": prediction.label,
             "probabilities": prediction.probabilities.tolist(),
         }
 
     # Every minute, uploaded files older than ten minutes are deleted.
-    with gr.Blocks(title="Which digit is it?", delete_cache=(60, 600)) as page:
-        gr.Markdown(f"# Which digit is it?\nDraw one or upload a picture, and `{name}` answers.")
+    title = "What is it?" if classes else "Which digit is it?"
+    how = "Upload a picture" if classes else "Draw one or upload a picture"
+    canvas = None
+    with gr.Blocks(title=title, delete_cache=(60, 600)) as page:
+        gr.Markdown(f"# {title}\n{how}, and `{name}` answers.")
         with gr.Row():
             with gr.Column(min_width=400):
-                with gr.Tab("Draw"):
-                    canvas = gr.HTML(
-                        html_template=_CANVAS, css_template=_CANVAS_CSS, js_on_load=_CANVAS_JS
-                    )
+                if not classes:
+                    with gr.Tab("Draw"):
+                        canvas = gr.HTML(
+                            html_template=_CANVAS, css_template=_CANVAS_CSS, js_on_load=_CANVAS_JS
+                        )
                 with gr.Tab("Upload"):
                     upload = gr.Image(
                         sources=["upload", "clipboard"], buttons=[], show_label=False, height=400
@@ -78,10 +93,11 @@ def build(classify: Classify, name: str) -> "gr.Blocks":
                     height=300,
                 )
             with gr.Column(min_width=240):
-                label = gr.Label(label="What it says")
+                label = gr.Label(label="What it says", num_top_classes=10)
         # Gradio's preprocessing would decode the picture, with limits and errors of its own.
         options = {"preprocess": False, "api_visibility": "private", "show_progress": "hidden"}
-        canvas.input(show, canvas, [label, pixels], **options)
+        if canvas:
+            canvas.input(show, canvas, [label, pixels], **options)
         upload.change(show, upload, [label, pixels], **options)
         gr.api(predict, api_name="predict")
     return page.queue(max_size=32)
