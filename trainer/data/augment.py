@@ -241,16 +241,17 @@ def _interpolate(images: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     # A border of background: whatever is further outside is as good as on it.
     x, y = tf.clip_by_value(x, -1.0, width), tf.clip_by_value(y, -1.0, height)
     left, top = tf.floor(x), tf.floor(y)
-    border = [[0, 0], [1, 2], [1, 2], *[[0, 0] for _ in channels]]
-    pixels = tf.reshape(tf.pad(images, border), (-1, (height + 3) * (width + 3), *channels))
-    corner = (tf.cast(top, tf.int32) + 1) * (width + 3) + tf.cast(left, tf.int32) + 1
+    padded = tf.pad(images, [[0, 0], [1, 2], [1, 2], *[[0, 0] for _ in channels]])
+    # Each pixel beside the three to its right and below: one gather in place of four.
+    corners = [padded[:, i : height + 2 + i, j : width + 2 + j] for i in (0, 1) for j in (0, 1)]
+    size = (height + 2) * (width + 2)
+    pixels = tf.reshape(tf.stack(corners, axis=3), (-1, size, 4, *channels))
+    place = (tf.cast(top, tf.int32) + 1) * (width + 2) + tf.cast(left, tf.int32) + 1
+    gathered = tf.cast(tf.gather(pixels, place, batch_dims=1), tf.float32)
+    above_left, above_right, below_left, below_right = tf.unstack(gathered, axis=3)
     right_share, bottom_share = x - left, y - top
     if channels:
         right_share, bottom_share = right_share[..., tf.newaxis], bottom_share[..., tf.newaxis]
-    above, below = (_between(pixels, corner + row * (width + 3), right_share) for row in range(2))
+    above = above_left + (above_right - above_left) * right_share
+    below = below_left + (below_right - below_left) * right_share
     return above + (below - above) * bottom_share
-
-
-def _between(pixels: tf.Tensor, left: tf.Tensor, right_share: tf.Tensor) -> tf.Tensor:
-    a, b = (tf.cast(tf.gather(pixels, left + n, batch_dims=1), tf.float32) for n in range(2))
-    return a + (b - a) * right_share
