@@ -161,13 +161,12 @@ class TrainConfig:
     recipe's; 0.5, fast and best: 0.3."""
 
     augment: OrRecipe[str] = dataclasses.field(default=None, metadata=PARAMETERS)
-    """Changes of each training image, each time anew, by
-    random amounts up to those given: rotate=10 (degrees)
-    shear=10 zoom=0.1 translate=0.1 elastic=0.1 flip=0.5
-    (probability) vertical_flip brightness=0.2 contrast
-    saturation hue. affine: rotate, shear, zoom,
-    translate (2 pixels of 28). None: the recipe's;
-    none, best: affine."""
+    """Changes of each training image, each time anew, up
+    to the amounts given: rotate=10 (degrees), shear=10,
+    zoom=0.1, translate=0.1, elastic=0.1, flip=0.5 (the
+    probability), vertical_flip, brightness, contrast,
+    saturation, hue; affine: the first four. None: the
+    recipe's; none, best: affine."""
 
     seed: int = 0
     """Seed of initial weights, dropout masks and the

@@ -14,10 +14,9 @@ import math
 
 import numpy as np
 
-from trainer.parameters import parse_augmentation
+from trainer.parameters import AFFINE, parse_augmentation
 from trainer.runtime import tf
 
-_AFFINE = ("rotate", "shear", "zoom", "translate")
 _CELLS = 3  # of the grid that an elastic deformation bends, along each axis
 _POINTS = _CELLS + 3  # of a cubic B-spline over so many cells
 
@@ -26,7 +25,8 @@ _MOVES = 1, 6  # rotation, shear, zoom along x and y, shift along x and y
 _BENDS = 2, 2 * _POINTS**2  # shifts of the grid's points along x, then along y
 _REST = 3, 6  # flips along x and y, brightness, contrast, saturation, hue
 
-# Below that many images between two that are needed, all are drawn: one takes as long as 200.
+# Where the images that are needed are closer together than that, all are drawn: to find the place
+# of one takes as long as to draw 34 times six numbers.
 _SPARSE = 16
 
 
@@ -49,7 +49,7 @@ class Augmentation:
 
     def __init__(self, amounts: dict[str, float]) -> None:
         self.amounts = amounts
-        self.moves = any(name in amounts for name in _AFFINE)
+        self.moves = any(name in amounts for name in AFFINE)
         self.bends = "elastic" in amounts
         colours = "brightness", "contrast", "saturation", "hue"
         self.recolours = any(name in amounts for name in colours)
@@ -123,7 +123,7 @@ class Augmentation:
         x = tf.range(width, dtype=tf.float32)[tf.newaxis, tf.newaxis, :] - middle_x
         y = tf.range(height, dtype=tf.float32)[tf.newaxis, :, tf.newaxis] - middle_y
         if self.moves:
-            rotate, shear, zoom, translate = (self.amounts.get(name, 0.0) for name in _AFFINE)
+            rotate, shear, zoom, translate = (self.amounts.get(name, 0.0) for name in AFFINE)
             shifts = translate * width, translate * height
             limits = [math.radians(rotate), math.radians(shear), zoom, zoom, *shifts]
             angle, lean, zoom_x, zoom_y, shift_x, shift_y = tf.unstack(

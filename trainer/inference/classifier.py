@@ -167,10 +167,12 @@ def load_digits(path: Path, threads: int | None = None) -> Callable[[], Predict]
         path: An ``mnist.h5``.
         threads: Threads inside one TensorFlow operation (``runtime.set_threads``); None: unchanged.
 
-    Raises (what is returned):
-        InputError: The file is missing or cannot be read.
-        DataError: It is not a model of the digits CNN, or damaged.
-        ConfigurationError: There is no TensorFlow, or it runs with another number of threads.
+    Returns:
+        A function for ``Classifier``, which raises:
+
+        - InputError: the file is missing or cannot be read;
+        - DataError: it is not a model of the digits CNN, or damaged;
+        - ConfigurationError: there is no TensorFlow, or it runs with another number of threads.
     """
 
     def load() -> Predict:
