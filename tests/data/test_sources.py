@@ -331,6 +331,13 @@ assert (len(splits.train), len(splits.test)) == (30, 20)
 assert (x.numpy() == images[[7, 29, 3]]).all()
 assert y.numpy().tolist() == [7, 9, 3]
 assert len(splits.train.classes) == 10
+if sys.argv[1] == "array_record":
+    small = sources.load("tfds:cifar10", image_size=(16, 24)).train
+    [(x, _)] = small.batches(np.array([3]), 1)
+    expected = tf.image.resize(images[3], (16, 24), antialias=True)
+    assert x.shape == (1, 16, 24, 3) and x.dtype == small.spec[0].dtype == tf.float32
+    assert np.allclose(x[0], expected)
+    assert small.digest != splits.train.digest
 again = sources.load("tfds:cifar10")
 assert len({splits.train.digest, splits.test.digest, again.train.digest}) == 2
 """
