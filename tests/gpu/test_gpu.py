@@ -170,7 +170,7 @@ def test_a_gpu_that_is_hidden_is_78(gpu_command):
     assert "Expected 1 GPUs (gpus=1). Received: 0" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [(), ("--precision", "mixed_bfloat16"), ("--jit-compile",)])
+@pytest.mark.parametrize("flags", [(), ("--jit-compile", "--precision", "mixed_bfloat16")])
 def test_another_network_trains_on_the_gpu_with_what_it_holds(gpu_command, flags):
     done = gpu_command.run(
         *("--model", "resnet", "--optimizer", "adam", "--augment", "affine", "elastic"),
