@@ -180,13 +180,13 @@ def test_another_network_trains_on_the_gpu_with_what_it_holds(gpu_command, flags
     assert done.returncode == 0, done.stderr
     assert "do not fit" not in done.stdout
     manifest = json.loads((gpu_command.folder / "out" / "model.json").read_text())
-    assert manifest["metrics"]["val_accuracy"] > 0.8
+    assert manifest["metrics"]["val_accuracy"] > 0.6
 
 
 @pytest.mark.parametrize("device", ["gpu", "gpus"])
 def test_two_logical_gpus_train_another_network(on, device):
     found = on(device, "another_network")
-    assert found["accuracy"] > 0.8
+    assert found["accuracy"] > 0.6
     assert found["notices"] == []  # The images are on the device.
 
 
