@@ -1,5 +1,5 @@
 # make train         trains: from a fresh clone to mnist.h5 in one command. ARGS="--epochs 2" adds flags
-# make test          the tests, in five minutes or so on two cores. ARGS="-k checkpoint" selects some
+# make test          the tests, in ten to fifteen minutes on two cores. ARGS="-k checkpoint" selects some
 # make test-full     the tests that take longer
 # make test-gpu      the tests that need a GPU, in five minutes or so; make test runs them, too
 # make test-cluster  the manifests, on the cluster of KUBECONFIG with the image loaded into it
