@@ -123,7 +123,7 @@ def parse_augmentation(text: str) -> dict[str, float]:
         if not 0 < amounts[name] <= most:
             raise UsageError(
                 f"{name} of augment must be above 0, and at most {most:g}. Received: {word}. "
-                f"Leave =… out for {default:g}."
+                f"Use {name}={default:g}."
             )
     if "affine" in words:
         amounts = {**AFFINE, **amounts}

@@ -20,8 +20,6 @@ from trainer.models import registry
 from trainer.runtime import keras
 from trainer.training.model_workload import limited, predictor, splits_of
 
-BATCH = 64  # Pictures in one forward pass.
-
 
 def load_model(
     path: Path, network: str | None = None
@@ -118,12 +116,7 @@ def load_predictor(
             )
         predict(np.zeros((1, *spec.shape), spec.dtype))  # Traced as it was trained.
 
-    def predict_in_batches(pictures: np.ndarray) -> np.ndarray:
-        pictures = pictures.astype(spec.dtype)
-        starts = range(0, len(pictures), BATCH)
-        return np.concatenate([predict(pictures[start : start + BATCH]) for start in starts])
-
-    return predict_in_batches, spec
+    return lambda pictures: predict(pictures.astype(spec.dtype)), spec
 
 
 def open_for(config: TrainConfig, spec: registry.DataSpec, *, limit: int | None) -> Dataset:
