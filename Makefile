@@ -71,9 +71,10 @@ manifests:
 	$(call write_out,k8s/base,k8s/job.yaml)
 	$(call write_out,k8s/fetch,k8s/fetch.yaml)
 	cp k8s/job.yaml k8s/fetch.yaml trainer/k8s/assets/
-	for name in gpu multiworker multiworker-gpu; do \
+	for name in gpu tpu multiworker multiworker-gpu jobset jobset-gpu; do \
 	    kubectl kustomize k8s/$$name >trainer/k8s/assets/$$name.yaml || exit; \
 	done
+	kubectl kustomize k8s/kubeflow >trainer/k8s/assets/trainjob.yaml
 
 write_out = (awk '!/^\#/ {exit} 1' $2; kubectl kustomize $1) >$2.tmp && mv $2.tmp $2
 

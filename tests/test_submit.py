@@ -91,3 +91,58 @@ def test_an_installation_without_the_extra_is_78(submit):
         "from trainer.submit import main; sys.exit(main())",
     ]
     assert_refused(submit.run(), 78, "pip install 'digits-trainer[k8s]'")
+
+
+def test_repeated_flags_and_a_file_of_flags(submit, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "name: filed\nas: jobset\nworkers: 3\nenv: {A: 1}\ntraining: {epochs: 5, seed: 4}\n"
+    )
+    done = submit.run(
+        *("--config", "run.yaml", "--dry-run", "--name", "mine"),
+        *("--env-from-secret", "one", "--env-from-secret=two", "--", "--epochs", 3),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    found = by_name(yaml.safe_load_all(done.stdout))
+    chief, workers = found["JobSet", "mine"]["spec"]["replicatedJobs"]
+    assert workers["template"]["spec"]["completions"] == 2
+    for job in (chief, workers):
+        trainer = job["template"]["spec"]["template"]["spec"]["containers"][0]
+        assert trainer["args"][-6:] == ["--epochs", "5", "--seed", "4", "--epochs", "3"]
+        assert {"name": "A", "value": "1"} in trainer["env"]
+        assert trainer["envFrom"] == [{"secretRef": {"name": name}} for name in ("one", "two")]
+
+
+def test_a_script_and_the_modules_it_imports_go_with_the_run(submit, tmp_path):
+    (tmp_path / "train.py").write_text("import network\n")
+    (tmp_path / "network.py").write_text("layers = 3\n")
+    flags = ("--dry-run", "--name", "mine", "--module", "network.py")
+    done = submit.run(*flags, "--", "train.py", "--lr", 0.1)
+    found = by_name(yaml.safe_load_all(done.stdout))
+    assert found["ConfigMap", "mine-modules"]["data"] == {
+        "network.py": "layers = 3\n",
+        "train.py": "import network\n",
+    }
+    assert container(found["Job", "mine"])["args"][-3:] == ["/modules/train.py", "--lr", "0.1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "part"),
+    [
+        (["--config", "none.yaml"], 66, "none.yaml"),
+        (["--config", "list.yaml"], 2, "config must be"),
+        (["--config", "wrong.yaml"], 2, "Unrecognized options: --worker"),
+        (["--patch", "none.yaml", "--dry-run"], 66, "none.yaml"),
+        (["--module", "none.py"], 66, "none.py"),
+        (["--module", "list.yaml"], 2, "Expected a Python file"),
+        (["--", "none.py"], 66, "Expected a Python script at none.py"),
+        (["--env", "A"], 2, "env must be NAME=VALUE. Received: env='A'"),
+        (["--queue", "q", "--workers", 2], 2, "Use --as jobset"),
+        (["--as", "deployment"], 2, "--as"),
+    ],
+)
+def test_what_a_run_is_made_of_is_checked_before_anything_is_started(
+    submit, tmp_path, flags, code, part
+):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "wrong.yaml").write_text("worker: 1\n")
+    assert_refused(submit.run(*flags), code, part)

@@ -207,6 +207,28 @@ def _joined(kind: type, argv: Sequence[str]) -> list[str]:
     return joined
 
 
+def _gathered(kind: type, argv: Sequence[str]) -> list[str]:
+    """Returns arguments with all values of a repeated flag after one: ``--env A=1 --env B=2`` as
+    ``--env A=1 B=2``.
+    """
+    gathered: dict[str, list[str]] = {
+        f"--{field.name.replace('_', '-')}": []
+        for field in dataclasses.fields(kind)
+        if field.metadata.get("repeatable")
+    }
+    rest: list[str] = []
+    values = rest
+    for argument in argv:
+        if argument.startswith("-"):
+            flag, equals, value = argument.partition("=")
+            values = gathered.get(flag.replace("_", "-"), rest)
+            if values is not rest:
+                values += [value] if equals else []
+                continue
+        values.append(argument)
+    return rest + [word for flag, words in gathered.items() if words for word in (flag, *words)]
+
+
 def parse(prog: str, kind: type[Config], argv: Sequence[str]) -> Config:
     """Makes a configuration from flags.
 
@@ -220,7 +242,10 @@ def parse(prog: str, kind: type[Config], argv: Sequence[str]) -> Config:
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.cli(
-                kind, prog=prog, args=_joined(kind, argv), config=(tyro.conf.FlagCreatePairsOff,)
+                kind,
+                prog=prog,
+                args=_gathered(kind, _joined(kind, argv)),
+                config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as exit:
         if not exit.code:

@@ -2,8 +2,11 @@
 
     python -m trainer.submit --image registry.example/digits-trainer:0.1.0 --workers 2 -- --epochs 2
 
-The flags after ``--`` are those of ``python -m trainer.task``. The objects are those of ``k8s/``.
-After Ctrl-C the run continues in the cluster, and ``--attach`` follows it again.
+    python -m trainer.submit --as jobset --queue research --workers 4 --gpus 1 -- train.py --lr 0.1
+
+The flags after ``--`` are those of ``python -m trainer.task``, or a script and its own. The objects
+are those of ``k8s/``. After Ctrl-C the run continues in the cluster, and ``--attach`` follows it
+again.
 """
 
 import contextlib
@@ -13,15 +16,20 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from trainer import cli
 from trainer.config import TrainConfig, local_path
-from trainer.errors import UsageError
+from trainer.errors import InputError, UsageError
 from trainer.files import lock_output_dir
 from trainer.k8s import manifests
 from trainer.k8s.api import Server
 from trainer.k8s.follow import Screen
+from trainer.k8s.patches import apply_patches
 from trainer.k8s.run import ClusterRun
+from trainer.k8s.settings import REPEATABLE, PodSettings, config_arguments
 from trainer.signals import Signals
 
 PROG = "python -m trainer.submit"
@@ -30,23 +38,32 @@ _SET_BY_MANIFESTS = ("--output-dir", "--log-format", "--gpus")  # flags of train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SubmitConfig:
-    """Trains in a Kubernetes cluster; the flags of python -m trainer.task follow --.
+class SubmitConfig(PodSettings):
+    """Trains in a Kubernetes cluster; after -- follow the flags of python -m trainer.task, or a
+    script that calls trainer.fit, and its own.
 
     Raises:
         UsageError: A value is outside its range.
     """
 
-    image: str | None = None
-    """The trainer's image, which the cluster's nodes can
-    pull. None: digits-trainer of this version, loaded
-    into the nodes beforehand."""
+    as_: Annotated[manifests.Kind, tyro.conf.arg(name="as")] = "job"
+    """What trains. job: a Job, or two for several workers;
+    jobset: a JobSet, whose pods restart together;
+    trainjob: a TrainJob of Kubeflow Trainer, with the
+    runtime of k8s/kubeflow/runtime."""
 
-    workers: int = 1
-    """Number of pods that train together."""
+    module: tuple[Path, ...] = dataclasses.field(default=(), metadata=REPEATABLE)
+    """Python files that the pods can import, such as that
+    of --model; 1 MB together."""
 
-    gpus: int = 0
-    """GPUs per pod."""
+    patch: Path | None = None
+    """YAML file with changes to the objects, as kubectl
+    patch takes them, each with its kind."""
+
+    config: Path | None = None
+    """YAML file with values of these flags, and of the
+    training's under the key training. A flag of the
+    command line goes before it."""
 
     namespace: str | None = None
     """Namespace. None: that of the context."""
@@ -76,13 +93,8 @@ class SubmitConfig:
     """Print the manifests as YAML and exit."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "output_dir", local_path("output_dir", self.output_dir))
-        for field, least in (("workers", 1), ("gpus", 0)):
-            if getattr(self, field) < least:
-                raise UsageError(
-                    f"{field} must be at least {least}. Received: {field}={getattr(self, field)}. "
-                    f"Use {getattr(SubmitConfig, field)}, the default."
-                )
         # What is allowed in every name made from it: a Service's begins with a letter; the host
         # name of a pod has 63 characters, "-workers-" and a number among them.
         for field in ("name", "attach"):
@@ -96,16 +108,25 @@ class SubmitConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, which is that of the run in the cluster."""
-    own, flags = cli.split(argv)
-    return cli.run(PROG, SubmitConfig, lambda config: submit(config, flags), own)
+    own, program = cli.split(argv)
+
+    def command(config: SubmitConfig) -> None:
+        if config.config:
+            flags, training = config_arguments(_read_yaml(config.config))
+            # An argument of the command line is later, and so goes before.
+            config = cli.parse(PROG, SubmitConfig, [*flags, *own])
+            program[:0] = training if not _is_script(program) else []
+        submit(config, program)
+
+    return cli.run(PROG, SubmitConfig, command, own)
 
 
-def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
+def submit(config: SubmitConfig, arguments: Sequence[str]) -> None:
     """Starts a run in the cluster or attaches to one, follows it to its end and fetches its files.
 
     Args:
         config: Which run, and where.
-        flags: Flags of ``python -m trainer.task``.
+        arguments: Flags of ``python -m trainer.task``; or a script, and its arguments.
 
     Raises:
         UsageError: A flag is wrong; nothing is started.
@@ -113,21 +134,20 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
         StoppedError: A signal was received; the run continues without this command.
         TrainerError: The run failed; the exit code is that of its pod.
     """
-    from trainer.data import sources  # Here, for --help: it takes NumPy's time.
-
-    data = _check(config, flags).data
+    program, downloads = _check(config, arguments)
     name = config.attach or config.name or f"digits-{secrets.token_hex(3)}"
     objects = []
     if not config.attach:
         objects = manifests.build(
             name,
-            image=config.image,
-            workers=config.workers,
-            gpus=config.gpus,
-            flags=flags,
+            config,
+            program,
+            kind=config.as_,
             token=secrets.token_hex(32),
-            downloads=sources.downloads(data),
+            downloads=downloads,
         )
+        if config.patch:
+            objects = apply_patches(objects, _read_text(config.patch))
     if config.dry_run:
         for one in objects if config.namespace else ():
             one["metadata"]["namespace"] = config.namespace
@@ -150,12 +170,24 @@ def submit(config: SubmitConfig, flags: Sequence[str]) -> None:
             if config.attach:
                 run.attach()
             else:
-                run.start(objects)
+                run.start(objects, config.as_)
 
 
-def _check(config: SubmitConfig, flags: Sequence[str]) -> TrainConfig:
-    """Checks both sets of flags before anything is started, and returns the training's."""
-    for flag in flags:
+def _check(config: SubmitConfig, arguments: Sequence[str]) -> tuple[manifests.Program, bool]:
+    """Checks what the pods are to run before anything is started; returns it, and whether they need
+    the internet.
+    """
+    if config.attach and (arguments or config.name or config.dry_run):
+        raise UsageError(
+            "Expected --attach without --name, --dry-run and flags of the training: the run has "
+            f"started. Received: {' '.join(arguments) or '--name or --dry-run'}. Leave them out."
+        )
+    modules = _read_modules(config.module)
+    if _is_script(arguments):
+        script = cli.find_script(arguments)
+        modules |= _read_modules([script])
+        return manifests.Program(script=[script.name, *arguments[1:]], modules=modules), False
+    for flag in arguments:
         word = flag.split("=")[0].replace("_", "-")  # The parser accepts both.
         if word in _SET_BY_MANIFESTS:
             raise UsageError(
@@ -163,13 +195,45 @@ def _check(config: SubmitConfig, flags: Sequence[str]) -> TrainConfig:
                 "flags of the training. --output-dir is the folder on this machine, --gpus the "
                 "number of GPUs per pod; the log format is always json."
             )
-    task = cli.parse(cli.TASK, TrainConfig, flags)
-    if config.attach and (flags or config.name or config.dry_run):
-        raise UsageError(
-            "Expected --attach without --name, --dry-run and flags of the training: the run has "
-            f"started. Received: {' '.join(flags) or '--name or --dry-run'}. Leave them out."
-        )
-    return task
+    from trainer.data import sources  # Here, for --help: it takes NumPy's time.
+
+    data = cli.parse(cli.TASK, TrainConfig, arguments).data
+    return manifests.Program(flags=arguments, modules=modules), sources.downloads(data)
+
+
+def _is_script(arguments: Sequence[str]) -> bool:
+    return bool(arguments) and not arguments[0].startswith("-")
+
+
+def _read_modules(paths: Sequence[Path]) -> dict[str, str]:
+    """Returns the texts of Python files by their names."""
+    found: dict[str, str] = {}
+    for path in paths:
+        if path.suffix != ".py" or not re.fullmatch(r"[\w.-]+", path.name, re.ASCII):
+            raise UsageError(
+                f"Expected a Python file with a plain name, such as network.py. Received: {path}. "
+                "Rename it."
+            )
+        if path.name in found:
+            raise UsageError(
+                f"Expected files of different names. Received: {path.name} twice. Rename one."
+            )
+        found[path.name] = _read_text(path)
+    return found
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"Expected a text file at {path}. Received: {error}. Correct the path."
+        ) from None
+
+
+def _read_yaml(path: Path) -> object:
+    documents = manifests.parse_yaml(_read_text(path), "config")
+    return documents[0] if documents else {}
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@
     ```
 
 describes ``python -m trainer.task`` by the fields of ``trainer.task.TrainConfig``: name, type,
-default and docstring of each, but for those that it inherits. Other pages refer to a flag with
-``` {option}`--epochs <python -m trainer.task --epochs>` ```. ``{recipes}`` and ``{exit-codes}`` are
-the tables of ``TrainConfig``'s recipes and of ``trainer.errors``.
+default and docstring of each, but for those of TrainConfig that it inherits. Other pages refer to a
+flag with ``` {option}`--epochs <python -m trainer.task --epochs>` ```. ``{recipes}`` and
+``{exit-codes}`` are the tables of ``TrainConfig``'s recipes and of ``trainer.errors``.
 """
 
 import dataclasses
@@ -83,18 +83,25 @@ class ExitCodesDirective(SphinxDirective):
 
 
 def fields(kind: type) -> Iterator[tuple[str, str, str]]:
-    """Yields the usage (``--epochs INT``), the default and the docstring of each field of its own.
+    """Yields the usage (``--epochs INT``), the default and the docstring of each field, but for
+    those of TrainConfig that another command has, too.
 
     Raises:
         ValueError: A field has no docstring.
     """
     hints = typing.get_type_hints(kind, include_extras=True)
     # A dataclass may be imported from the module that it is defined in.
-    docs = ModuleAnalyzer.for_module(kind.__module__).find_attr_docs()
+    owners = {
+        name: owner
+        for owner in reversed(kind.__mro__)
+        for name in getattr(owner, "__annotations__", ())
+    }
     for field in dataclasses.fields(kind):
-        if field.name not in kind.__annotations__:
+        owner = owners[field.name]
+        if owner is config.TrainConfig and kind is not owner:
             continue
-        text = " ".join(docs.get((kind.__name__, field.name), ())).strip()
+        docs = ModuleAnalyzer.for_module(owner.__module__).find_attr_docs()
+        text = " ".join(docs.get((owner.__name__, field.name), ())).strip()
         if not text:
             raise ValueError(f"Expected a docstring for {kind.__name__}.{field.name}.")
         hint = hints[field.name]
@@ -105,7 +112,8 @@ def fields(kind: type) -> Iterator[tuple[str, str, str]]:
         elif hint is bool:
             usage = _flag(f"no_{field.name}" if field.default else field.name)
         else:
-            usage = f"{_flag(field.name)} {_type(hint)}"
+            name = field.name.rstrip("_")  # "as" is a word of Python's.
+            usage = f"{_flag(name)} {_type(hint)}"
         default = _default(field)
         if field.metadata.get("may_differ"):
             default += " May differ when a run is resumed."
@@ -126,6 +134,8 @@ def _type(hint: object, name: str = "") -> str:
     >>> _type(int | None), _type(typing.Literal["auto", "off"])
     ('INT', '{auto,off}')
     """
+    if typing.get_origin(hint) is typing.Annotated:
+        return _type(hint.__origin__, name)
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return "|".join(
             _type(part, name) for part in typing.get_args(hint) if part is not type(None)
@@ -133,7 +143,7 @@ def _type(hint: object, name: str = "") -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
     if typing.get_origin(hint) is tuple:
-        return f"{name} ..."
+        return f"{name or _type(typing.get_args(hint)[0])} ..."
     return name or {str: "STR", int: "INT", float: "FLOAT", Path: "PATH"}[hint]
 
 
@@ -143,7 +153,7 @@ def _default(field: dataclasses.Field) -> str:
         return f"Default: `{factory.__module__}.{factory.__qualname__}()`."
     if field.default is dataclasses.MISSING:
         return "Required."
-    if field.default is None or isinstance(field.default, bool):
+    if field.default is None or field.default == () or isinstance(field.default, bool):
         return "Not set by default."
     return f"Default: `{field.default}`."
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from trainer.k8s import manifests
 from trainer.k8s.api import Change, RefusedError
 from trainer.k8s.follow import Follower
 from trainer.log_lines import json_line
@@ -188,3 +189,109 @@ def test_permissions_for_events_and_logs_may_be_missing_and_for_pods_may_not(run
     ]
     with pytest.raises(RefusedError):
         run.handle("Pod", RefusedError("403"))
+
+
+# A JobSet, a TrainJob, and Kueue.
+
+
+def root(*conditions, name="mine", restarts=0, **spec):
+    return {
+        "metadata": {"name": name, "uid": f"uid of {name}"},
+        "spec": spec,
+        "status": {
+            "restarts": restarts,
+            "conditions": [{"status": "True", **one} for one in conditions],
+        },
+    }
+
+
+@pytest.fixture(params=["jobset", "trainjob"])
+def other(request):
+    kind = manifests.Root.of(request.param, "mine", queued=True)
+    return Follower(Server(), "mine", Screen(), root=kind, past_events=True)
+
+
+def test_jobs_of_a_jobset_may_fail_and_come_again(other):
+    other.handle(other.root.kind, Change("LISTED", [root()]))
+    other.handle("Job", Change("LISTED", [job("mine-chief-0", FAILED)]))
+    other.handle("Job", Change("DELETED", [job("mine-chief-0")]))
+    assert not other.ended_by
+    other.handle(other.root.kind, Change("MODIFIED", [root(restarts=1)]))
+    assert other.screen.lines == ["mine is restarted (1)"]
+    completed = {"type": {"JobSet": "Completed", "TrainJob": "Complete"}[other.root.kind]}
+    other.handle(other.root.kind, Change("MODIFIED", [root(completed, restarts=1)]))
+    assert other.ended_by == "mine"
+    assert other.outcome()[:2] == (0, "")
+
+
+def test_a_failed_jobset_has_the_error_of_any_of_its_pods(other):
+    stopped = pod("a", of="mine-chief-0", code=75, termination="stopped by SIGTERM")
+    wrong = pod("b", of="mine-workers-0", code=65, termination="error: Expected digits.")
+    other.server.pods = [wrong, stopped]
+    failed = {"type": "Failed", "reason": "FailedJobs", "message": "jobset failed"}
+    other.handle(other.root.kind, Change("LISTED", [root(failed)]))
+    assert other.outcome()[:2] == (65, "Expected digits.")
+
+
+def test_a_deleted_jobset_ends_the_run(other):
+    other.handle(other.root.kind, Change("LISTED", [root()]))
+    other.handle(other.root.kind, Change("DELETED", [root()]))
+    outcome = other.outcome()
+    assert outcome.code == 75
+    assert f"the {other.root.kind} mine was deleted" in outcome.text
+
+
+def test_the_log_is_that_of_the_first_pod_of_the_chiefs_job(other):
+    first = pod("mine-node-0-0-x", of=other.root.chief, phase="Running")
+    first["status"]["containerStatuses"] = [{"state": {"running": {}}}]
+    second, third = (pod(name, of=other.root.chief, phase="Running") for name in ("b", "c"))
+    for one, index in ((first, "0"), (second, "1")):
+        one["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] = index
+        one["status"]["containerStatuses"] = [{"state": {"running": {}}}]
+    third["metadata"]["labels"]["job-name"] = "mine-workers-0"
+    third["status"]["containerStatuses"] = [{"state": {"running": {}}}]
+    other.handle("Pod", Change("LISTED", [third, second, first]))
+    assert list(other.logs) == ["mine-node-0-0-x"]
+
+
+def workload(owner, *conditions):
+    return {
+        "metadata": {"name": "w", "ownerReferences": [{"uid": f"uid of {owner}"}]},
+        "spec": {},
+        "status": {"conditions": conditions},
+    }
+
+
+def condition(kind, status, message=""):
+    return {"type": kind, "status": status, "message": message}
+
+
+def test_what_a_queue_does_is_shown_once_and_that_of_others_never(other):
+    waiting = condition("QuotaReserved", "False", "LocalQueue q doesn't exist")
+    strange = workload("another", condition("QuotaReserved", "False", "no quota"))
+    other.handle("Workload", Change("LISTED", [strange, workload("mine", waiting)]))
+    assert other.screen.lines == []  # Whose it is, is not known yet.
+    other.handle(other.root.kind, Change("LISTED", [root(suspend=True)]))
+    strange["metadata"]["name"] = "s"
+    admitted = workload(
+        "mine", condition("QuotaReserved", "True"), condition("Admitted", "True", "admitted")
+    )
+    evicted = workload(
+        "mine",
+        condition("QuotaReserved", "False", "Preempted"),
+        condition("Evicted", "True", "Preempted to accommodate a workload"),
+    )
+    for one in (workload("mine", waiting), admitted, admitted, strange, evicted):
+        other.handle("Workload", Change("MODIFIED", [one]))
+    assert other.screen.lines == [
+        "mine is suspended",
+        "mine waits in its queue: LocalQueue q doesn't exist",
+        "mine is admitted by its queue",
+        "mine is evicted from its queue: Preempted to accommodate a workload",
+    ]
+
+
+def test_a_line_that_is_no_json_is_a_scripts_which_has_started(run):
+    run.handle("log", "epoch 1, loss 0.3")
+    assert run.screen.lines == ["epoch 1, loss 0.3"]
+    assert run.started

@@ -14,6 +14,7 @@ import trainer
 from trainer.distributed.cluster import resolve
 from trainer.errors import StoppedError, TrainerError
 from trainer.k8s import manifests
+from trainer.k8s.settings import PodSettings
 
 K8S = ROOT / "k8s"
 ASSETS = ROOT / "trainer" / "k8s" / "assets"
@@ -23,10 +24,15 @@ ASSETS = ROOT / "trainer" / "k8s" / "assets"
 OLDEST, NEWEST = "1.29", "1.37"
 ONE_JOB = ("base", "gpu", "tpu", "kueue", "doctor")
 TWO_JOBS = ("multiworker", "multiworker-gpu")
-OVERLAYS = (*ONE_JOB, *TWO_JOBS, "jobset", "kubeflow")
+JOBSETS = ("jobset", "jobset-gpu")
+RUNTIME = "kubeflow/runtime"
+OVERLAYS = (*ONE_JOB, *TWO_JOBS, *JOBSETS, RUNTIME)  # those with pods
 CUSTOM = ("JobSet", "ClusterTrainingRuntime", "TrainJob")  # validated by the Jobs they contain
 SHARED = "0f" * 32  # the workers' secret
-WRITTEN_OUT = ("gpu", "multiworker", "multiworker-gpu")  # copied into the wheel
+WRITTEN_OUT = {  # copied into the wheel, by the file there
+    **{name: name for name in ("gpu", "tpu", *TWO_JOBS, *JOBSETS)},
+    "trainjob": "kubeflow",
+}
 
 STOPPED = StoppedError.exit_code
 WRONG = {error.exit_code for error in TrainerError.__subclasses__()} - {STOPPED}
@@ -159,7 +165,44 @@ def test_every_pod_has_the_usual_hardening_and_resources(name):
             rf"digits-trainer:{re.escape(trainer.__version__)}(-[gt]pu)?", container["image"]
         )
         for kind in ("requests", "limits"):
-            assert {"cpu", "memory"} <= container["resources"][kind].keys()
+            needed = {"cpu", "memory", "ephemeral-storage"}
+            assert needed <= container["resources"][kind].keys()
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_worker_has_the_memory_it_may_use_and_a_cpu(name):
+    for pod in pods_of(render(name)).values():
+        resources = container_of(pod)["resources"]
+        assert resources["requests"]["memory"] == resources["limits"]["memory"]
+        assert int(resources["requests"]["cpu"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "taint"),
+    [(name, "nvidia.com/gpu") for name in ("gpu", "multiworker-gpu", "jobset-gpu")]
+    + [("tpu", "google.com/tpu")],
+)
+def test_pods_with_accelerators_tolerate_the_taint_of_their_nodes(name, taint):
+    tolerated = {"key": taint, "operator": "Exists", "effect": "NoSchedule"}
+    for pod in pods_of(render(name)).values():
+        assert pod["spec"]["tolerations"] == [tolerated]
+
+
+@pytest.mark.parametrize("name", ["base", "multiworker", "jobset"])
+def test_a_platform_that_gives_users_finds_none_named(tmp_path, name):
+    copy = shutil.copytree(K8S, tmp_path / "k8s")
+    (copy / "openshift").mkdir()
+    (copy / "openshift" / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+        f"resources: [../{'multiworker' if name == 'jobset' else name}]\n"
+        "components: [../components/openshift"
+        f"{', ../components/jobset' if name == 'jobset' else ''}]\n"
+    )
+    pods = pods_of(render("openshift", copy))
+    assert len(pods) == (1 if name == "base" else 2)
+    for pod in pods.values():
+        security = pod["spec"]["securityContext"]
+        assert security == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -169,7 +212,7 @@ def test_every_pod_has_a_grace_period_for_a_checkpoint(name):
         assert pod["spec"]["restartPolicy"] == "Never"
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [*(name for name in OVERLAYS if name != RUNTIME), "kubeflow"])
 def test_every_object_is_labelled_with_its_run(name):
     objects = render(name)
     run = {"app.kubernetes.io/name": "digits-trainer", "app.kubernetes.io/instance": "digits"}
@@ -177,7 +220,7 @@ def test_every_object_is_labelled_with_its_run(name):
         assert one["metadata"]["labels"].items() >= run.items()
 
 
-@pytest.mark.parametrize("name", [*TWO_JOBS, "jobset", "kubeflow"])
+@pytest.mark.parametrize("name", [*TWO_JOBS, *JOBSETS])
 def test_selectors_match_the_pods_of_the_run(name):
     objects = render(name)
     selectors = [
@@ -194,7 +237,7 @@ def test_selectors_match_the_pods_of_the_run(name):
         assert all(pod["metadata"]["labels"].items() >= selector.items() for pod in pods)
 
 
-SEVERAL_WORKERS = (*TWO_JOBS, "jobset", "kubeflow")
+SEVERAL_WORKERS = (*TWO_JOBS, *JOBSETS, "kubeflow")
 
 
 @pytest.mark.parametrize("name", SEVERAL_WORKERS)
@@ -209,13 +252,19 @@ def test_only_the_runs_own_pods_reach_one_another_at_any_port(name):
     assert own == {"to": [{"podSelector": policy["podSelector"]}]}
     assert {(one["protocol"], one["port"]) for one in dns["ports"]} >= {("UDP", 53), ("TCP", 53)}
     labels = policy["podSelector"]["matchLabels"].items()
-    assert all(pod["metadata"]["labels"].items() >= labels for pod in pods_of(objects).values())
+    pods = [pod["metadata"]["labels"] for pod in pods_of(objects).values()]
+    if name == "kubeflow":  # The runtime's pods, with what the TrainJob overrides.
+        (pod,) = pods_of(render(RUNTIME)).values()
+        override = objects["TrainJob", "digits"]["spec"]["podTemplateOverrides"][0]
+        pods = [pod["metadata"]["labels"] | override["metadata"]["labels"]]
+    assert pods
+    assert all(pod.items() >= labels for pod in pods)
     # It shares the run's other labels.
     fetch = render("fetch")["Pod", "digits-fetch"]
     assert not fetch["metadata"]["labels"].items() >= labels
 
 
-@pytest.mark.parametrize("name", SEVERAL_WORKERS)
+@pytest.mark.parametrize("name", [*TWO_JOBS, *JOBSETS, RUNTIME])
 def test_all_workers_mount_the_same_secret_which_may_be_missing(name):
     for pod in pods_of(render(name)).values():
         (volume,) = (one for one in pod["spec"]["volumes"] if one["name"] == "token")
@@ -246,7 +295,7 @@ def test_a_job_fails_at_once_for_user_errors_and_retries_when_it_was_stopped(nam
         assert job["ttlSecondsAfterFinished"] >= 86400
 
 
-@pytest.mark.parametrize("name", ["jobset", "kubeflow"])
+@pytest.mark.parametrize("name", ["jobset", RUNTIME])
 @pytest.mark.parametrize(
     ("reason", "ending", "action"),
     [
@@ -296,7 +345,7 @@ def test_a_jobset_fails_at_once_for_user_errors_and_restarts_for_the_rest(
     [
         *((name, "batch.kubernetes.io/controller-uid") for name in (*ONE_JOB, *TWO_JOBS)),
         # A restart replaces the Jobs of a JobSet.
-        *((name, "jobset.sigs.k8s.io/jobset-uid") for name in ("jobset", "kubeflow")),
+        *((name, "jobset.sigs.k8s.io/jobset-uid") for name in (*JOBSETS, RUNTIME)),
     ],
 )
 def test_every_pod_has_the_uid_of_its_job(name, label):
@@ -323,7 +372,8 @@ def test_the_two_jobs_are_one_cluster(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "chief"), [(name, "digits") for name in TWO_JOBS] + [("jobset", "chief")]
+    ("name", "chief"),
+    [(name, "digits") for name in TWO_JOBS] + [(name, "chief") for name in JOBSETS],
 )
 def test_only_the_chief_mounts_the_claim(name, chief):
     for job, pod in pods_of(render(name)).items():
@@ -349,28 +399,45 @@ def test_the_jobs_of_a_jobset_are_one_cluster():
 
 
 def test_the_runtime_is_one_cluster_for_a_trainjob_of_any_name():
-    objects = render("kubeflow")
-    trainjob = objects["TrainJob", "digits"]["spec"]
-    runtime = objects["ClusterTrainingRuntime", trainjob["runtimeRef"]["name"]]["spec"]
+    run, objects = render("kubeflow"), render(RUNTIME)
+    trainjob = run["TrainJob", "digits"]["spec"]
+    ((_, name),) = objects
+    assert trainjob["runtimeRef"] == {"name": name}
+    runtime = objects["ClusterTrainingRuntime", name]["spec"]
     (pod,) = pods_of(objects).values()
     # By these Kubeflow Trainer finds its Job and container.
     labels = runtime["template"]["spec"]["replicatedJobs"][0]["template"]["metadata"]["labels"]
     assert labels == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     assert container_of(pod)["name"] == "node"
 
+    # $() refers to earlier variables only.
     names = [one["name"] for one in container_of(pod)["env"]]
-    assert names.index("JOBSET_NAME") < names.index(
-        "TRAINER_HOSTS"
-    )  # $() refers to earlier variables only
+    assert names.index("JOBSET_NAME") < names.index("TRAINER_HOSTS")
+    assert names.index("PET_NNODES") < names.index("TRAINER_WORKERS")
     (uses,) = (one for one in container_of(pod)["env"] if one["name"] == "JOBSET_NAME")
     assert uses["valueFrom"]["fieldRef"]["fieldPath"].endswith("['jobset.sigs.k8s.io/jobset-name']")
     environ = environ_of(pod, index=1)
-    environ |= {one["name"]: one["value"] for one in trainjob["trainer"]["env"]}
     environ["TRAINER_HOSTS"] = environ["TRAINER_HOSTS"].replace("$(JOBSET_NAME)", "any")
-    cluster = resolve(environ)
-    assert cluster.workers == ("any-node-0-0.any:2222", "any-node-0-1.any:2222")
+    for nodes, workers in ((1, None), (2, ("any-node-0-0.any:2222", "any-node-0-1.any:2222"))):
+        # As Kubeflow Trainer sets PET_NNODES in its place, and Kubernetes expands it.
+        cluster = resolve(environ | {"TRAINER_WORKERS": str(nodes)})
+        assert (cluster and cluster.workers) == workers
     assert cluster.index == 1
-    assert objects["PersistentVolumeClaim", "digits"]["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_a_trainjob_brings_its_own_claim_and_the_runtime_names_none():
+    (pod,) = pods_of(render(RUNTIME)).values()
+    assert not [one for one in pod["spec"]["volumes"] if "persistentVolumeClaim" in one]
+    (mounted,) = (one for one in container_of(pod)["volumeMounts"] if one["mountPath"] == "/output")
+    run = render("kubeflow")
+    override = run["TrainJob", "digits"]["spec"]["podTemplateOverrides"][0]["spec"]
+    (volume,) = override["volumes"]
+    # Another name: two kinds of source in one volume would be refused.
+    assert volume["name"] != mounted["name"]
+    assert override["containers"][0]["volumeMounts"] == [
+        {"name": volume["name"], "mountPath": "/output"}
+    ]
+    assert run["PersistentVolumeClaim", "digits"]["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
 @pytest.mark.parametrize("name", [*TWO_JOBS, "jobset"])
@@ -386,7 +453,7 @@ def test_the_number_of_workers_is_set_in_one_place(edit, name):
 def test_the_number_of_nodes_is_set_in_one_place(edit):
     k8s = edit("kubeflow/trainjob.yaml", "numNodes: 2", "numNodes: 5")
     trainer = render("kubeflow", k8s)["TrainJob", "digits"]["spec"]["trainer"]
-    assert trainer == {"numNodes": 5, "env": [{"name": "TRAINER_WORKERS", "value": "5"}]}
+    assert trainer == {"numNodes": 5}
 
 
 @pytest.mark.parametrize("name", ["gpu", "multiworker-gpu"])
@@ -450,7 +517,7 @@ def test_the_images_are_set_in_one_place(edit, name):
         one["newName"], one["newTag"] = "registry.example/me/trainer", f"of-{one['name'][-3:]}"
     new = yaml.safe_dump(component)
     k8s = edit("components/image/kustomization.yaml", file.read_text(), new)
-    kind = {"gpu": "gpu", "multiworker-gpu": "gpu", "tpu": "tpu"}.get(name, "cpu")
+    kind = "gpu" if name.endswith("gpu") else "tpu" if name == "tpu" else "cpu"
     for pod in pods_of(render(name, k8s)).values():
         assert container_of(pod)["image"] == f"registry.example/me/trainer:of-{kind}"
 
@@ -464,7 +531,8 @@ def test_a_standalone_file_is_the_output_of_kustomize(file, folder):
 
 @pytest.mark.parametrize("name", WRITTEN_OUT)
 def test_the_wheel_has_the_output_of_kustomize(name):
-    assert (ASSETS / f"{name}.yaml").read_text() == rendered(K8S / name), "make manifests"
+    text = (ASSETS / f"{name}.yaml").read_text()
+    assert text == rendered(K8S / WRITTEN_OUT[name]), "make manifests"
 
 
 def test_the_wheel_has_the_standalone_files():
@@ -488,7 +556,11 @@ def test_the_fetching_pod_reads_the_jobs_claim_and_ends():
     assert volume["persistentVolumeClaim"] == {"claimName": "digits"}
 
 
-OPENINGS = {name: K8S / name / "kustomization.yaml" for name in OVERLAYS if name != "base"}
+OPENINGS = {
+    name: K8S / name / "kustomization.yaml"
+    for name in (*OVERLAYS, "kubeflow")
+    if name not in ("base", "jobset-gpu", RUNTIME)  # whose commands stand elsewhere
+}
 
 
 @pytest.mark.parametrize("name", [*OPENINGS, "job.yaml"])
@@ -524,7 +596,8 @@ def test_opening_comments_name_existing_objects(name):
     known = {one for _, one in objects} | {"digits-fetch"}
     for one in objects.values():
         if one["kind"] in ("JobSet", "TrainJob"):
-            known |= {f"{one['metadata']['name']}-{job}-0" for job in jobs_of(objects)}
+            jobs = jobs_of(objects if one["kind"] == "JobSet" else render(RUNTIME))
+            known |= {f"{one['metadata']['name']}-{job}-0" for job in jobs}
     named = re.findall(
         r"(?:job/|get job |delete job |pvc |pod/|runtime )(digits[\w-]*)", opening(OPENINGS[name])
     )
@@ -550,11 +623,25 @@ def container(job):
         ({"gpus": 1}, "gpu"),
         ({"workers": 2}, "multiworker"),
         ({"workers": 2, "gpus": 1}, "multiworker-gpu"),
+        ({"tpu": "tpu-v5-lite-podslice:2x2"}, "tpu"),
+        ({"workers": 2}, "jobset"),
+        ({"workers": 2, "gpus": 1}, "jobset-gpu"),
     ],
 )
 def test_a_run_with_default_options_is_the_manifest(options, file):
     expected = yaml.safe_load_all((ASSETS / f"{file}.yaml").read_text())
-    assert by_name(manifests.build("digits", **options)) == by_name(expected)
+    kind = "jobset" if file.startswith("jobset") else "job"
+    found = manifests.build("digits", PodSettings(**options), kind=kind)
+    assert by_name(found) == by_name(expected)
+
+
+def test_a_trainjob_with_default_options_is_the_manifest():
+    expected = by_name(yaml.safe_load_all((ASSETS / "trainjob.yaml").read_text()))
+    expected["TrainJob", "digits"]["spec"]["trainer"] |= {
+        "args": ["--output-dir=/output", "--log-format=json"]
+    }
+    found = manifests.build("digits", PodSettings(workers=2), kind="trainjob")
+    assert by_name(found) == expected
 
 
 def test_a_worker_alone_has_no_secret():
@@ -566,7 +653,7 @@ def test_a_worker_alone_has_no_secret():
 
 @pytest.mark.parametrize("downloads", [False, True])
 def test_pods_that_download_their_data_reach_the_internet(downloads):
-    objects = by_name(manifests.build("digits", workers=2, downloads=downloads))
+    objects = by_name(manifests.build("digits", PodSettings(workers=2), downloads=downloads))
     egress = objects["NetworkPolicy", "digits"]["spec"]["egress"]
     anywhere = {one["port"] for rule in egress if "to" not in rule for one in rule["ports"]}
     assert anywhere & {80, 443} == ({80, 443} if downloads else set())
@@ -574,7 +661,10 @@ def test_pods_that_download_their_data_reach_the_internet(downloads):
 
 def test_a_run_has_its_own_name_image_numbers_and_flags():
     objects = manifests.build(
-        "mine", image="registry/x:1", workers=5, gpus=2, flags=["--epochs", "3"], token=SHARED
+        "mine",
+        PodSettings(image="registry/x:1", workers=5, gpus=2),
+        manifests.Program(["--epochs", "3"]),
+        token=SHARED,
     )
     found = by_name(objects)
     assert set(found) == {

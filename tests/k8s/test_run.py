@@ -13,6 +13,7 @@ from trainer.files import HISTORY_FILE, MANIFEST_FILE, MODEL_FILE
 from trainer.k8s import manifests
 from trainer.k8s.api import Change
 from trainer.k8s.run import ClusterRun
+from trainer.k8s.settings import PodSettings
 from trainer.log_lines import json_line
 
 MODEL = b"a model"
@@ -142,7 +143,7 @@ def run(tmp_path, monkeypatch):
 
 
 def objects(workers=1):
-    return manifests.build("mine", workers=workers, token=SHARED)
+    return manifests.build("mine", PodSettings(workers=workers), token=SHARED)
 
 
 def run_objects(keys):
@@ -249,5 +250,7 @@ def test_attach_fetches_the_files_of_a_job_that_was_deleted(run, tmp_path):
 
 
 def test_attach_to_no_run_is_an_input_error(run):
-    with pytest.raises(InputError, match="no Job and no PersistentVolumeClaim of this name"):
+    with pytest.raises(
+        InputError, match="no Job, JobSet or TrainJob and no PersistentVolumeClaim of this name"
+    ):
         run(Server()).attach()

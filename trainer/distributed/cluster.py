@@ -87,12 +87,16 @@ def resolve(environ: Mapping[str, str]) -> Cluster | None:
         ConfigurationError: The description is malformed, or the secret is missing; the message
             names the variable.
     """
-    cluster = _described(environ)
+    cluster = described(environ)
     return cluster and dataclasses.replace(cluster, secret=read_secret(environ))
 
 
-def _described(environ: Mapping[str, str]) -> Cluster | None:
-    """Returns the workers, without the secret that they share."""
+def described(environ: Mapping[str, str]) -> Cluster | None:
+    """Returns the workers as ``resolve`` does, without the secret that they share.
+
+    Raises:
+        ConfigurationError: The description is malformed.
+    """
     if "TF_CONFIG" in environ:
         cluster = _from_tf_config(environ["TF_CONFIG"])
     elif "TRAINER_WORKERS" in environ:
@@ -110,7 +114,7 @@ def _described(environ: Mapping[str, str]) -> Cluster | None:
 def worker_index(environ: Mapping[str, str]) -> int:
     """Returns the number of this worker; 0 where it is alone, or the description is malformed."""
     try:
-        cluster = _described(environ)
+        cluster = described(environ)
     except ConfigurationError:
         return 0
     return cluster.index if cluster else 0

@@ -9,21 +9,36 @@ Every error of the API server is raised as a ``ConfigurationError`` with the ser
 
 import contextlib
 import functools
+import http.client
 import json
 import logging
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from http import HTTPStatus
 from typing import Any, Literal, NamedTuple
 
 from trainer.errors import ConfigurationError, TrainerError
 from trainer.k8s.manifests import MISSING
 
-Kind = Literal["Event", "Job", "NetworkPolicy", "PersistentVolumeClaim", "Pod", "Secret", "Service"]
+Kind = Literal[
+    "ConfigMap",
+    "Event",
+    "Job",
+    "JobSet",
+    "NetworkPolicy",
+    "PersistentVolumeClaim",
+    "Pod",
+    "Secret",
+    "Service",
+    "TrainJob",
+    "Workload",
+]
 
 # By kind: the API class of the client, and the noun in its methods' names.
 _METHODS: dict[Kind, tuple[str, str]] = {
+    "ConfigMap": ("CoreV1Api", "config_map"),
     "Event": ("CoreV1Api", "event"),
     "Job": ("BatchV1Api", "job"),
     "NetworkPolicy": ("NetworkingV1Api", "network_policy"),
@@ -33,7 +48,20 @@ _METHODS: dict[Kind, tuple[str, str]] = {
     "Service": ("CoreV1Api", "service"),
 }
 
+# Kinds of operators: API group, version and plural name.
+_CUSTOM: dict[Kind, tuple[str, str, str]] = {
+    "JobSet": ("jobset.x-k8s.io", "v1alpha2", "jobsets"),
+    "TrainJob": ("trainer.kubeflow.org", "v1alpha1", "trainjobs"),
+    "Workload": ("kueue.x-k8s.io", "v1beta2", "workloads"),
+}
+OPERATORS: dict[Kind, str] = {
+    "JobSet": "JobSet",
+    "TrainJob": "Kubeflow Trainer",
+    "Workload": "Kueue",
+}
+
 FIELD_MANAGER = "digits-trainer"
+_CUSTOM_VERBS = {"read": "get"}  # where the client names a method of custom objects otherwise
 CONNECT_SECONDS = 10.0  # for a connection to be accepted
 ANSWER_SECONDS = 30.0  # for the answer to a request
 WATCH_SECONDS = 60  # after which a watch is renewed: a dead connection is noticed no other way
@@ -128,7 +156,7 @@ class Server:
         self._call(
             "patch",
             manifest["kind"],
-            manifest["metadata"]["name"],
+            name=manifest["metadata"]["name"],
             body=manifest,
             field_manager=FIELD_MANAGER,
             _content_type="application/apply-patch+yaml",
@@ -137,9 +165,19 @@ class Server:
     def get(self, kind: Kind, name: str) -> dict | None:
         """Returns an object; None if there is none of this name."""
         try:
-            return self._plain(self._call("read", kind, name))
+            return self._plain(self._call("read", kind, name=name))
         except NotFoundError:
             return None
+
+    def serves(self, kind: Kind) -> bool:
+        """Tells whether the API server knows an operator's kind, as far as this user can see."""
+        try:
+            self._call("list", kind, limit=1)
+        except NotFoundError:
+            return False
+        except RefusedError:
+            pass
+        return True
 
     def list(self, kind: Kind, selector: str) -> list[dict]:
         """Returns the objects that a label selector matches."""
@@ -148,7 +186,7 @@ class Server:
     def delete(self, kind: Kind, name: str) -> None:
         """Deletes an object, if it exists, and in the background what it owns."""
         with contextlib.suppress(NotFoundError):
-            self._call("delete", kind, name, propagation_policy="Background")
+            self._call("delete", kind, name=name, propagation_policy="Background")
 
     def changes(self, kind: Kind, **selectors: str) -> Iterator[Change]:
         """Yields the objects that exist and then each change, until ``close``. A watch that ends or
@@ -258,6 +296,44 @@ class Server:
             raise ConfigurationError(f"Expected {path} in the volume. Received: {reason}.")
         return b"".join(parts)
 
+    def download(self, pod: str, port: int, path: str) -> bytes:
+        """Returns a file that an HTTP server in a pod serves, through a port-forward.
+
+        Args:
+            pod: Name of the pod.
+            port: Port on its loopback interface.
+            path: Path of the file on the server, without the first slash.
+
+        Raises:
+            RefusedError: The user may not forward ports.
+            ConfigurationError: There is no such file, or the server does not answer in time.
+        """
+        core = self.kubernetes.client.CoreV1Api(
+            self.kubernetes.client.ApiClient(self.configuration)
+        )
+        with self._errors():
+            forward = self.kubernetes.stream.portforward(
+                core.connect_get_namespaced_pod_portforward,
+                pod,
+                self.namespace,
+                ports=str(port),
+            )
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection.sock = forward.socket(port)
+            connection.sock.settimeout(WATCH_SECONDS)
+            with contextlib.closing(connection):
+                try:
+                    connection.request("GET", f"/{path}")
+                    response = connection.getresponse()
+                    content = response.read()
+                except http.client.HTTPException as error:
+                    raise ConnectionError(f"{type(error).__name__}: {error}") from None
+        if response.status != HTTPStatus.OK:
+            raise ConfigurationError(
+                f"Expected {path} in the volume. Received: {response.status}, No such file."
+            )
+        return content
+
     def close(self, threads: Sequence[threading.Thread]) -> None:
         """Ends the iterators of ``changes`` and ``log_lines``, and joins the threads reading them.
 
@@ -297,12 +373,18 @@ class Server:
             current = next(one for one in contexts if one["name"] == name)
         return current["context"]
 
-    def _call(self, verb: str, kind: Kind, *names: str, **options: object) -> object:
+    def _call(self, verb: str, kind: Kind, **options: object) -> object:
         with self._errors():
-            return self._method(verb, kind)(*names, **options, **self._limits())
+            return self._method(verb, kind)(**options, **self._limits())
 
     def _method(self, verb: str, kind: Kind, *subresource: str) -> Callable[..., Any]:
         """Returns a method of the client with the namespace filled in."""
+        if kind in _CUSTOM:
+            group, version, plural = _CUSTOM[kind]
+            api = self.kubernetes.client.CustomObjectsApi(self.client)
+            name = f"{_CUSTOM_VERBS.get(verb, verb)}_namespaced_custom_object"
+            place = {"group": group, "version": version, "plural": plural}
+            return functools.partial(getattr(api, name), namespace=self.namespace, **place)
         group, noun = _METHODS[kind]
         api = getattr(self.kubernetes.client, group)(self.client)
         method = getattr(api, "_".join([verb, "namespaced", noun, *subresource]))

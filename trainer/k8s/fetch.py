@@ -3,14 +3,16 @@
     contents = fetch(server, "digits-a1b2c", image="digits-trainer:0.1.0", screen=screen, stop=stop)
     files.write_files(folder, contents)
 
-It verifies the SHA-256 of the model.
+It verifies the SHA-256 of the model. The files are read by running ``cat`` in the pod; where the
+user may not (``pods/exec``), from an HTTP server in it, through a port-forward
+(``pods/portforward``).
 """
 
 import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 
 from trainer.errors import ConfigurationError, DataError, TrainerError
 from trainer.files import (
@@ -22,11 +24,12 @@ from trainer.files import (
     Names,
 )
 from trainer.k8s import manifests
-from trainer.k8s.api import Server
-from trainer.k8s.follow import Screen, pending_reason
+from trainer.k8s.api import RefusedError, Server
+from trainer.k8s.follow import Screen, is_ready, pending_reason
 
 START_SECONDS = 300.0  # for the pod to run
 ATTEMPTS = 3  # to read the files
+PORT = 8000  # of the HTTP server in the pod
 POLL_SECONDS = 0.5  # between two looks at the pod
 
 # The manifest names no SHA-256 of these: by its end a file is known to be complete.
@@ -38,6 +41,7 @@ def fetch(
     name: str,
     *,
     image: str,
+    like: Mapping | None = None,
     screen: Screen,
     stop: Callable[[], str | None],
     clock: Callable[[], float] = time.monotonic,
@@ -49,6 +53,7 @@ def fetch(
         server: The namespace of the run.
         name: Name of the run.
         image: The pod's image, one that the cluster can pull.
+        like: Specification of a pod of the run, as ``manifests.fetch_pod`` takes it.
         screen: Shows why the pod is pending.
         stop: Returns the name of a signal once one was received.
         clock: Monotonic time in seconds.
@@ -61,7 +66,8 @@ def fetch(
         ConfigurationError: The pod does not start, or the server refuses a request.
         DataError: The model's SHA-256 is not the manifest's, or the report is incomplete.
     """
-    pod = _Pod(server, name, image, screen, stop, clock, sleep)
+    manifest = manifests.fetch_pod(name, image=image, like=like)
+    pod = _Pod(server, manifest, screen, stop, clock, sleep)
     attempt = 0
     while True:
         try:
@@ -69,6 +75,15 @@ def fetch(
             if contents:
                 _check(contents)
             return contents
+        except RefusedError as error:
+            if pod.serves:
+                raise ConfigurationError(
+                    f"{error} Fetching takes the permission for pods/exec or for pods/portforward. "
+                    f"The files are in the PersistentVolumeClaim {name}: without either, mount it "
+                    "in a pod of your own."
+                ) from error
+            screen.say(f"{pod.name} will serve the files to a port-forward: {error}")
+            pod.serve()
         except (ConfigurationError, DataError) as error:
             attempt += 1
             if stop():
@@ -84,20 +99,30 @@ class _Pod:
     def __init__(
         self,
         server: Server,
-        name: str,
-        image: str,
+        manifest: dict,
         screen: Screen,
         stop: Callable[[], str | None],
         clock: Callable[[], float],
         sleep: Callable[[float], None],
     ) -> None:
         self.server = server
-        self.manifest = manifests.fetch_pod(name, image=image)
+        self.manifest = manifest
         self.name = self.manifest["metadata"]["name"]
+        self.serves = False
         self.screen = screen
         self.stop = stop
         self.clock = clock
         self.sleep = sleep
+
+    def serve(self) -> None:
+        """Has the next pod serve the files by HTTP, on its loopback interface alone."""
+        (container,) = self.manifest["spec"]["containers"]
+        server = ["python", "-m", "http.server", str(PORT), "--bind", "127.0.0.1"]
+        container["command"] = [*server, "--directory", "/output"]
+        ask = f"import socket; socket.create_connection(('127.0.0.1', {PORT})).close()"
+        container["readinessProbe"] = {"exec": {"command": ["python", "-c", ask]}}
+        container["resources"]["requests"]["memory"] = "64Mi"
+        self.serves = True
 
     def read(self) -> dict[str, bytes] | None:
         """Creates the pod, reads the files and deletes it; None after ``stop``."""
@@ -120,7 +145,7 @@ class _Pod:
         """Waits, and shows why the pod is pending; False after ``stop``."""
         deadline = self.clock() + START_SECONDS
         shown = None
-        while (pod := self.server.get("Pod", self.name)) and pod["status"]["phase"] != "Running":
+        while (pod := self.server.get("Pod", self.name)) and not self._runs(pod):
             if self.stop():
                 return False
             phase = pod["status"]["phase"]
@@ -135,6 +160,11 @@ class _Pod:
                 )
             self.sleep(POLL_SECONDS)
         return True
+
+    def _runs(self, pod: dict) -> bool:
+        if pod["status"]["phase"] != "Running":
+            return False
+        return not self.serves or is_ready(pod)
 
     def _find_names(self) -> Names:
         """Returns the names of the run's files, which depend on what it has trained."""
@@ -161,6 +191,8 @@ class _Pod:
                 raise
 
     def _read_file(self, file: str) -> bytes:
+        if self.serves:
+            return self.server.download(self.name, PORT, file)
         return self.server.read_file(self.name, f"/output/{file}")
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 from trainer.cli import TASK
 from trainer.errors import StoppedError, TrainerError
 from trainer.k8s.api import Change, Kind, Server
-from trainer.k8s.manifests import selector
+from trainer.k8s.manifests import Root, selector
 
 POLL_SECONDS = 0.2  # between two looks at the signals
 DRAIN_SECONDS = 5.0  # for the last lines of a log to arrive
@@ -59,14 +59,17 @@ def follow(
     screen: Screen,
     *,
     stop: Callable[[], str | None],
+    root: Root | None = None,
     past_events: bool = True,
 ) -> Outcome | None:
-    """Follows a run until the chief's Job is complete or one of its Jobs has failed.
+    """Follows a run until what trains is complete or has failed: the chief's Job or one of its
+    Jobs, the JobSet or the TrainJob.
 
     Args:
         server: The namespace of the run.
         name: Name of the run.
         screen: Shows what happens.
+        root: What trains; None: a Job.
         stop: Returns the name of a signal once one was received.
         past_events: Whether to show warnings from before this call, too.
 
@@ -76,7 +79,7 @@ def follow(
     Raises:
         RefusedError: The user may not watch Jobs or pods, or no longer.
     """
-    follower = Follower(server, name, screen, past_events=past_events)
+    follower = Follower(server, name, screen, root=root, past_events=past_events)
     try:
         follower.start()
         while not stop():
@@ -95,13 +98,24 @@ def follow(
 class Follower:
     """The state of a run as its watches report it, and which changes were shown already."""
 
-    def __init__(self, server: Server, name: str, screen: Screen, *, past_events: bool) -> None:
+    def __init__(
+        self,
+        server: Server,
+        name: str,
+        screen: Screen,
+        *,
+        root: Root | None = None,
+        past_events: bool,
+    ) -> None:
         self.server = server
         self.name = name
         self.screen = screen
-        self.ended_by = ""  # name of the Job that has ended the run
+        self.root = root or Root.of("job", name)
+        self.ended_by = ""  # name of the Job, or of the other root, that has ended the run
         self.started = False
         self.jobs: dict[str, dict] = {}
+        self.roots: dict[str, dict] = {}  # the JobSet or TrainJob by its name
+        self.workloads: dict[str, dict] = {}  # Kueue's
         self.pods: dict[str, dict] = {}
         self.warnings: dict[str, dict] = {}  # events by their uid
         self.disconnected: set[str] = set()  # the kinds whose watch is cut off
@@ -113,13 +127,16 @@ class Follower:
 
     def start(self) -> None:
         """Watches Jobs, pods and events, each in a thread that fills the queue."""
-        labels = {"label_selector": selector(self.name)}
         # Events have no labels to select by; a namespace has few warnings.
         watches: dict[Kind, dict[str, str]] = {
-            "Job": labels,
-            "Pod": labels,
+            "Job": {"label_selector": self.root.jobs},
+            "Pod": {"label_selector": selector(self.name)},
             "Event": {"field_selector": "type=Warning"},
         }
+        if self.root.kind != "Job":
+            watches[self.root.kind] = {"field_selector": f"metadata.name={self.name}"}
+        if self.root.queued and self.server.serves("Workload"):
+            watches["Workload"] = {}
         for kind, selectors in watches.items():
             self._spawn(kind, functools.partial(self.server.changes, kind, **selectors))
 
@@ -162,26 +179,68 @@ class Follower:
             self.disconnected.discard(source)
             handlers = {
                 "Job": self._handle_jobs,
+                "JobSet": self._handle_root,
+                "TrainJob": self._handle_root,
                 "Pod": self._handle_pods,
                 "Event": self._handle_events,
+                "Workload": self._handle_workloads,
             }
             handlers[source](item)
             self._show_warnings()
+            self._show_queue()
 
     def _handle_jobs(self, change: Change) -> None:
-        self._update(self.jobs, change, deleted=self._job_deleted)
+        if self.root.kind != "Job":  # They come and go with each restart.
+            self._update(self.jobs, change, deleted=lambda name: None)
+            return
+        self._update(self.jobs, change, deleted=self._root_deleted)
         for name, job in self.jobs.items():
-            suspended = job["spec"].get("suspend", False)
-            if suspended or ("suspended", name) in self.shown:
-                state = "is suspended" if suspended else "is resumed"
-                self._show_once(("suspended", name), f"{name} {state}")
+            self._show_suspended(name, job)
             condition = _final_condition(job)
             # The chief has still to save the model when the other workers' Job is complete.
             if condition and (name == self.name or condition["type"] == "Failed"):
                 self.ended_by = self.ended_by or name
 
-    def _job_deleted(self, name: str) -> None:
+    def _handle_root(self, change: Change) -> None:
+        self._update(self.roots, change, deleted=self._root_deleted)
+        for name, one in self.roots.items():
+            self._show_suspended(name, one)
+            if restarts := one.get("status", {}).get("restarts"):
+                self._show_once(("restarts", name), f"{name} is restarted ({restarts})")
+            if _final_condition(one):
+                self.ended_by = name
+
+    def _root_deleted(self, name: str) -> None:
         self.ended_by = self.ended_by or name
+
+    def _show_suspended(self, name: str, one: dict) -> None:
+        suspended = one["spec"].get("suspend", False)
+        if suspended or ("suspended", name) in self.shown:
+            state = "is suspended" if suspended else "is resumed"
+            self._show_once(("suspended", name), f"{name} {state}")
+
+    def _handle_workloads(self, change: Change) -> None:
+        self._update(self.workloads, change, deleted=lambda name: None)
+
+    def _show_queue(self) -> None:
+        """Shows why Kueue has not admitted the run yet, or has taken its place back."""
+        uids = {one["metadata"].get("uid") for one in (*self.jobs.values(), *self.roots.values())}
+        for workload in self.workloads.values():
+            owners = workload["metadata"].get("ownerReferences", [])
+            if uids.isdisjoint(owner["uid"] for owner in owners):
+                continue
+            conditions = workload.get("status", {}).get("conditions", [])
+            known = {one["type"]: one for one in conditions}
+            evicted, reserved = known.get("Evicted", {}), known.get("QuotaReserved", {})
+            if evicted.get("status") == "True":
+                text = f"{self.name} is evicted from its queue: {evicted.get('message')}"
+            elif reserved.get("status") == "False":
+                text = f"{self.name} waits in its queue: {reserved.get('message')}"
+            elif known.get("Admitted", {}).get("status") == "True":
+                text = f"{self.name} is admitted by its queue"
+            else:
+                continue
+            self._show_once(("queue",), text)
 
     def _handle_pods(self, change: Change) -> None:
         self._update(self.pods, change, deleted=self._pod_deleted)
@@ -199,9 +258,13 @@ class Follower:
                     self._show_once(("pending", name), f"{name} runs on {pod['spec']['nodeName']}")
             elif reason := pending_reason(pod):
                 self._show_once(("pending", name), f"{name} is pending: {reason}")
-            is_chief = pod["metadata"]["labels"].get("job-name") == self.name
-            if is_chief and _has_started(pod) and name not in self.logs:
+            if self._is_chief(pod) and _has_started(pod) and name not in self.logs:
                 self.logs[name] = self._spawn("log", functools.partial(self.server.log_lines, name))
+
+    def _is_chief(self, pod: dict) -> bool:
+        labels = pod["metadata"]["labels"]
+        index = labels.get("batch.kubernetes.io/job-completion-index", "0")
+        return labels.get("job-name") == self.root.chief and index == "0"
 
     def _pod_deleted(self, name: str) -> None:
         if _termination(self.pods[name]) is None:
@@ -222,7 +285,8 @@ class Follower:
     def _show_warnings(self) -> None:
         """Shows the warnings about this run's objects, matched by uid, since names recur."""
         uids = {
-            one["metadata"].get("uid") for one in (*self.jobs.values(), *self.pods.values())
+            one["metadata"].get("uid")
+            for one in (*self.jobs.values(), *self.roots.values(), *self.pods.values())
         } - {None}
         for uid, event in self.warnings.items():
             about, reason = event["involvedObject"], event.get("reason")
@@ -243,6 +307,7 @@ class Follower:
             entry = json.loads(line)
             event, message = entry["event"], entry["message"]
         except (ValueError, TypeError, KeyError):  # not a line of trainer.log_lines
+            self.started = True  # A script's.
             if not line.startswith(f"{TASK}: "):
                 self.screen.say(line)
             return
@@ -283,14 +348,15 @@ class Follower:
         while not self.queue.empty():
             self.handle(*self.queue.get())
         # Whatever became of the other workers, the chief has saved the model.
-        chief = _final_condition(self.jobs.get(self.name, {}))
-        if chief and chief["type"] == "Complete":
+        roots = self.jobs if self.root.kind == "Job" else self.roots
+        chief = _final_condition(roots.get(self.name, {}))
+        if chief and chief["type"] != "Failed":
             return Outcome(0, "", self.started)
-        condition = _final_condition(self.jobs.get(self.ended_by, {}))
+        condition = _final_condition(roots.get(self.ended_by, {}))
         if condition is None:
             text = (
-                f"the Job {self.ended_by} was deleted. The PersistentVolumeClaim {self.name} keeps "
-                "the checkpoints"
+                f"the {self.root.kind} {self.ended_by} was deleted. The PersistentVolumeClaim "
+                f"{self.name} keeps the checkpoints"
             )
             return Outcome(StoppedError.exit_code, text, self.started)
         terminations = [
@@ -301,12 +367,15 @@ class Follower:
                 termination,
             )
             for pod in self.pods.values()
-            if pod["metadata"]["labels"].get("job-name") == self.ended_by
+            if (
+                self.root.kind != "Job"
+                or pod["metadata"]["labels"].get("job-name") == self.ended_by
+            )
             and (termination := _termination(pod))
             and termination[0]
         ]
         if condition.get("reason") == "DeadlineExceeded" or not terminations:
-            text = f"the Job {self.ended_by} has failed: {condition.get('message')}"
+            text = f"the {self.root.kind} {self.ended_by} has failed: {condition.get('message')}"
             return Outcome(StoppedError.exit_code, text, self.started)
         return Outcome(*max(terminations)[-1], self.started)
 
@@ -322,10 +391,18 @@ def pending_reason(pod: dict) -> str | None:
     return None
 
 
-def _final_condition(job: dict) -> dict | None:
-    """Returns the condition with which a Job has ended."""
-    for condition in job.get("status", {}).get("conditions", []):
-        if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
+def is_ready(pod: dict) -> bool:
+    """Tells whether the first container of a pod has passed its readiness probe."""
+    return bool(_container_status(pod).get("ready"))
+
+
+def _final_condition(one: dict) -> dict | None:
+    """Returns the condition with which a Job, a JobSet or a TrainJob has ended."""
+    for condition in one.get("status", {}).get("conditions", []):
+        if (
+            condition["type"] in ("Complete", "Completed", "Failed")
+            and condition["status"] == "True"
+        ):
             return condition
     return None
 

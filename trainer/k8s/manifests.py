@@ -1,6 +1,6 @@
 """The Kubernetes objects of a run, from the YAML of ``k8s/`` that the package carries.
 
-    objects = build("digits-a1b2c", workers=3, flags=["--epochs", "2"])
+    objects = build("digits-a1b2c", PodSettings(workers=3), Program(["--epochs", "2"]))
     print(dump(objects))
 
 The YAML in ``assets`` is the output of kustomize for ``k8s/`` (``make manifests``). What is changed
@@ -8,38 +8,112 @@ here is what a user would change in an editor: name, image, numbers and argument
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from types import ModuleType
-from typing import Any
+from types import MappingProxyType, ModuleType
+from typing import Any, Literal, NamedTuple
 
-from trainer.errors import ConfigurationError
+from trainer.errors import ConfigurationError, UsageError
+from trainer.k8s.settings import PodSettings
 
 MISSING = (
     "Expected the Kubernetes client for Python. Received: {error}. "
     "pip install 'digits-trainer[k8s]'."
 )
 
+Kind = Literal["job", "jobset", "trainjob"]
+_LIKE = (
+    "imagePullSecrets",
+    "nodeSelector",
+    "securityContext",
+    "serviceAccountName",
+    "tolerations",
+)
+MODULES = "/modules"  # where the user's Python files are in a pod
+_QUEUE = "kueue.x-k8s.io/queue-name"
+_QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
+_GPU, _TPU = "nvidia.com/gpu", "google.com/tpu"
+# The API's limit for a ConfigMap is 1 MiB, names and base64 included.
+_CONFIG_MAP_BYTES = 1_000_000
+
+
+class Root(NamedTuple):
+    """The object that trains: by its end a run ends.
+
+    Attributes:
+        kind: Its kind in the API.
+        chief: Name of the Job whose first pod is the chief.
+        jobs: Label selector of the Jobs of the run.
+        queued: Whether a queue of Kueue's admits it.
+    """
+
+    kind: Literal["Job", "JobSet", "TrainJob"]
+    chief: str
+    jobs: str
+    queued: bool = False
+
+    @classmethod
+    def of(cls, kind: Kind, name: str, *, queued: bool = False) -> "Root":
+        """Returns that of a run of this name."""
+        if kind == "job":
+            return cls("Job", name, selector(name), queued)
+        jobs = f"jobset.sigs.k8s.io/jobset-name={name}"  # A TrainJob's JobSet has its name.
+        if kind == "jobset":
+            return cls("JobSet", f"{name}-chief-0", jobs, queued)
+        return cls("TrainJob", f"{name}-node-0", jobs, queued)
+
+    @classmethod
+    def found(cls, kind: Kind, one: dict) -> "Root":
+        """Returns that of an object in a cluster."""
+        metadata = one["metadata"]
+        return cls.of(kind, metadata["name"], queued=_QUEUE in metadata.get("labels", {}))
+
+
+class Program(NamedTuple):
+    """What the pods run.
+
+    Attributes:
+        flags: Further flags of ``python -m trainer.task``.
+        script: In place of them: the name of a script that is among ``modules``, and its arguments,
+            for ``python -m trainer.script``.
+        modules: Texts of Python files by their names, which the pods can import.
+    """
+
+    flags: Sequence[str] = ()
+    script: Sequence[str] = ()
+    modules: Mapping[str, str] = MappingProxyType({})
+
+    def command(self, args: Sequence[str]) -> dict[str, list[str]]:
+        """Returns command and arguments of the container, from the arguments of a manifest."""
+        if not self.script:
+            return {"args": [*args, *self.flags]}
+        own = [arg for arg in args if arg.startswith("--gpus=")]
+        return {
+            "command": ["python", "-m", "trainer.script"],
+            "args": [*own, "--", f"{MODULES}/{self.script[0]}", *self.script[1:]],
+        }
+
 
 def build(
     name: str,
+    settings: PodSettings | None = None,
+    program: Program | None = None,
     *,
-    image: str | None = None,
-    workers: int = 1,
-    gpus: int = 0,
-    flags: Sequence[str] = (),
+    kind: Kind = "job",
     token: str | None = None,
     downloads: bool = False,
 ) -> list[dict]:
-    """Returns the objects of a run: a PersistentVolumeClaim, a Job, and for several workers a
-    second Job, a headless Service, a NetworkPolicy and a Secret.
+    """Returns the objects of a run.
+
+    They are a PersistentVolumeClaim and what trains: a Job, and for several workers a second Job
+    and a headless Service; or a JobSet; or a TrainJob. Several workers have a NetworkPolicy and a
+    Secret, too, and a run with files of the user's a ConfigMap.
 
     Args:
         name: Name of the run, a prefix of the name of each object.
-        image: The trainer's image; None: that of the manifests, ``digits-trainer:VERSION``.
-        workers: Number of pods that train together.
-        gpus: GPUs per pod.
-        flags: Further flags of ``python -m trainer.task``.
+        settings: Of the pods; None: those of the manifests.
+        program: What the pods run; None: ``python -m trainer.task`` without further flags.
+        kind: What trains. ``trainjob`` needs the runtime of ``k8s/kubeflow/runtime``.
         token: The secret by which several workers know one another; None: that of the Secret
             NAME-token, if there is one.
         downloads: Whether the pods need the internet, for their data.
@@ -48,47 +122,284 @@ def build(
         Manifests as the API server takes them, in the order to apply them in.
 
     Raises:
+        UsageError: The kind has no place for a setting.
         ConfigurationError: The package is installed without its extra ``k8s``.
     """
-    kind = "multiworker" if workers > 1 else "job"
-    if gpus:
-        kind = "multiworker-gpu" if workers > 1 else "gpu"
-    objects = _load(kind, name)
-    for job in (one for one in objects if one["kind"] == "Job"):
-        container = job["spec"]["template"]["spec"]["containers"][0]
-        if image:
-            container["image"] = image
-        if gpus:
-            container["resources"]["limits"]["nvidia.com/gpu"] = gpus
-            container["args"] = [
-                f"--gpus={gpus}" if arg.startswith("--gpus=") else arg for arg in container["args"]
-            ]
-        container["args"] += flags
-        if workers > 1:
-            for variable in container["env"]:
-                if variable["name"] == "TRAINER_WORKERS":
-                    variable["value"] = f"1+{workers - 1}"
-            if job["metadata"]["name"] == workers_job(name):
-                job["spec"] |= {"completions": workers - 1, "parallelism": workers - 1}
-    if workers > 1 and token:
-        objects.append(_own_secret(objects, name, token))
+    settings = settings or PodSettings()
+    program = program or Program()
+    objects = _load(_asset(kind, settings), name)
+    if kind == "trainjob":
+        (trainjob,) = (one for one in objects if one["kind"] == "TrainJob")
+        _complete_trainjob(trainjob, settings, program, name, token)
+    else:
+        for job in _jobs(objects):
+            _complete_job(job, settings, program, name)
+        _set_workers(objects, settings.workers, name)
+    if settings.queue:
+        _queue(objects, settings, kind)
+    (claim,) = (one for one in objects if one["kind"] == "PersistentVolumeClaim")
+    if settings.storage:
+        claim["spec"]["resources"]["requests"]["storage"] = settings.storage
+    if settings.storage_class:
+        claim["spec"]["storageClassName"] = settings.storage_class
+    labels = claim["metadata"]["labels"]
+    if program.modules:
+        objects.append(_config_map(name, labels, program.modules))
+    if settings.workers > 1 and token:
+        if kind != "trainjob":
+            _require_secret(objects)
+        metadata = {"name": secret_name(name), "labels": dict(labels)}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata}
+        objects.append({**secret, "stringData": {"token": token}})
     for one in objects:
         if one["kind"] == "NetworkPolicy" and downloads:
             one["spec"]["egress"].append({"ports": [{"port": port} for port in (80, 443)]})
-    # Jobs last: a pod needs its volume, its network and its secret.
-    return sorted(objects, key=lambda one: one["kind"] == "Job")
+    # What trains comes last: a pod needs its volume, its network, its secret and its files.
+    return sorted(objects, key=lambda one: one["kind"] in ("Job", "JobSet", "TrainJob"))
 
 
-def fetch_pod(name: str, *, image: str) -> dict:
+def _asset(kind: Kind, settings: PodSettings) -> str:
+    if kind == "trainjob":
+        return "trainjob"
+    if kind == "jobset":
+        return "jobset-gpu" if settings.gpus else "jobset"
+    if settings.tpu:
+        return "tpu"
+    name = "multiworker" if settings.workers > 1 else "job"
+    return {"multiworker": "multiworker-gpu", "job": "gpu"}[name] if settings.gpus else name
+
+
+def _jobs(objects: Sequence[dict]) -> Iterator[dict]:
+    """Yields the Jobs, and those that a JobSet is made of, with their names in it."""
+    for one in objects:
+        if one["kind"] == "Job":
+            yield one
+        for replicated in one["spec"].get("replicatedJobs", ()):
+            yield {
+                "metadata": {"name": replicated["name"]},
+                "spec": replicated["template"]["spec"],
+            }
+
+
+def _complete_job(job: dict, settings: PodSettings, program: Program, name: str) -> None:
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    if settings.image:
+        container["image"] = settings.image
+    resources_of = container["resources"]
+    for resource, quantity in (("cpu", settings.cpu), ("memory", settings.memory)):
+        if quantity:
+            for part in ("requests", "limits"):
+                resources_of[part][resource] = quantity
+    if settings.gpus:
+        resources_of["limits"][_GPU] = settings.gpus
+        container["args"] = [
+            f"--gpus={settings.gpus}" if arg.startswith("--gpus=") else arg
+            for arg in container["args"]
+        ]
+    if chips := settings.tpu_slice():
+        accelerator, topology, count = chips
+        pod["nodeSelector"] = _slice_labels(accelerator, topology)
+        for part in ("requests", "limits"):
+            resources_of[part][_TPU] = count
+    container |= program.command(container["args"])
+    container["env"] += _environment(settings, program)
+    if settings.env_from_secret:
+        container["envFrom"] = [{"secretRef": {"name": one}} for one in settings.env_from_secret]
+    mounts, volumes = _volumes(settings, program, name)
+    container["volumeMounts"] += mounts
+    pod["volumes"] += volumes
+    pod |= _placement(settings)
+    if settings.node_selector:
+        pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_labels()
+    if settings.toleration:
+        pod["tolerations"] = pod.get("tolerations", []) + settings.tolerations()
+    if settings.priority_class:
+        pod["priorityClassName"] = settings.priority_class
+    if settings.active_deadline:
+        job["spec"]["activeDeadlineSeconds"] = settings.active_deadline
+    if settings.platform_user:
+        for field in ("runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy"):
+            pod["securityContext"].pop(field, None)
+
+
+def _complete_trainjob(
+    trainjob: dict,
+    settings: PodSettings,
+    program: Program,
+    name: str,
+    token: str | None,
+) -> None:
+    """Sets in a TrainJob what its API has a place for; the rest is the runtime's."""
+    for field, remedy in (
+        ("env_from_secret", "Use env, or kind jobset"),
+        ("active_deadline", "It is set in the runtime"),
+        ("platform_user", "The runtime names the user: install it with k8s/components/openshift"),
+    ):
+        if getattr(settings, field):
+            raise UsageError(
+                f"{field} must be left out for a TrainJob, which has no such field. Received: "
+                f"{field}={getattr(settings, field)!r}. {remedy}."
+            )
+    if settings.priority_class and not settings.queue:
+        raise UsageError(
+            "priority_class must be left out for a TrainJob without a queue, whose pods have that "
+            f"of the runtime. Received: priority_class={settings.priority_class!r}. Use queue, too."
+        )
+    container: dict = trainjob["spec"].setdefault("trainer", {})
+    container["numNodes"] = settings.workers
+    if settings.image:
+        container["image"] = settings.image
+    args = ["--output-dir=/output", "--log-format=json"]
+    if settings.gpus:
+        args.append(f"--gpus={settings.gpus}")
+    if settings.tpu:
+        args.append("--strategy=tpu")
+    container |= program.command(args)
+    if variables := _environment(settings, program):
+        container["env"] = variables
+    wanted: dict[str, Any] = {"cpu": settings.cpu, "memory": settings.memory}
+    wanted[_GPU] = settings.gpus
+    (override,) = trainjob["spec"]["podTemplateOverrides"]
+    pod = override["spec"]
+    if chips := settings.tpu_slice():
+        accelerator, topology, wanted[_TPU] = chips
+        pod["nodeSelector"] = _slice_labels(accelerator, topology)
+    if wanted := {resource: quantity for resource, quantity in wanted.items() if quantity}:
+        # They replace the runtime's.
+        wanted = {"cpu": "2", "memory": "2Gi"} | wanted
+        container["resourcesPerNode"] = {"requests": wanted, "limits": wanted}
+    mounts, volumes = _volumes(settings, program, name)
+    pod["containers"][0]["volumeMounts"] += mounts
+    pod["volumes"] += volumes
+    if token and settings.workers > 1:
+        pod["volumes"].append({"name": "token", "secret": {"secretName": secret_name(name)}})
+    pod |= _placement(settings)
+    if settings.node_selector:
+        pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_labels()
+    if settings.toleration:
+        pod["tolerations"] = settings.tolerations()
+
+
+def _environment(settings: PodSettings, program: Program) -> list[dict]:
+    path = [{"name": "PYTHONPATH", "value": MODULES}] if program.modules else []
+    return [*path, *settings.variables()]
+
+
+def _volumes(settings: PodSettings, program: Program, name: str) -> tuple[list[dict], list[dict]]:
+    """Returns mounts and volumes for the user's files and claims."""
+    mounts, volumes = [], []
+    if program.modules:
+        mounts.append({"name": "modules", "mountPath": MODULES, "readOnly": True})
+        volumes.append({"name": "modules", "configMap": {"name": config_map_name(name)}})
+    for number, (claim, path) in enumerate(settings.mounts()):
+        volume = f"claim-{number}"
+        mounts.append({"name": volume, "mountPath": path, "readOnly": True})
+        source = {"claimName": claim, "readOnly": True}
+        volumes.append({"name": volume, "persistentVolumeClaim": source})
+    return mounts, volumes
+
+
+def _placement(settings: PodSettings) -> dict:
+    """Returns fields that a pod and an override of a TrainJob's pods have alike."""
+    found: dict = {}
+    if settings.image_pull_secret:
+        found["imagePullSecrets"] = [{"name": one} for one in settings.image_pull_secret]
+    if settings.service_account:
+        found["serviceAccountName"] = settings.service_account
+    return found
+
+
+def _slice_labels(accelerator: str, topology: str) -> dict[str, str]:
+    return {
+        "cloud.google.com/gke-tpu-accelerator": accelerator,
+        "cloud.google.com/gke-tpu-topology": topology,
+    }
+
+
+def _set_workers(objects: list[dict], workers: int, name: str) -> None:
+    """Sets the number of pods of the Jobs, where there are two."""
+    jobs = list(_jobs(objects))
+    if len(jobs) == 1:
+        return
+    for job in jobs:
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        for variable in container["env"]:
+            if variable["name"] == "TRAINER_WORKERS":
+                variable["value"] = f"1+{workers - 1}" if workers > 1 else "1"
+        if job["metadata"]["name"] in (workers_job(name), "workers"):
+            job["spec"] |= {"completions": workers - 1, "parallelism": workers - 1}
+    if workers == 1:  # A JobSet of the chief alone.
+        for one in objects:
+            if one["kind"] == "JobSet":
+                one["spec"]["replicatedJobs"] = one["spec"]["replicatedJobs"][:1]
+
+
+def _queue(objects: Sequence[dict], settings: PodSettings, kind: Kind) -> None:
+    """Has Kueue admit what trains, all of its pods or none."""
+    if kind == "job" and settings.workers > 1:
+        raise UsageError(
+            "queue must be left out for several workers as Jobs, which Kueue admits one by one, so "
+            f"that the first would wait for the second. Received: queue={settings.queue!r} and "
+            f"workers={settings.workers}. Use --as jobset or --as trainjob."
+        )
+    for one in objects:
+        if one["kind"] in ("Job", "JobSet", "TrainJob"):
+            one["metadata"]["labels"][_QUEUE] = settings.queue
+            one["spec"]["suspend"] = True
+            if kind == "trainjob" and settings.priority_class:
+                one["metadata"]["labels"][_QUEUE_PRIORITY] = settings.priority_class
+
+
+def _config_map(name: str, labels: Mapping[str, str], modules: Mapping[str, str]) -> dict:
+    size = sum(len(text.encode()) for text in modules.values())
+    if size > _CONFIG_MAP_BYTES:
+        raise UsageError(
+            f"module must be files of at most {_CONFIG_MAP_BYTES:,} bytes together, what a "
+            f"ConfigMap can hold. Received: {size:,}. Put them into an image, or into a claim "
+            "with mount_claim."
+        )
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": config_map_name(name), "labels": dict(labels)},
+        "data": dict(modules),
+    }
+
+
+def fetch_pod(name: str, *, image: str, like: Mapping | None = None) -> dict:
     """Returns a Pod that mounts the PersistentVolumeClaim of a run for ten minutes.
 
     Args:
         name: Name of the run.
         image: An image that the cluster can pull and that has ``cat`` and ``sleep``.
+        like: Specification of a pod of the run, whose user, node labels, tolerations, pull secrets
+            and ServiceAccount this one needs, too; None: those of the manifests.
     """
     (pod,) = _load("fetch", name)
     pod["spec"]["containers"][0]["image"] = image
+    like = like or {}
+    pod["spec"] |= {field: like[field] for field in _LIKE if field in like}
     return pod
+
+
+def pod_spec(root: dict) -> dict:
+    """Returns the specification of the pods of a Job or a JobSet; of a TrainJob what it overrides
+    in that of its runtime.
+    """
+    spec = root["spec"]
+    if "podTemplateOverrides" in spec or "runtimeRef" in spec:
+        return next((one.get("spec", {}) for one in spec.get("podTemplateOverrides", ())), {})
+    if "replicatedJobs" in spec:
+        spec = spec["replicatedJobs"][0]["template"]["spec"]
+    return spec["template"]["spec"]
+
+
+def image_of(root: dict) -> str:
+    """Returns the image of the pods of a Job, JobSet or TrainJob."""
+    if "runtimeRef" in root["spec"]:
+        return root["spec"].get("trainer", {}).get("image") or image()
+    return pod_spec(root)["containers"][0]["image"]
 
 
 def image() -> str:
@@ -112,28 +423,41 @@ def secret_name(name: str) -> str:
     return f"{name}-token"
 
 
+def config_map_name(name: str) -> str:
+    """Returns the name of the ConfigMap of a run with files of the user's."""
+    return f"{name}-modules"
+
+
 def dump(objects: Sequence[dict]) -> str:
     """Returns objects as YAML for ``kubectl apply -f -``."""
     return _yaml().safe_dump_all(objects, sort_keys=False)
 
 
-def _own_secret(objects: Sequence[dict], name: str, token: str) -> dict:
-    """Returns the Secret of a run, and has its pods require it."""
-    for job in (one for one in objects if one["kind"] == "Job"):
+def parse_yaml(text: str, what: str) -> list:
+    """Returns the documents of a YAML text of the user's.
+
+    Raises:
+        UsageError: It is not YAML; the message calls it ``what``.
+        ConfigurationError: The package is installed without its extra ``k8s``.
+    """
+    yaml = _yaml()
+    try:
+        return [one for one in yaml.safe_load_all(text) if one is not None]
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"Expected {what} to be YAML. Received: {' '.join(str(error).split())}. Correct it."
+        ) from None
+
+
+def _require_secret(objects: Sequence[dict]) -> None:
+    """Has the pods require the run's Secret, which is optional in the manifests."""
+    for job in _jobs(objects):
         pod = job["spec"]["template"]["spec"]
         for volume in pod["volumes"]:
             volume.get("secret", {}).pop("optional", None)
         for variable in pod["containers"][0]["env"]:
             if variable["name"] == "TRAINER_TOKEN_FILE":
                 variable["value"] = variable["value"].removeprefix("-")
-    (claim,) = (one for one in objects if one["kind"] == "PersistentVolumeClaim")
-    labels = dict(claim["metadata"]["labels"])
-    return {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {"name": secret_name(name), "labels": labels},
-        "stringData": {"token": token},
-    }
 
 
 def _load(kind: str, name: str) -> list[dict]:

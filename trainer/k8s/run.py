@@ -1,7 +1,7 @@
 """A run in a cluster: creates its objects, follows it, fetches its files, deletes the objects.
 
     run = ClusterRun(server, "digits-a1b2c", output_dir=Path("out"), screen=screen, stop=stop, ...)
-    run.start(manifests.build("digits-a1b2c", flags=["--epochs", "2"]))     # or: run.attach()
+    run.start(manifests.build("digits-a1b2c", settings), kind="jobset")     # or: run.attach()
 
 ``trainer.submit`` is built on it.
 """
@@ -22,14 +22,19 @@ from trainer.errors import (
 )
 from trainer.files import REPORT_FILES, check_replaceable, remove_files, write_files
 from trainer.k8s import manifests
-from trainer.k8s.api import Kind, RefusedError, Server
+from trainer.k8s.api import OPERATORS, Kind, RefusedError, Server
 from trainer.k8s.fetch import fetch, names_of
 from trainer.k8s.follow import Screen, follow
 
 # Objects that are created here have this label; no others are deleted.
 _MANAGED_BY = {"app.kubernetes.io/managed-by": "trainer.submit"}
 # In the order in which they are deleted: the PersistentVolumeClaim, with the model, last.
-_KINDS: tuple[Kind, ...] = ("Job", "Service", "NetworkPolicy", "PersistentVolumeClaim")
+_KINDS: tuple[Kind, ...] = ("Service", "NetworkPolicy", "PersistentVolumeClaim")
+_ROOTS: tuple[tuple[manifests.Kind, Kind], ...] = (
+    ("job", "Job"),
+    ("jobset", "JobSet"),
+    ("trainjob", "TrainJob"),
+)
 
 
 class ClusterRun:
@@ -69,20 +74,22 @@ class ClusterRun:
         self.keep = keep
         self.attach_command = attach_command
         self.claim: tuple[Kind, str] = ("PersistentVolumeClaim", name)
+        self.root = manifests.Root.of("job", name)
 
     @property
     def delete_command(self) -> str:
         """The shell command that deletes every object of the run, the model with it."""
         return (
-            f"kubectl delete jobs,services,networkpolicies,pvc {self.server.flags} "
-            f"-l {manifests.selector(self.name)}"
+            f"kubectl delete {self.root.kind.lower()}s,services,networkpolicies,pvc "
+            f"{self.server.flags} -l {manifests.selector(self.name)}"
         )
 
-    def start(self, objects: Sequence[dict]) -> None:
+    def start(self, objects: Sequence[dict], kind: manifests.Kind = "job") -> None:
         """Creates the objects of the run, follows it to its end and fetches its files.
 
         Args:
             objects: As ``manifests.build`` returns them.
+            kind: What trains.
 
         Raises:
             ConfigurationError: The server refuses an object, or one of this name exists.
@@ -90,9 +97,16 @@ class ClusterRun:
             TrainerError: The run failed; the exit code is that of its pod.
         """
         self.screen.say(f"Starting {self.name} in the namespace {self.server.namespace}")
+        self.root = manifests.Root.found(kind, objects[-1])
+        if kind != "job" and not self.server.serves(self.root.kind):
+            raise ConfigurationError(
+                f"Expected the operator of {self.root.kind}s in the cluster "
+                f"({OPERATORS[self.root.kind]}). Received: an API server that does not know them. "
+                "Use --as job, which needs none."
+            )
         created = self._create(objects)
         # A PersistentVolumeClaim that existed before is not deleted.
-        self._follow(_image(objects[-1]), keep_claim=self.claim not in created)
+        self._follow(objects[-1], keep_claim=self.claim not in created)
 
     def attach(self) -> None:
         """Follows a run that was started before, or fetches its files if it is complete.
@@ -101,10 +115,13 @@ class ClusterRun:
             InputError: There is no such run.
             StoppedError, TrainerError: As ``start``.
         """
-        if job := self.server.get("Job", self.name):
-            self.screen.say(f"Following {self.name} in the namespace {self.server.namespace}")
-            self._follow(_image(job), keep_claim=True, past_events=False)
-        elif self.server.get(*self.claim):
+        for kind, root_kind in _ROOTS:
+            if one := self._find(root_kind):
+                self.root = manifests.Root.found(kind, one)
+                self.screen.say(f"Following {self.name} in the namespace {self.server.namespace}")
+                self._follow(one, keep_claim=True, past_events=False)
+                return
+        if self.server.get(*self.claim):
             # The Job was complete, and deleted since (ttlSecondsAfterFinished).
             self.screen.say(
                 f"The Job {self.name} was deleted; fetching the files from its "
@@ -114,9 +131,18 @@ class ClusterRun:
         else:
             raise InputError(
                 f"Expected a run {self.name} in the namespace {self.server.namespace}. Received: "
-                "no Job and no PersistentVolumeClaim of this name. kubectl get jobs -A -l "
-                "app.kubernetes.io/name=digits-trainer lists the runs."
+                "no Job, JobSet or TrainJob and no PersistentVolumeClaim of this name. kubectl get "
+                "pvc -A -l app.kubernetes.io/name=digits-trainer lists the runs."
             )
+
+    def _find(self, kind: Kind) -> dict | None:
+        """Returns what trains, if it is of this kind; None also where a user may not see it."""
+        try:
+            return self.server.get(kind, self.name)
+        except RefusedError:
+            if kind == "Job":
+                raise
+            return None
 
     def _create(self, objects: Sequence[dict]) -> list[tuple[Kind, str]]:
         """Creates the objects, all or none, and returns kinds and names of those that are new. An
@@ -138,7 +164,7 @@ class ClusterRun:
                     one["metadata"].setdefault("labels", {}).update(_MANAGED_BY)
                     created.append(key)
                     self.server.apply(one)
-            self._hand_over_secret(objects)
+            self._hand_over(objects)
         except BaseException:  # also a second Ctrl-C
             for key in created:
                 with contextlib.suppress(TrainerError):  # The first error explains this one.
@@ -146,20 +172,29 @@ class ClusterRun:
             raise
         return created
 
-    def _hand_over_secret(self, objects: Sequence[dict]) -> None:
-        """Makes the Job the owner of the run's Secret, which is then deleted with it."""
+    def _hand_over(self, objects: Sequence[dict]) -> None:
+        """Makes what trains the owner of the run's Secret and ConfigMap, which are then deleted
+        with it.
+        """
         for one in objects:
-            if one["kind"] == "Secret" and (job := self.server.get("Job", self.name)):
-                owner = {"apiVersion": "batch/v1", "kind": "Job", "name": self.name}
-                owner["uid"] = job["metadata"]["uid"]
+            if one["kind"] not in ("Secret", "ConfigMap"):
+                continue
+            if root := self.server.get(self.root.kind, self.name):
+                owner = {"apiVersion": objects[-1]["apiVersion"], "kind": self.root.kind}
+                owner |= {"name": self.name, "uid": root["metadata"]["uid"]}
                 one["metadata"]["ownerReferences"] = [owner]
                 self.server.apply(one)
 
-    def _follow(self, image: str, *, keep_claim: bool, past_events: bool = True) -> None:
+    def _follow(self, root: dict, *, keep_claim: bool, past_events: bool = True) -> None:
         """Follows the run to its end, then fetches its files or raises its error."""
         try:
             outcome = follow(
-                self.server, self.name, self.screen, stop=self.stop, past_events=past_events
+                self.server,
+                self.name,
+                self.screen,
+                stop=self.stop,
+                root=self.root,
+                past_events=past_events,
             )
         except RefusedError as error:
             raise ConfigurationError(
@@ -171,14 +206,14 @@ class ClusterRun:
             # Once training has started there may be a checkpoint to resume from.
             self._clean_up(keep_claim=outcome.started or keep_claim)
             raise errors.from_exit_code(outcome.code, outcome.text)
-        self._fetch(image)
+        self._fetch(manifests.image_of(root), manifests.pod_spec(root))
 
-    def _fetch(self, image: str) -> None:
+    def _fetch(self, image: str, like: dict | None = None) -> None:
         """Fetches the files of a complete run, and deletes its objects."""
         self.screen.set_status("fetching the files")
         try:
             contents = fetch(
-                self.server, self.name, image=image, screen=self.screen, stop=self.stop
+                self.server, self.name, image=image, like=like, screen=self.screen, stop=self.stop
             )
             if contents is None:
                 raise self._detached()
@@ -211,7 +246,7 @@ class ClusterRun:
             return
         kept = []
         try:
-            for kind in _KINDS:
+            for kind in (self.root.kind, *_KINDS):
                 for one in self.server.list(kind, manifests.selector(self.name)):
                     key = kind, one["metadata"]["name"]
                     managed = one["metadata"]["labels"].items() >= _MANAGED_BY.items()
@@ -228,7 +263,3 @@ class ClusterRun:
             self.screen.say(
                 f"Kept: {', '.join(kept)} ({reason}). {self.delete_command} deletes it."
             )
-
-
-def _image(job: dict) -> str:
-    return job["spec"]["template"]["spec"]["containers"][0]["image"]
