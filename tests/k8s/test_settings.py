@@ -106,13 +106,16 @@ def test_a_trainjob_has_them_where_its_api_has_a_place():
     assert labels["kueue.x-k8s.io/priority-class"] == "high"
     spec = trainjob["spec"]
     assert spec["suspend"] is True
-    wanted = {"cpu": "2", "memory": "8Gi", "nvidia.com/gpu": 2}
+    wanted = {"memory": "8Gi", "nvidia.com/gpu": 2}
     assert spec["trainer"] == {
         "numNodes": 3,
         "image": "registry.example/x:1",
         "args": ["--output-dir=/output", "--log-format=json", "--gpus=2", "--epochs", "2"],
         "env": [{"name": "A", "value": "1"}],
-        "resourcesPerNode": {"requests": wanted, "limits": wanted},
+        "resourcesPerNode": {
+            "requests": {"cpu": "1"} | wanted,
+            "limits": {"cpu": "2"} | wanted,
+        },
     }
     (override,) = spec["podTemplateOverrides"]
     assert override["metadata"]["labels"] == {"app.kubernetes.io/instance": "mine"}
@@ -149,6 +152,9 @@ def test_a_queue_admits_the_run_as_one(kind, root):
     queued = [one for one in objects if one["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")]
     assert [one["kind"] for one in queued] == [root]
     assert queued[0]["spec"]["suspend"] is True
+    for _, pod in pods_of(objects):
+        for quantities in pod["containers"][0]["resources"].values():
+            assert quantities.keys() == {"cpu", "memory"}  # what most queues have a quota for
     if kind == "jobset":  # One worker is the chief alone.
         (only,) = queued[0]["spec"]["replicatedJobs"]
         assert only["name"] == "chief"

@@ -258,17 +258,19 @@ def _complete_trainjob(
     container |= program.command(args)
     if variables := _environment(settings, program):
         container["env"] = variables
-    wanted: dict[str, Any] = {"cpu": settings.cpu, "memory": settings.memory}
-    wanted[_GPU] = settings.gpus
+    devices: dict[str, int] = {_GPU: settings.gpus} if settings.gpus else {}
     (override,) = trainjob["spec"]["podTemplateOverrides"]
     pod = override["spec"]
     if chips := settings.tpu_slice():
-        accelerator, topology, wanted[_TPU] = chips
+        accelerator, topology, devices[_TPU] = chips
         pod["nodeSelector"] = _slice_labels(accelerator, topology)
-    if wanted := {resource: quantity for resource, quantity in wanted.items() if quantity}:
-        # They replace the runtime's.
-        wanted = {"cpu": "2", "memory": "2Gi"} | wanted
-        container["resourcesPerNode"] = {"requests": wanted, "limits": wanted}
+    if settings.cpu or settings.memory or devices or settings.queue:
+        # They replace the runtime's, of which a ClusterQueue seldom has a quota for all.
+        memory = {"memory": settings.memory or "2Gi"}
+        container["resourcesPerNode"] = {
+            "requests": {"cpu": settings.cpu or "1"} | memory | devices,
+            "limits": {"cpu": settings.cpu or "2"} | memory | devices,
+        }
     mounts, volumes = _volumes(settings, program, name)
     pod["containers"][0]["volumeMounts"] += mounts
     pod["volumes"] += volumes
@@ -343,6 +345,10 @@ def _queue(objects: Sequence[dict], settings: PodSettings, kind: Kind) -> None:
             f"that the first would wait for the second. Received: queue={settings.queue!r} and "
             f"workers={settings.workers}. Use --as jobset or --as trainjob."
         )
+    for job in _jobs(objects):  # A ClusterQueue admits only what it has a quota for.
+        for container in job["spec"]["template"]["spec"]["containers"]:
+            for quantities in container["resources"].values():
+                quantities.pop("ephemeral-storage", None)
     for one in objects:
         if one["kind"] in ("Job", "JobSet", "TrainJob"):
             one["metadata"]["labels"][_QUEUE] = settings.queue
