@@ -58,9 +58,9 @@ image:
 lock: $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check uv
 	echo setuptools | $(LOCK) - --output-file docker/requirements-build.txt
-	$(LOCK) pyproject.toml --extra cpu --universal --output-file docker/requirements-cpu.txt
-	$(LOCK) pyproject.toml --extra gpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-gpu.txt
-	$(LOCK) pyproject.toml --extra tpu --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-tpu.txt
+	$(LOCK) pyproject.toml --extra cpu --extra metrics --universal --output-file docker/requirements-cpu.txt
+	$(LOCK) pyproject.toml --extra gpu --extra metrics --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-gpu.txt
+	$(LOCK) pyproject.toml --extra tpu --extra metrics --python-platform x86_64-manylinux_2_40 --output-file docker/requirements-tpu.txt
 
 LOCK = $(RUN) -m uv pip compile --quiet --upgrade --python-version 3.13 \
     --generate-hashes --no-emit-index-url --no-header --no-annotate

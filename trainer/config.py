@@ -37,6 +37,7 @@ LogFormat = Literal["auto", "plain", "json"]
 Fast = Literal["auto", "off"]
 Precision = Literal["float32", "tensorfloat32", "mixed_bfloat16"]
 
+_LISTEN = re.compile(r"(?:(\*|\[[0-9a-fA-F:.]+\]|[\w.-]+):)?([1-9]\d{0,4})", re.ASCII)
 _SIZE = re.compile(r"[1-9]\d{0,3}(x[1-9]\d{0,3})?")
 
 # The type of a field that None leaves to the recipe. __post_init__ replaces None, so that no reader
@@ -271,6 +272,12 @@ class TrainConfig:
     an epoch: output_dir/tensorboard/train and
     validation."""
 
+    metrics_port: str | None = dataclasses.field(default=None, metadata=MAY_DIFFER)
+    """Serve Prometheus' metrics of the run at /metrics, and
+    at /healthz whether its steps go on: 9090 on this
+    machine alone, *:9090 on all its addresses. It takes
+    the extra metrics."""
+
     tensorflow_logs: bool = dataclasses.field(default=False, metadata=MAY_DIFFER)
     """Show what TensorFlow logs while it starts. (A
     command hides it; a program that calls trainer.train
@@ -351,6 +358,14 @@ class TrainConfig:
                 "image_size must be a number of pixels like 180, or height and width like 180x240. "
                 f"Received: image_size={self.image_size!r}. Leave it out for pictures of one size."
             )
+        if self.metrics_port is not None and (
+            not _LISTEN.fullmatch(str(self.metrics_port)) or self.metrics_address[1] > 65535
+        ):
+            raise UsageError(
+                "metrics_port must be a port from 1 to 65535 or an address and one, like 9090, "
+                f"*:9090 or [::1]:9090. Received: metrics_port={self.metrics_port!r}. Leave it out "
+                "to serve none."
+            )
         for name in (
             "skip_bad",
             "jit_compile",
@@ -377,6 +392,14 @@ class TrainConfig:
     def optimizer_name(self) -> str:
         """The optimizer's name, without its parameters."""
         return parse(self.optimizer).name
+
+    @property
+    def metrics_address(self) -> tuple[str, int]:
+        """``metrics_port`` as host and port; the host ``*`` is every address."""
+        match = _LISTEN.fullmatch(str(self.metrics_port))
+        if not match:
+            raise ValueError("no metrics are served")
+        return (match[1] or "127.0.0.1").strip("[]"), int(match[2])
 
     @property
     def height_and_width(self) -> tuple[int, int] | None:

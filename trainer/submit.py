@@ -34,7 +34,12 @@ from trainer.signals import Signals
 
 PROG = "python -m trainer.submit"
 
-_SET_BY_MANIFESTS = ("--output-dir", "--log-format", "--gpus")  # flags of trainer.task
+_SET_BY_MANIFESTS = (
+    "--output-dir",
+    "--log-format",
+    "--metrics-port",
+    "--gpus",
+)  # flags of trainer.task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +198,7 @@ def _check(config: SubmitConfig, arguments: Sequence[str]) -> tuple[manifests.Pr
             raise UsageError(
                 f"Expected {word} before --: it is a flag of this command. Received: it among the "
                 "flags of the training. --output-dir is the folder on this machine, --gpus the "
-                "number of GPUs per pod; the log format is always json."
+                "number of GPUs per pod; the log format is always json, the port of metrics 9090."
             )
     from trainer.data import sources  # Here, for --help: it takes NumPy's time.
 

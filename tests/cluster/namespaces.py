@@ -10,6 +10,9 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
+SMALL = ("--epochs=2", "--train-limit=1024", "--test-limit=200")
+EAGER = (*SMALL, "--steps-per-execution=1", "--checkpoint-every=1")
+KILLED = ("--grace-period=0", "--force")  # flags of kubectl delete
 
 
 class Namespace:
@@ -103,6 +106,29 @@ class Namespace:
         (pod,) = (one for one in self.pods(job) if one["status"]["phase"] == "Succeeded")
         lines = self.kubectl("logs", pod["metadata"]["name"]).splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def steps(self, job="digits"):
+        """Returns the step of the newest checkpoint, as the chief's pod lists it.
+
+        Args:
+            job: Name of the Job whose first pod is the chief.
+        """
+        running = [
+            pod["metadata"]["name"]
+            for pod in self.pods(job)
+            if pod["status"]["phase"] == "Running"
+            and pod["metadata"]
+            .get("annotations", {})
+            .get("batch.kubernetes.io/job-completion-index", "0")
+            == "0"
+        ]
+        if not running:
+            return 0
+        listed = self.kubectl("exec", running[0], "--", "ls", "/output/checkpoints", check=False)
+        return max(
+            (int(name.split("-")[1].split(".")[0]) for name in listed.split() if "index" in name),
+            default=0,
+        )
 
     def suspend(self, *jobs, to=True):
         """Suspends Jobs, or resumes them."""

@@ -1,19 +1,14 @@
 """Runs started with kubectl apply, on a real API server, scheduler and kubelet."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from namespaces import ROOT, Namespace, fetch_pod
+from namespaces import EAGER, KILLED, ROOT, SMALL, Namespace, fetch_pod
 
-SMALL = ("--epochs=2", "--train-limit=1024", "--test-limit=200")
 JOBS = ("digits", "digits-workers")
-KILLED = ("--grace-period=0", "--force")
 GPU = "nvidia.com/gpu"
 SOUND, DAMAGED = "/output/sound.npz", "/output/damaged.npz"
 IMAGE = fetch_pod()["spec"]["containers"][0]["image"]  # the only one that is needed
-EAGER = (*SMALL, "--steps-per-execution=1", "--checkpoint-every=1")
 
 
 def test_the_job_ends_with_a_model_that_stock_keras_loads(namespace, tmp_path):
@@ -140,23 +135,6 @@ def pretended_gpus(namespace):
     namespace.kubectl(*patch, json.dumps([{"op": "remove", "path": one} for one in paths]))
 
 
-def steps(namespace):
-    """Returns the step of the newest checkpoint, as the chief's pod lists it."""
-    running = [
-        pod["metadata"]["name"]
-        for pod in namespace.pods("digits")
-        if pod["status"]["phase"] == "Running"
-    ]
-    if not running:
-        return 0
-    listed = namespace.kubectl(
-        "exec", running[0], "--", "ls", "/output/checkpoints", check=False
-    ).split()
-    return max(
-        (int(name.split("-")[1].split(".")[0]) for name in listed if "index" in name), default=0
-    )
-
-
 def digests(namespace, *, resumed):
     """Waits until both Jobs are complete; returns the digest of the weights that each logged."""
     found = []
@@ -172,21 +150,6 @@ def digests(namespace, *, resumed):
                 any(text.startswith("Resuming the unfinished run") for text in notices) == resumed
             )
     return found
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    """The weights' digest of the same run with two workers on this machine."""
-    folder = tmp_path_factory.mktemp("local")
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.launch", "--", *SMALL, "--threads=2"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "mnist.json").read_text())["model"]["weights_sha256"]
 
 
 def test_two_workers_end_with_the_weights_of_two_on_one_machine(namespace, local):
@@ -230,6 +193,6 @@ def suspend(namespace, *jobs):
 )
 def test_a_disturbed_run_ends_with_the_same_weights(namespace, local, disturb):
     namespace.apply("multiworker", *EAGER)
-    namespace.wait(lambda: steps(namespace) >= 2)
+    namespace.wait(lambda: namespace.steps() >= 2)
     disturb(namespace)
     assert digests(namespace, resumed=True) == [local, local]

@@ -2,86 +2,19 @@
 
 import contextlib
 import json
-import os
 import selectors
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from namespaces import ROOT
+from namespaces import ROOT, SMALL
 
-SMALL = ("--epochs=2", "--train-limit=1024", "--test-limit=200")
 # Long enough to do something to it meanwhile.
 SLOW = ("--epochs=2", "--train-limit=20000", "--test-limit=200", "--checkpoint-every=1s")
 OBJECTS = "jobs,pods,services,networkpolicies,secrets,persistentvolumeclaims"
-
-
-class Submit:
-    """The command in a folder; ``lines`` are those it has written so far."""
-
-    def __init__(self, namespace, folder, *flags, kubeconfig=None):
-        self.lines = []
-        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-        if kubeconfig:
-            environ["KUBECONFIG"] = str(kubeconfig)
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "trainer.submit", "--namespace", namespace.name),
-                *map(str, flags),
-            ],
-            cwd=folder,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.reader = threading.Thread(target=self._read)
-        self.reader.start()
-
-    def _read(self):
-        with self.process.stdout as stream:
-            for line in stream:
-                self.lines.append(line.rstrip("\n"))
-
-    def until(self, *parts, seconds=120):
-        """Waits until one line contains all the parts; returns it."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            for line in list(self.lines):
-                if all(part in line for part in parts):
-                    return line
-            assert self.process.poll() is None, self.text
-            time.sleep(0.1)
-        raise AssertionError(self.text)
-
-    def end(self, *, seconds=300):
-        code = self.process.wait(seconds)
-        self.reader.join()
-        return code
-
-    @property
-    def text(self):
-        return "\n".join(self.lines)
-
-
-@pytest.fixture
-def submit(namespace, tmp_path):
-    started = []
-
-    def start(*flags, **options):
-        started.append(Submit(namespace, tmp_path, *flags, **options))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.process.kill()
-        one.end()
 
 
 def left(namespace):
@@ -160,7 +93,7 @@ def test_it_detaches_and_attaches_again_and_survives_lost_connections(
 
     gone = submit("--attach", name)
     assert gone.end() == 66
-    assert "no Job and no PersistentVolumeClaim of this name" in gone.lines[-1]
+    assert "no Job, JobSet or TrainJob and no PersistentVolumeClaim" in gone.lines[-1]
 
 
 def test_a_lost_pod_is_reported_and_replaced(namespace, submit, tmp_path):

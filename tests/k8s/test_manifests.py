@@ -11,6 +11,7 @@ import yaml
 from support import ROOT
 
 import trainer
+from trainer.config import TrainConfig
 from trainer.distributed.cluster import resolve
 from trainer.errors import StoppedError, TrainerError
 from trainer.k8s import manifests
@@ -177,6 +178,33 @@ def test_a_worker_has_the_memory_it_may_use_and_a_cpu(name):
         resources = container_of(pod)["resources"]
         assert resources["requests"]["memory"] == resources["limits"]["memory"]
         assert int(resources["requests"]["cpu"]) >= 1
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_metrics_are_served_and_a_pod_that_is_alone_is_probed(name):
+    for pod in pods_of(render(name)).values():
+        container = container_of(pod)
+        (flag,) = (one for one in container["args"] if one.startswith("--metrics-port="))
+        _, port = TrainConfig(metrics_port=flag.partition("=")[2]).metrics_address
+        assert {"name": "metrics", "containerPort": port} in container["ports"]
+        # Several wait for one another before there is anything to probe.
+        assert ("livenessProbe" in container) == (name in ONE_JOB)
+        if name in ONE_JOB:
+            assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
+
+
+def test_prometheus_reads_the_pods_of_several_workers_too():
+    objects = render("podmonitor")
+    monitor = objects["PodMonitor", "digits-trainer"]["spec"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    policy = objects["NetworkPolicy", "digits-trainer-metrics"]["spec"]
+    for name in SEVERAL_WORKERS[:-1]:
+        for pod in pods_of(render(name)).values():
+            labels = pod["metadata"]["labels"].items()
+            assert labels >= monitor["selector"]["matchLabels"].items()
+            assert labels >= policy["podSelector"]["matchLabels"].items()
+            ports = {one["name"]: one["containerPort"] for one in container_of(pod)["ports"]}
+            assert policy["ingress"] == [{"ports": [{"port": ports[endpoint["port"]]}]}]
 
 
 @pytest.mark.parametrize(
@@ -494,6 +522,7 @@ def test_a_pod_is_examined_as_the_container_that_trains_would_find_it(edit):
         assert doctor.pop("command") == ["python", "-m", "trainer.doctor"]
         trainer = dict(container_of(pod))
         assert trainer.pop("name") == "trainer"
+        del trainer["livenessProbe"], trainer["ports"]
         assert doctor == trainer
     for objects in (render("doctor"), render("gpu", k8s)):
         (job,) = jobs_of(objects).values()
@@ -640,7 +669,7 @@ def test_a_run_with_default_options_is_the_manifest(options, file):
 def test_a_trainjob_with_default_options_is_the_manifest():
     expected = by_name(yaml.safe_load_all((ASSETS / "trainjob.yaml").read_text()))
     expected["TrainJob", "digits"]["spec"]["trainer"] |= {
-        "args": ["--output-dir=/output", "--log-format=json"]
+        "args": ["--output-dir=/output", "--log-format=json", "--metrics-port=*:9090"]
     }
     found = manifests.build("digits", PodSettings(workers=2), kind="trainjob")
     assert by_name(found) == expected

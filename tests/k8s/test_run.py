@@ -254,3 +254,51 @@ def test_attach_to_no_run_is_an_input_error(run):
         InputError, match="no Job, JobSet or TrainJob and no PersistentVolumeClaim of this name"
     ):
         run(Server()).attach()
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+def test_a_trainjob_is_one_of_the_version_that_is_there(run, tmp_path, version):
+    class Trainer(Server):
+        def serves(self, kind):
+            return True
+
+        def apply(self, manifest):
+            old = "podTemplateOverrides" in manifest.get("spec", {})
+            if manifest["kind"] == "TrainJob" and old and version == "2.2":
+                raise ConfigurationError(".spec.podTemplateOverrides: field not declared in schema")
+            super().apply(manifest)
+
+        def add(self, kind, name, manifest, job=None):
+            super().add(kind, name, manifest, job)
+            if kind == "TrainJob":
+                self.objects[kind, name]["status"] = {"conditions": self.conditions}
+
+    server = Trainer()
+    started = manifests.build("mine", PodSettings(toleration=("a",)), kind="trainjob")
+    run(server, keep=True).start(started, "trainjob")
+    assert (tmp_path / MODEL_FILE).read_bytes() == MODEL
+    spec = server.objects["TrainJob", "mine"]["spec"]
+    assert ("runtimePatches" in spec) == (version == "2.2")
+    assert ("podTemplateOverrides" in spec) == (version == "2.1")
+    # What the fetching pod needs of it.
+    pod = manifests.pod_spec(server.objects["TrainJob", "mine"])
+    assert pod["tolerations"] == [{"key": "a", "operator": "Exists"}]
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "mine"}
+    if version == "2.2":
+        (patch,) = spec["runtimePatches"]
+        (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        assert job["name"] == "node"
+        labels = job["template"]["spec"]["template"]["metadata"]["labels"]
+        assert labels == {"app.kubernetes.io/instance": "mine"}
+
+
+def test_an_operator_that_is_missing_is_named_before_anything_is_created(run):
+    class Plain(Server):
+        def serves(self, kind):
+            return False
+
+    server = Plain()
+    started = manifests.build("mine", kind="jobset")
+    with pytest.raises(ConfigurationError, match="Expected the operator of JobSets"):
+        run(server).start(started, "jobset")
+    assert server.created == []

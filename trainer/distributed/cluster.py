@@ -37,6 +37,7 @@ from trainer.errors import ConfigurationError
 
 DEFAULT_PORT = 2222  # as in TensorFlow's examples
 
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _NO_EVALUATOR = "All workers evaluate: leave the evaluator out, or name it as a worker."
 
 
@@ -58,6 +59,11 @@ class Cluster:
     def is_chief(self) -> bool:
         """Whether this is worker 0, the only one that writes files."""
         return self.index == 0
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all workers are processes of this machine, by their addresses."""
+        return all(split_address(one)[0] in _LOOPBACK for one in self.workers)
 
     @property
     def tf_config(self) -> str:

@@ -425,6 +425,8 @@ class Server:
         kind = {401: RefusedError, 403: RefusedError, 404: NotFoundError}.get(
             status, ConfigurationError
         )
+        if re.search(r"denied (the )?request", reason):  # By a webhook or a policy.
+            remedy, kind = "", ConfigurationError
         return kind(
             f"Expected the API server to accept the request. Received: {status}, {reason}.{remedy}"
         )

@@ -32,6 +32,7 @@ _LIKE = (
 MODULES = "/modules"  # where the user's Python files are in a pod
 _QUEUE = "kueue.x-k8s.io/queue-name"
 _QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
+_MANAGER = "digits-trainer/submit"  # of the patches in a TrainJob
 _GPU, _TPU = "nvidia.com/gpu", "google.com/tpu"
 # The API's limit for a ConfigMap is 1 MiB, names and base64 included.
 _CONFIG_MAP_BYTES = 1_000_000
@@ -203,6 +204,8 @@ def _complete_job(job: dict, settings: PodSettings, program: Program, name: str)
         for part in ("requests", "limits"):
             resources_of[part][_TPU] = count
     container |= program.command(container["args"])
+    if program.script:  # It serves no metrics.
+        container.pop("livenessProbe", None)
     container["env"] += _environment(settings, program)
     if settings.env_from_secret:
         container["envFrom"] = [{"secretRef": {"name": one}} for one in settings.env_from_secret]
@@ -250,7 +253,7 @@ def _complete_trainjob(
     container["numNodes"] = settings.workers
     if settings.image:
         container["image"] = settings.image
-    args = ["--output-dir=/output", "--log-format=json"]
+    args = ["--output-dir=/output", "--log-format=json", "--metrics-port=*:9090"]
     if settings.gpus:
         args.append(f"--gpus={settings.gpus}")
     if settings.tpu:
@@ -394,11 +397,35 @@ def pod_spec(root: dict) -> dict:
     in that of its runtime.
     """
     spec = root["spec"]
-    if "podTemplateOverrides" in spec or "runtimeRef" in spec:
-        return next((one.get("spec", {}) for one in spec.get("podTemplateOverrides", ())), {})
+    if "runtimeRef" in spec:
+        if "runtimePatches" in spec:
+            spec = _patched_job(spec["runtimePatches"][0])["template"]["spec"]["template"]
+        else:
+            (spec,) = spec["podTemplateOverrides"]
+        return spec.get("spec", {})
     if "replicatedJobs" in spec:
         spec = spec["replicatedJobs"][0]["template"]["spec"]
     return spec["template"]["spec"]
+
+
+def with_runtime_patches(trainjob: Mapping) -> dict:
+    """Returns a TrainJob as Kubeflow Trainer takes it from version 2.2 on: with ``runtimePatches``
+    in place of ``podTemplateOverrides``.
+    """
+    spec = dict(trainjob["spec"])
+    (override,) = spec.pop("podTemplateOverrides")
+    template = {key: override[key] for key in ("metadata", "spec")}
+    jobs = [
+        {"name": one["name"], "template": {"spec": {"template": template}}}
+        for one in override["targetJobs"]
+    ]
+    runtime = {"template": {"spec": {"replicatedJobs": jobs}}}
+    spec["runtimePatches"] = [{"manager": _MANAGER, "trainingRuntimeSpec": runtime}]
+    return {**trainjob, "spec": spec}
+
+
+def _patched_job(patch: Mapping) -> dict:
+    return patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
 
 
 def image_of(root: dict) -> str:

@@ -163,7 +163,7 @@ class ClusterRun:
                 if key not in existing:
                     one["metadata"].setdefault("labels", {}).update(_MANAGED_BY)
                     created.append(key)
-                    self.server.apply(one)
+                    self._apply(one)
             self._hand_over(objects)
         except BaseException:  # also a second Ctrl-C
             for key in created:
@@ -171,6 +171,23 @@ class ClusterRun:
                     self.server.delete(*key)
             raise
         return created
+
+    def _apply(self, one: dict) -> None:
+        try:
+            self.server.apply(one)
+        except ConfigurationError as error:
+            if one["kind"] != "TrainJob":
+                raise
+            if "podTemplateOverrides" in str(error) and "podTemplateOverrides" in one["spec"]:
+                one["spec"] = manifests.with_runtime_patches(one)["spec"]
+                self._apply(one)
+                return
+            if "runtime" not in str(error).lower():
+                raise
+            raise ConfigurationError(
+                f"{error.args[0].rstrip('.')}. kubectl apply -k k8s/kubeflow/runtime installs the "
+                "runtime, once per cluster."
+            ) from error
 
     def _hand_over(self, objects: Sequence[dict]) -> None:
         """Makes what trains the owner of the run's Secret and ConfigMap, which are then deleted

@@ -8,6 +8,7 @@ in the caller's.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from trainer.distributed.cluster import Cluster
     from trainer.distributed.collectives import Workers
     from trainer.distributed.worker import Link
+    from trainer.reporting.metrics import Metrics
     from trainer.reporting.progress import Watcher
     from trainer.training.assembly import Assembly
     from trainer.training.session import Session
@@ -95,6 +97,7 @@ def train(
                 held.enter_context(files.lock_output_dir(config.output_dir, wait=wait, names=None))
                 if _is_finished(config, job):
                     return None
+            metrics = held.enter_context(_metrics(config, cluster))
             # The data first: its errors show before TensorFlow starts, which takes seconds.
             workload = workloads.load(config, data)
             if chief:
@@ -109,6 +112,7 @@ def train(
             configure_tensorflow(config)
             held.enter_context(runtime.keras_defaults())
             watcher = held.enter_context(_progress(config, cluster))
+            exporters = _exporters(config, workload, metrics)
             if link:
                 held.enter_context(peer_errors())
             held.enter_context(out_of_memory_errors())
@@ -117,10 +121,13 @@ def train(
             _announce(config, workload, assembly, watcher)
             session = Session(config, workload, assembly, watcher, signals, link)
             remains.session = session
+            if metrics:
+                metrics.checkpoint_age.set_function(lambda: session.checkpoint_age)
+                metrics.resumed.set_function(lambda: session.resumed)
             model, history = workload.fit(
                 strategy=assembly.strategy.strategy,
                 step=assembly.step,
-                callbacks=[watcher, *session.callbacks(), *callbacks],
+                callbacks=[watcher, *exporters, *session.callbacks(), *callbacks],
                 begin=session.begin,
                 after_call=session.after_call,
                 notify=lambda text: watcher.say(text, "notice"),
@@ -143,6 +150,8 @@ def train(
             tested = workload.test(lambda: report.predictions)
             description = _save(config, workload, model, history, tested, session, start)
             session.checkpoints.delete_all()
+            if metrics:
+                metrics.done.set(1)
             report.draw(description, history)
             _report_result(config, description, watcher)
             return Run(model, history, description)
@@ -201,6 +210,31 @@ def _progress(config: TrainConfig, cluster: "Cluster | None") -> "Iterator[Watch
         worker=cluster.index if cluster else 0,
     ) as watcher:
         yield watcher
+
+
+@contextlib.contextmanager
+def _metrics(config: TrainConfig, cluster: "Cluster | None") -> "Iterator[Metrics | None]":
+    """Serves the metrics that the configuration asks for; of workers on one machine the chief's."""
+    if config.metrics_port is None or (cluster and cluster.index and cluster.is_local):
+        yield None
+        return
+    from trainer.distributed.parent import step_deadline
+    from trainer.reporting.metrics import Metrics
+
+    deadline = functools.partial(step_deadline, config.step_timeout)
+    metrics = Metrics(*config.metrics_address, deadline=deadline)
+    with metrics.serve():
+        yield metrics
+
+
+def _exporters(
+    config: TrainConfig, workload: "Workload", metrics: "Metrics | None"
+) -> "list[Watcher]":
+    if metrics is None:
+        return []
+    from trainer.reporting.exporter import Exporter
+
+    return [Exporter(metrics, config.batch_size, workload.train_examples, time.monotonic)]
 
 
 def _announce(

@@ -44,6 +44,7 @@ class Session:
         self.link = link
         self.workers = Workers(assembly.strategy.strategy)
         self.ring = assembly.strategy.ring
+        self.resumed = False
         self.first_sums = 0  # elements that the ring must have summed after the first call
         self.stopping: keras.callbacks.EarlyStopping | None = None
         if config.early_stopping:
@@ -60,6 +61,13 @@ class Session:
         if self.checkpointer and self.checkpointer.count:
             return self.checkpointer.saved
         return None
+
+    @property
+    def checkpoint_age(self) -> float:
+        """Seconds since the last checkpoint; NaN before the first."""
+        if self.last_checkpoint is None or self.checkpointer is None:
+            return math.nan
+        return self.checkpointer.clock() - self.checkpointer.saved_at
 
     @property
     def best_epoch(self) -> int | None:
@@ -88,6 +96,7 @@ class Session:
             stop=lambda: self.signals.received,
             workers=self.workers,
         )
+        self.resumed = position.steps > 0
         if self.stopping and position.steps:
             self.stopping_state.resume(self.checkpoints.extra.numpy(), position.epoch)
         if self.ring:
