@@ -115,6 +115,96 @@ def test_a_lost_pod_is_reported_and_replaced(namespace, submit, tmp_path):
     assert "All objects are kept. kubectl delete" in run.lines[-1]
 
 
+RULES = (  # what a user of this command needs
+    ("", ("persistentvolumeclaims", "services", "secrets", "configmaps"), ("get", "list", "patch")),
+    ("", ("pods", "events"), ("get", "list", "watch", "patch")),
+    ("", ("persistentvolumeclaims", "services", "secrets", "pods"), ("create", "delete")),
+    ("", ("pods/log",), ("get",)),
+    ("", ("pods/portforward",), ("create", "get")),  # and no pods/exec
+    ("batch", ("jobs",), ("get", "list", "watch", "patch", "create", "delete")),
+    ("networking.k8s.io", ("networkpolicies",), ("get", "list", "patch", "create", "delete")),
+)
+POLICY = """
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicy
+metadata: {name: NAME}
+spec:
+  matchConstraints:
+    resourceRules:
+    - {apiGroups: [""], apiVersions: [v1], operations: [CREATE], resources: [pods]}
+  validations:
+  - expression: object.spec.containers.all(one, one.securityContext.readOnlyRootFilesystem)
+  - expression: object.spec.securityContext.runAsUser >= 1000000000
+  - expression: "!has(object.spec.securityContext.fsGroup)"
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata: {name: NAME}
+spec:
+  policyName: NAME
+  validationActions: [Deny]
+  matchResources:
+    namespaceSelector:
+      matchLabels: {kubernetes.io/metadata.name: NAME}
+"""
+QUOTA = """
+apiVersion: v1
+kind: ResourceQuota
+metadata: {name: quota}
+spec:
+  hard:
+    pods: "3"
+    persistentvolumeclaims: "1"
+    requests.cpu: "2"
+    limits.cpu: "4"
+    limits.memory: 6Gi
+    requests.ephemeral-storage: 4Gi
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: default-deny}
+spec:
+  podSelector: {}
+  policyTypes: [Ingress, Egress]
+"""
+
+
+@pytest.fixture
+def strict(namespace):
+    """A namespace with a quota and default-deny, whose pods run as a user of the platform."""
+    policy = POLICY.replace("NAME", namespace.name)
+    namespace.kubectl("apply", "--filename=-", input=policy)
+    namespace.kubectl("apply", "--filename=-", input=QUOTA)
+    yield namespace
+    namespace.kubectl("delete", "--filename=-", input=policy)  # before other pods clean up
+
+
+def test_a_namespace_as_platforms_set_it_up(strict, submit, tmp_path):
+    strict.kubectl("create", "serviceaccount", "runner")
+    rules = [
+        {"apiGroups": [group], "resources": list(kinds), "verbs": list(verbs)}
+        for group, kinds, verbs in RULES
+    ]
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "rules": rules}
+    text = yaml.safe_dump(role | {"metadata": {"name": "runner"}})
+    strict.kubectl("apply", "--filename=-", input=text)
+    account = f"--serviceaccount={strict.name}:runner"
+    strict.kubectl("create", "rolebinding", "runner", "--role=runner", account)
+    config = yaml.safe_load(strict.kubectl("config", "view", "--raw", "--minify", "--flatten"))
+    config["users"][0]["user"] = {"token": strict.kubectl("create", "token", "runner").strip()}
+    # As the platform would do.
+    user = {"template": {"spec": {"securityContext": {"runAsUser": 1000650000}}}}
+    (tmp_path / "user.yaml").write_text(yaml.safe_dump({"kind": "Job", "spec": user}))
+
+    flags = ("--platform-user", "--patch", "user.yaml", "--workers", 2)
+    flags += ("--service-account", "runner", "--", "--epochs=1", "--train-limit=256")
+    run = submit(*flags, kubeconfig=save(tmp_path / "runner", config))
+    assert run.end(seconds=600) == 0, run.text
+    assert "will serve the files to a port-forward" in run.text
+    assert "cannot be shown" not in run.text
+    assert_fetched(tmp_path)
+
+
 def test_objects_of_others_are_not_deleted(namespace, submit, tmp_path):
     claim = (ROOT / "k8s" / "base" / "claim.yaml").read_text().replace("1Gi", "2Gi")
     namespace.kubectl("apply", "--filename=-", input=claim)

@@ -93,9 +93,15 @@ class Server:
                     self.delete(*key)
 
     def changes(self, kind, **selectors):
-        yield Change(
-            "LISTED", [] if kind == "Event" else self.list(kind, manifests.selector("mine"))
-        )
+        listed = []
+        if kind != "Event":
+            (selector,) = selectors.values()
+            assert selector in (
+                *(manifests.selector("mine"), "metadata.name=mine"),
+                "jobset.sigs.k8s.io/jobset-name=mine",
+            )
+            listed = self.list(kind, manifests.selector("mine"))
+        yield Change("LISTED", listed)
         self.closed.wait()
 
     def log_lines(self, pod):

@@ -64,10 +64,9 @@ class Root(NamedTuple):
         return cls("TrainJob", f"{name}-node-0", jobs, queued)
 
     @classmethod
-    def found(cls, kind: Kind, one: dict) -> "Root":
-        """Returns that of an object in a cluster."""
-        metadata = one["metadata"]
-        return cls.of(kind, metadata["name"], queued=_QUEUE in metadata.get("labels", {}))
+    def found(cls, kind: Kind, name: str, one: dict) -> "Root":
+        """Returns that of a run from one of its objects that train."""
+        return cls.of(kind, name, queued=_QUEUE in one["metadata"].get("labels", {}))
 
 
 class Program(NamedTuple):

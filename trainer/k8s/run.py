@@ -97,7 +97,7 @@ class ClusterRun:
             TrainerError: The run failed; the exit code is that of its pod.
         """
         self.screen.say(f"Starting {self.name} in the namespace {self.server.namespace}")
-        self.root = manifests.Root.found(kind, objects[-1])
+        self.root = manifests.Root.found(kind, self.name, objects[-1])
         if kind != "job" and not self.server.serves(self.root.kind):
             raise ConfigurationError(
                 f"Expected the operator of {self.root.kind}s in the cluster "
@@ -117,7 +117,7 @@ class ClusterRun:
         """
         for kind, root_kind in _ROOTS:
             if one := self._find(root_kind):
-                self.root = manifests.Root.found(kind, one)
+                self.root = manifests.Root.found(kind, self.name, one)
                 self.screen.say(f"Following {self.name} in the namespace {self.server.namespace}")
                 self._follow(one, keep_claim=True, past_events=False)
                 return
