@@ -11,6 +11,8 @@
 # make bench-gpu     the same on a GPU, in six minutes or so. ARGS=--smoke tries it on a CPU
 # make notebook      executes digitclassification-model.ipynb and stores its outputs
 # make image         the container image. TARGET=cpu|gpu|tpu; IMAGE_BUILD="buildah bud" instead of docker
+# make sbom          what is in the image, as CycloneDX: build/sbom-cpu.json, or TARGET=gpu|tpu
+# make audit         known vulnerabilities of that; make lint runs it, where the index answers
 # make lock          updates docker/requirements-*.txt, the exact versions inside the image
 # make manifests     renders k8s/ with kubectl: k8s/job.yaml, k8s/fetch.yaml, trainer/k8s/assets
 # make clean         removes the virtual environment, builds and caches
@@ -30,7 +32,7 @@ IMAGE ?= digits-trainer:$(VERSION)$(if $(filter-out cpu,$(TARGET)),-$(TARGET))
 IMAGE_BUILD ?= docker build
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)
 
-.PHONY: train test test-full test-gpu test-cluster chaos lint format docs bench bench-gpu notebook image lock manifests clean
+.PHONY: audit sbom train test test-full test-gpu test-cluster chaos lint format docs bench bench-gpu notebook image lock manifests clean
 
 train: $(VENV)/.installed-$(EXTRA)
 	$(RUN) -m trainer.task $(ARGS)
@@ -52,7 +54,8 @@ chaos: $(VENV)/.installed-$(EXTRA),test
 	$(RUN) tests/chaos.py $(ARGS)
 
 image:
-	$(IMAGE_BUILD) --file docker/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) --tag $(IMAGE) .
+	$(IMAGE_BUILD) --file docker/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) \
+	    --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) --tag $(IMAGE) .
 
 # The image for CPUs runs on ARM too; TensorFlow for GPUs and TPUs has wheels for x86 only.
 lock: $(VENV)/bin/python
@@ -85,6 +88,19 @@ lint: $(VENV)/.installed-lint
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/hadolint docker/Dockerfile
+	@if $(RUN) -c "from urllib.request import urlopen; urlopen('https://pypi.org/pypi/pip/json', timeout=10)" 2>/dev/null; \
+	    then $(MAKE) --no-print-directory audit; else echo "pip-audit: skipped, pypi.org does not answer"; fi
+
+# Known vulnerabilities of what the images contain.
+audit: $(VENV)/.installed-lint
+	for target in cpu gpu tpu; do \
+	    $(RUN) -m pip_audit --disable-pip --require-hashes --requirement docker/requirements-$$target.txt || exit; \
+	done
+
+# Software bill of materials of an image, as CycloneDX.
+sbom: $(VENV)/.installed-lint
+	mkdir -p build
+	$(VENV)/bin/cyclonedx-py requirements docker/requirements-$(TARGET).txt --output-file build/sbom-$(TARGET).json
 
 format: $(VENV)/.installed-lint
 	$(RUN) -m ruff check --fix .

@@ -24,7 +24,7 @@ from trainer import cli
 from trainer.config import TrainConfig, local_path
 from trainer.errors import InputError, UsageError
 from trainer.files import lock_output_dir
-from trainer.k8s import manifests
+from trainer.k8s import manifests, objects
 from trainer.k8s.api import Server
 from trainer.k8s.follow import Screen
 from trainer.k8s.patches import apply_patches
@@ -141,9 +141,9 @@ def submit(config: SubmitConfig, arguments: Sequence[str]) -> None:
     """
     program, downloads = _check(config, arguments)
     name = config.attach or config.name or f"digits-{secrets.token_hex(3)}"
-    objects = []
+    found: list[dict] = []
     if not config.attach:
-        objects = manifests.build(
+        found = objects.build(
             name,
             config,
             program,
@@ -152,11 +152,11 @@ def submit(config: SubmitConfig, arguments: Sequence[str]) -> None:
             downloads=downloads,
         )
         if config.patch:
-            objects = apply_patches(objects, _read_text(config.patch))
+            found = apply_patches(found, _read_text(config.patch))
     if config.dry_run:
-        for one in objects if config.namespace else ():
+        for one in found if config.namespace else ():
             one["metadata"]["namespace"] = config.namespace
-        print(manifests.dump(objects), end="")
+        print(manifests.dump(found), end="")
         return
     with lock_output_dir(config.output_dir), Signals() as signals:
         server = Server(context=config.context, namespace=config.namespace)
@@ -175,10 +175,10 @@ def submit(config: SubmitConfig, arguments: Sequence[str]) -> None:
             if config.attach:
                 run.attach()
             else:
-                run.start(objects, config.as_)
+                run.start(found, config.as_)
 
 
-def _check(config: SubmitConfig, arguments: Sequence[str]) -> tuple[manifests.Program, bool]:
+def _check(config: SubmitConfig, arguments: Sequence[str]) -> tuple[objects.Program, bool]:
     """Checks what the pods are to run before anything is started; returns it, and whether they need
     the internet.
     """
@@ -191,7 +191,7 @@ def _check(config: SubmitConfig, arguments: Sequence[str]) -> tuple[manifests.Pr
     if _is_script(arguments):
         script = cli.find_script(arguments)
         modules |= _read_modules([script])
-        return manifests.Program(script=[script.name, *arguments[1:]], modules=modules), False
+        return objects.Program(script=[script.name, *arguments[1:]], modules=modules), False
     for flag in arguments:
         word = flag.split("=")[0].replace("_", "-")  # The parser accepts both.
         if word in _SET_BY_MANIFESTS:
@@ -203,7 +203,7 @@ def _check(config: SubmitConfig, arguments: Sequence[str]) -> tuple[manifests.Pr
     from trainer.data import sources  # Here, for --help: it takes NumPy's time.
 
     data = cli.parse(cli.TASK, TrainConfig, arguments).data
-    return manifests.Program(flags=arguments, modules=modules), sources.downloads(data)
+    return objects.Program(flags=arguments, modules=modules), sources.downloads(data)
 
 
 def _is_script(arguments: Sequence[str]) -> bool:

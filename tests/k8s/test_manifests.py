@@ -15,6 +15,7 @@ from trainer.config import TrainConfig
 from trainer.distributed.cluster import resolve
 from trainer.errors import StoppedError, TrainerError
 from trainer.k8s import manifests
+from trainer.k8s.objects import Program, build
 from trainer.k8s.settings import PodSettings
 
 K8S = ROOT / "k8s"
@@ -662,7 +663,7 @@ def container(job):
 def test_a_run_with_default_options_is_the_manifest(options, file):
     expected = yaml.safe_load_all((ASSETS / f"{file}.yaml").read_text())
     kind = "jobset" if file.startswith("jobset") else "job"
-    found = manifests.build("digits", PodSettings(**options), kind=kind)
+    found = build("digits", PodSettings(**options), kind=kind)
     assert by_name(found) == by_name(expected)
 
 
@@ -671,12 +672,12 @@ def test_a_trainjob_with_default_options_is_the_manifest():
     expected["TrainJob", "digits"]["spec"]["trainer"] |= {
         "args": ["--output-dir=/output", "--log-format=json", "--metrics-port=*:9090"]
     }
-    found = manifests.build("digits", PodSettings(workers=2), kind="trainjob")
+    found = build("digits", PodSettings(workers=2), kind="trainjob")
     assert by_name(found) == expected
 
 
 def test_a_worker_alone_has_no_secret():
-    assert by_name(manifests.build("digits", token=SHARED)).keys() == {
+    assert by_name(build("digits", token=SHARED)).keys() == {
         ("PersistentVolumeClaim", "digits"),
         ("Job", "digits"),
     }
@@ -684,17 +685,17 @@ def test_a_worker_alone_has_no_secret():
 
 @pytest.mark.parametrize("downloads", [False, True])
 def test_pods_that_download_their_data_reach_the_internet(downloads):
-    objects = by_name(manifests.build("digits", PodSettings(workers=2), downloads=downloads))
+    objects = by_name(build("digits", PodSettings(workers=2), downloads=downloads))
     egress = objects["NetworkPolicy", "digits"]["spec"]["egress"]
     anywhere = {one["port"] for rule in egress if "to" not in rule for one in rule["ports"]}
     assert anywhere & {80, 443} == ({80, 443} if downloads else set())
 
 
 def test_a_run_has_its_own_name_image_numbers_and_flags():
-    objects = manifests.build(
+    objects = build(
         "mine",
         PodSettings(image="registry/x:1", workers=5, gpus=2),
-        manifests.Program(["--epochs", "3"]),
+        Program(["--epochs", "3"]),
         token=SHARED,
     )
     found = by_name(objects)

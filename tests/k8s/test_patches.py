@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from trainer.errors import ConfigurationError, UsageError
-from trainer.k8s import manifests
+from trainer.k8s import objects
 from trainer.k8s.patches import apply_patches
 from trainer.k8s.settings import PodSettings
 
@@ -29,11 +29,11 @@ spec:
 
 def build(**options):
     kind = options.pop("kind", "job")
-    return manifests.build("mine", PodSettings(**options), kind=kind)
+    return objects.build("mine", PodSettings(**options), kind=kind)
 
 
-def templates(objects):
-    for one in objects:
+def templates(built):
+    for one in built:
         if one["kind"] == "Job":
             yield one["spec"]["template"]
         for replicated in one["spec"].get("replicatedJobs", ()):
@@ -42,9 +42,9 @@ def templates(objects):
 
 @pytest.mark.parametrize("kind", ["job", "jobset"])
 def test_lists_are_merged_by_their_keys_in_every_job(kind):
-    objects = build(workers=2, kind=kind)
-    before = list(templates(objects))
-    after = list(templates(apply_patches(objects, SIDECAR)))
+    built = build(workers=2, kind=kind)
+    before = list(templates(built))
+    after = list(templates(apply_patches(built, SIDECAR)))
     assert len(after) == 2
     for old, new in zip(before, after, strict=True):
         assert new["metadata"]["annotations"] == {"example.com/scrape": "yes"}

@@ -12,6 +12,7 @@ from trainer.errors import ConfigurationError, DataError, InputError, StoppedErr
 from trainer.files import HISTORY_FILE, MANIFEST_FILE, MODEL_FILE
 from trainer.k8s import manifests
 from trainer.k8s.api import Change
+from trainer.k8s.objects import build
 from trainer.k8s.run import ClusterRun
 from trainer.k8s.settings import PodSettings
 from trainer.log_lines import json_line
@@ -149,7 +150,7 @@ def run(tmp_path, monkeypatch):
 
 
 def objects(workers=1):
-    return manifests.build("mine", PodSettings(workers=workers), token=SHARED)
+    return build("mine", PodSettings(workers=workers), token=SHARED)
 
 
 def run_objects(keys):
@@ -280,7 +281,7 @@ def test_a_trainjob_is_one_of_the_version_that_is_there(run, tmp_path, version):
                 self.objects[kind, name]["status"] = {"conditions": self.conditions}
 
     server = Trainer()
-    started = manifests.build("mine", PodSettings(toleration=("a",)), kind="trainjob")
+    started = build("mine", PodSettings(toleration=("a",)), kind="trainjob")
     run(server, keep=True).start(started, "trainjob")
     assert (tmp_path / MODEL_FILE).read_bytes() == MODEL
     spec = server.objects["TrainJob", "mine"]["spec"]
@@ -304,7 +305,7 @@ def test_an_operator_that_is_missing_is_named_before_anything_is_created(run):
             return False
 
     server = Plain()
-    started = manifests.build("mine", kind="jobset")
+    started = build("mine", kind="jobset")
     with pytest.raises(ConfigurationError, match="Expected the operator of JobSets"):
         run(server).start(started, "jobset")
     assert server.created == []

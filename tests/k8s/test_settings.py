@@ -5,8 +5,7 @@ import pytest
 import yaml
 
 from trainer.errors import UsageError
-from trainer.k8s import manifests
-from trainer.k8s.manifests import MODULES, Program
+from trainer.k8s.objects import MODULES, Program, build
 from trainer.k8s.settings import PodSettings, config_arguments
 
 EVERYTHING = PodSettings(
@@ -41,7 +40,7 @@ def pods_of(objects):
 
 @pytest.mark.parametrize("kind", ["job", "jobset"])
 def test_every_setting_stands_in_every_pod(kind):
-    objects = manifests.build("mine", EVERYTHING, kind=kind)
+    objects = build("mine", EVERYTHING, kind=kind)
     pods = list(pods_of(objects))
     assert len(pods) == 2
     for job, pod in pods:
@@ -96,9 +95,7 @@ def test_a_trainjob_has_them_where_its_api_has_a_place():
         toleration=("spot:NoExecute",),
         service_account="runner",
     )
-    objects = manifests.build(
-        "mine", settings, Program(["--epochs", "2"]), kind="trainjob", token="0f" * 32
-    )
+    objects = build("mine", settings, Program(["--epochs", "2"]), kind="trainjob", token="0f" * 32)
     (trainjob,) = (one for one in objects if one["kind"] == "TrainJob")
     assert objects[-1] is trainjob
     labels = trainjob["metadata"]["labels"]
@@ -146,12 +143,12 @@ def test_a_trainjob_has_them_where_its_api_has_a_place():
 def test_a_trainjob_refuses_what_its_api_has_no_place_for(setting):
     (field,) = setting
     with pytest.raises(UsageError, match=f"Received: {field}="):
-        manifests.build("mine", PodSettings(**setting), kind="trainjob")
+        build("mine", PodSettings(**setting), kind="trainjob")
 
 
 @pytest.mark.parametrize(("kind", "root"), [("job", "Job"), ("jobset", "JobSet")])
 def test_a_queue_admits_the_run_as_one(kind, root):
-    objects = manifests.build("mine", PodSettings(queue="research"), kind=kind)
+    objects = build("mine", PodSettings(queue="research"), kind=kind)
     queued = [one for one in objects if one["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")]
     assert [one["kind"] for one in queued] == [root]
     assert queued[0]["spec"]["suspend"] is True
@@ -165,7 +162,7 @@ def test_a_queue_admits_the_run_as_one(kind, root):
 
 def test_two_jobs_are_not_queued_one_by_one():
     with pytest.raises(UsageError, match="Use --as jobset"):
-        manifests.build("mine", PodSettings(queue="research", workers=2))
+        build("mine", PodSettings(queue="research", workers=2))
 
 
 @pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
@@ -173,7 +170,7 @@ def test_the_users_files_reach_the_pods(kind):
     program = Program(
         script=["train.py", "--lr", "0.1"], modules={"train.py": "import net\n", "net.py": "\n"}
     )
-    objects = manifests.build("mine", PodSettings(workers=2), program, kind=kind)
+    objects = build("mine", PodSettings(workers=2), program, kind=kind)
     (files,) = (one for one in objects if one["kind"] == "ConfigMap")
     assert files["data"] == dict(program.modules)
     root = objects[-1]
@@ -196,7 +193,7 @@ def test_the_users_files_reach_the_pods(kind):
 
 def test_files_that_no_config_map_holds_are_refused():
     with pytest.raises(UsageError, match="at most 1,000,000 bytes"):
-        manifests.build("mine", None, Program(modules={"a.py": "#" * 1_000_001}))
+        build("mine", None, Program(modules={"a.py": "#" * 1_000_001}))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +236,7 @@ def test_a_tpu_is_one_pods():
 
 
 def test_a_tpu_slice_has_all_its_chips():
-    (_, job) = manifests.build("mine", PodSettings(tpu="tpu-v6e-slice:2x4"))
+    (_, job) = build("mine", PodSettings(tpu="tpu-v6e-slice:2x4"))
     pod = job["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",

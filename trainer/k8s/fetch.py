@@ -25,7 +25,8 @@ from trainer.files import (
 )
 from trainer.k8s import manifests
 from trainer.k8s.api import RefusedError, Server
-from trainer.k8s.follow import Screen, is_ready, pending_reason
+from trainer.k8s.follow import Screen
+from trainer.k8s.status import is_ready, pending_reason
 
 START_SECONDS = 300.0  # for the pod to run
 ATTEMPTS = 3  # to read the files

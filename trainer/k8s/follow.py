@@ -18,6 +18,13 @@ from trainer.cli import TASK
 from trainer.errors import StoppedError, TrainerError
 from trainer.k8s.api import Change, Kind, Server
 from trainer.k8s.manifests import Root, selector
+from trainer.k8s.status import (
+    final_condition,
+    has_started,
+    pending_reason,
+    queue_state,
+    termination,
+)
 
 POLL_SECONDS = 0.2  # between two looks at the signals
 DRAIN_SECONDS = 5.0  # for the last lines of a log to arrive
@@ -196,7 +203,7 @@ class Follower:
         self._update(self.jobs, change, deleted=self._root_deleted)
         for name, job in self.jobs.items():
             self._show_suspended(name, job)
-            condition = _final_condition(job)
+            condition = final_condition(job)
             # The chief has still to save the model when the other workers' Job is complete.
             if condition and (name == self.name or condition["type"] == "Failed"):
                 self.ended_by = self.ended_by or name
@@ -207,7 +214,7 @@ class Follower:
             self._show_suspended(name, one)
             if restarts := one.get("status", {}).get("restarts"):
                 self._show_once(("restarts", name), f"{name} is restarted ({restarts})")
-            if _final_condition(one):
+            if final_condition(one):
                 self.ended_by = name
 
     def _root_deleted(self, name: str) -> None:
@@ -229,18 +236,8 @@ class Follower:
             owners = workload["metadata"].get("ownerReferences", [])
             if uids.isdisjoint(owner["uid"] for owner in owners):
                 continue
-            conditions = workload.get("status", {}).get("conditions", [])
-            known = {one["type"]: one for one in conditions}
-            evicted, reserved = known.get("Evicted", {}), known.get("QuotaReserved", {})
-            if evicted.get("status") == "True":
-                text = f"{self.name} is evicted from its queue: {evicted.get('message')}"
-            elif reserved.get("status") == "False":
-                text = f"{self.name} waits in its queue: {reserved.get('message')}"
-            elif known.get("Admitted", {}).get("status") == "True":
-                text = f"{self.name} is admitted by its queue"
-            else:
-                continue
-            self._show_once(("queue",), text)
+            if state := queue_state(workload):
+                self._show_once(("queue",), f"{self.name} {state}")
 
     def _handle_pods(self, change: Change) -> None:
         self._update(self.pods, change, deleted=self._pod_deleted)
@@ -249,8 +246,8 @@ class Follower:
                 if condition["type"] == "DisruptionTarget" and condition["status"] == "True":
                     reason = condition.get("message") or condition.get("reason")
                     self._show_once(("disrupted", name), f"{name} is evicted: {reason}")
-            if termination := _termination(pod):
-                code, text = termination
+            if ended := termination(pod):
+                code, text = ended
                 if code:
                     self._show_once(("ended", name), f"{name} has ended with {code}: {text}")
             elif pod["status"]["phase"] == "Running":
@@ -258,7 +255,7 @@ class Follower:
                     self._show_once(("pending", name), f"{name} runs on {pod['spec']['nodeName']}")
             elif reason := pending_reason(pod):
                 self._show_once(("pending", name), f"{name} is pending: {reason}")
-            if self._is_chief(pod) and _has_started(pod) and name not in self.logs:
+            if self._is_chief(pod) and has_started(pod) and name not in self.logs:
                 self.logs[name] = self._spawn("log", functools.partial(self.server.log_lines, name))
 
     def _is_chief(self, pod: dict) -> bool:
@@ -267,7 +264,7 @@ class Follower:
         return labels.get("job-name") == self.root.chief and index == "0"
 
     def _pod_deleted(self, name: str) -> None:
-        if _termination(self.pods[name]) is None:
+        if termination(self.pods[name]) is None:
             self.screen.say(f"{name} is deleted")
 
     def _handle_events(self, change: Change) -> None:
@@ -349,10 +346,10 @@ class Follower:
             self.handle(*self.queue.get())
         # Whatever became of the other workers, the chief has saved the model.
         roots = self.jobs if self.root.kind == "Job" else self.roots
-        chief = _final_condition(roots.get(self.name, {}))
+        chief = final_condition(roots.get(self.name, {}))
         if chief and chief["type"] != "Failed":
             return Outcome(0, "", self.started)
-        condition = _final_condition(roots.get(self.ended_by, {}))
+        condition = final_condition(roots.get(self.ended_by, {}))
         if condition is None:
             text = (
                 f"the {self.root.kind} {self.ended_by} was deleted. The PersistentVolumeClaim "
@@ -362,69 +359,19 @@ class Follower:
         terminations = [
             # An error before the 75 that it causes elsewhere, and of several the latest.
             (
-                termination[0] != StoppedError.exit_code,
+                ended[0] != StoppedError.exit_code,
                 pod["metadata"]["creationTimestamp"],
-                termination,
+                ended,
             )
             for pod in self.pods.values()
             if (
                 self.root.kind != "Job"
                 or pod["metadata"]["labels"].get("job-name") == self.ended_by
             )
-            and (termination := _termination(pod))
-            and termination[0]
+            and (ended := termination(pod))
+            and ended[0]
         ]
         if condition.get("reason") == "DeadlineExceeded" or not terminations:
             text = f"the {self.root.kind} {self.ended_by} has failed: {condition.get('message')}"
             return Outcome(StoppedError.exit_code, text, self.started)
         return Outcome(*max(terminations)[-1], self.started)
-
-
-def pending_reason(pod: dict) -> str | None:
-    """Returns why a pod does not run yet, as the kubelet or the scheduler reports it."""
-    waiting = _container_status(pod).get("state", {}).get("waiting", {})
-    if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-        return f"{waiting['reason']}: {waiting.get('message', '')}".removesuffix(": ")
-    for condition in pod["status"].get("conditions", []):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return condition.get("message") or condition.get("reason")
-    return None
-
-
-def is_ready(pod: dict) -> bool:
-    """Tells whether the first container of a pod has passed its readiness probe."""
-    return bool(_container_status(pod).get("ready"))
-
-
-def _final_condition(one: dict) -> dict | None:
-    """Returns the condition with which a Job, a JobSet or a TrainJob has ended."""
-    for condition in one.get("status", {}).get("conditions", []):
-        if (
-            condition["type"] in ("Complete", "Completed", "Failed")
-            and condition["status"] == "True"
-        ):
-            return condition
-    return None
-
-
-def _container_status(pod: dict) -> dict:
-    return next(iter(pod["status"].get("containerStatuses", [])), {})
-
-
-def _has_started(pod: dict) -> bool:
-    return not _container_status(pod).get("state", {"waiting": 1}).get("waiting")
-
-
-def _termination(pod: dict) -> tuple[int, str] | None:
-    """Returns the exit code of a pod and its termination message; None while it has not ended."""
-    status = pod["status"]
-    terminated = _container_status(pod).get("state", {}).get("terminated")
-    if not terminated:
-        if status.get("phase") != "Failed":
-            return None
-        # The kubelet refused it: no container has run.
-        return 1, f"{status.get('reason')}: {status.get('message')}"
-    text = " ".join(terminated.get("message", "").split()) or terminated.get("reason", "")
-    for prefix in (f"{TASK}: ", "error: "):
-        text = text.removeprefix(prefix)
-    return terminated["exitCode"], text

@@ -1,20 +1,20 @@
 """The Kubernetes objects of a run, from the YAML of ``k8s/`` that the package carries.
 
-    objects = build("digits-a1b2c", PodSettings(workers=3), Program(["--epochs", "2"]))
+    load_asset("multiworker", "digits-a1b2c")
+    fetch_pod("digits-a1b2c", image="digits-trainer:0.1.0")
     print(dump(objects))
 
-The YAML in ``assets`` is the output of kustomize for ``k8s/`` (``make manifests``). What is changed
-here is what a user would change in an editor: name, image, numbers and arguments.
+The YAML in ``assets`` is the output of kustomize for ``k8s/`` (``make manifests``).
+``trainer.k8s.objects`` changes in it what a user says.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from trainer.errors import ConfigurationError, UsageError
-from trainer.k8s.settings import PodSettings
 
 MISSING = (
     "Expected the Kubernetes client for Python. Received: {error}. "
@@ -29,13 +29,8 @@ _LIKE = (
     "serviceAccountName",
     "tolerations",
 )
-MODULES = "/modules"  # where the user's Python files are in a pod
-_QUEUE = "kueue.x-k8s.io/queue-name"
-_QUEUE_PRIORITY = "kueue.x-k8s.io/priority-class"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _MANAGER = "digits-trainer/submit"  # of the patches in a TrainJob
-_GPU, _TPU = "nvidia.com/gpu", "google.com/tpu"
-# The API's limit for a ConfigMap is 1 MiB, names and base64 included.
-_CONFIG_MAP_BYTES = 1_000_000
 
 
 class Root(NamedTuple):
@@ -66,313 +61,7 @@ class Root(NamedTuple):
     @classmethod
     def found(cls, kind: Kind, name: str, one: dict) -> "Root":
         """Returns that of a run from one of its objects that train."""
-        return cls.of(kind, name, queued=_QUEUE in one["metadata"].get("labels", {}))
-
-
-class Program(NamedTuple):
-    """What the pods run.
-
-    Attributes:
-        flags: Further flags of ``python -m trainer.task``.
-        script: In place of them: the name of a script that is among ``modules``, and its arguments,
-            for ``python -m trainer.script``.
-        modules: Texts of Python files by their names, which the pods can import.
-    """
-
-    flags: Sequence[str] = ()
-    script: Sequence[str] = ()
-    modules: Mapping[str, str] = MappingProxyType({})
-
-    def command(self, args: Sequence[str]) -> dict[str, list[str]]:
-        """Returns command and arguments of the container, from the arguments of a manifest."""
-        if not self.script:
-            return {"args": [*args, *self.flags]}
-        own = [arg for arg in args if arg.startswith("--gpus=")]
-        return {
-            "command": ["python", "-m", "trainer.script"],
-            "args": [*own, "--", f"{MODULES}/{self.script[0]}", *self.script[1:]],
-        }
-
-
-def build(
-    name: str,
-    settings: PodSettings | None = None,
-    program: Program | None = None,
-    *,
-    kind: Kind = "job",
-    token: str | None = None,
-    downloads: bool = False,
-) -> list[dict]:
-    """Returns the objects of a run.
-
-    They are a PersistentVolumeClaim and what trains: a Job, and for several workers a second Job
-    and a headless Service; or a JobSet; or a TrainJob. Several workers have a NetworkPolicy and a
-    Secret, too, and a run with files of the user's a ConfigMap.
-
-    Args:
-        name: Name of the run, a prefix of the name of each object.
-        settings: Of the pods; None: those of the manifests.
-        program: What the pods run; None: ``python -m trainer.task`` without further flags.
-        kind: What trains. ``trainjob`` needs the runtime of ``k8s/kubeflow/runtime``.
-        token: The secret by which several workers know one another; None: that of the Secret
-            NAME-token, if there is one.
-        downloads: Whether the pods need the internet, for their data.
-
-    Returns:
-        Manifests as the API server takes them, in the order to apply them in.
-
-    Raises:
-        UsageError: The kind has no place for a setting.
-        ConfigurationError: The package is installed without its extra ``k8s``.
-    """
-    settings = settings or PodSettings()
-    program = program or Program()
-    objects = _load(_asset(kind, settings), name)
-    if kind == "trainjob":
-        (trainjob,) = (one for one in objects if one["kind"] == "TrainJob")
-        _complete_trainjob(trainjob, settings, program, name, token)
-    else:
-        for job in _jobs(objects):
-            _complete_job(job, settings, program, name)
-        _set_workers(objects, settings.workers, name)
-    if settings.queue:
-        _queue(objects, settings, kind)
-    (claim,) = (one for one in objects if one["kind"] == "PersistentVolumeClaim")
-    if settings.storage:
-        claim["spec"]["resources"]["requests"]["storage"] = settings.storage
-    if settings.storage_class:
-        claim["spec"]["storageClassName"] = settings.storage_class
-    labels = claim["metadata"]["labels"]
-    if program.modules:
-        objects.append(_config_map(name, labels, program.modules))
-    if settings.workers > 1 and token:
-        if kind != "trainjob":
-            _require_secret(objects)
-        metadata = {"name": secret_name(name), "labels": dict(labels)}
-        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata}
-        objects.append({**secret, "stringData": {"token": token}})
-    for one in objects:
-        if one["kind"] == "NetworkPolicy" and downloads:
-            one["spec"]["egress"].append({"ports": [{"port": port} for port in (80, 443)]})
-    # What trains comes last: a pod needs its volume, its network, its secret and its files.
-    return sorted(objects, key=lambda one: one["kind"] in ("Job", "JobSet", "TrainJob"))
-
-
-def _asset(kind: Kind, settings: PodSettings) -> str:
-    if kind == "trainjob":
-        return "trainjob"
-    if kind == "jobset":
-        return "jobset-gpu" if settings.gpus else "jobset"
-    if settings.tpu:
-        return "tpu"
-    name = "multiworker" if settings.workers > 1 else "job"
-    return {"multiworker": "multiworker-gpu", "job": "gpu"}[name] if settings.gpus else name
-
-
-def _jobs(objects: Sequence[dict]) -> Iterator[dict]:
-    """Yields the Jobs, and those that a JobSet is made of, with their names in it."""
-    for one in objects:
-        if one["kind"] == "Job":
-            yield one
-        for replicated in one["spec"].get("replicatedJobs", ()):
-            yield {
-                "metadata": {"name": replicated["name"]},
-                "spec": replicated["template"]["spec"],
-            }
-
-
-def _complete_job(job: dict, settings: PodSettings, program: Program, name: str) -> None:
-    pod = job["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    if settings.image:
-        container["image"] = settings.image
-    resources_of = container["resources"]
-    for resource, quantity in (("cpu", settings.cpu), ("memory", settings.memory)):
-        if quantity:
-            for part in ("requests", "limits"):
-                resources_of[part][resource] = quantity
-    if settings.gpus:
-        resources_of["limits"][_GPU] = settings.gpus
-        container["args"] = [
-            f"--gpus={settings.gpus}" if arg.startswith("--gpus=") else arg
-            for arg in container["args"]
-        ]
-    if chips := settings.tpu_slice():
-        accelerator, topology, count = chips
-        pod["nodeSelector"] = _slice_labels(accelerator, topology)
-        for part in ("requests", "limits"):
-            resources_of[part][_TPU] = count
-    container |= program.command(container["args"])
-    if program.script:  # It serves no metrics.
-        container.pop("livenessProbe", None)
-    container["env"] += _environment(settings, program)
-    if settings.env_from_secret:
-        container["envFrom"] = [{"secretRef": {"name": one}} for one in settings.env_from_secret]
-    mounts, volumes = _volumes(settings, program, name)
-    container["volumeMounts"] += mounts
-    pod["volumes"] += volumes
-    pod |= _placement(settings)
-    if settings.node_selector:
-        pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_labels()
-    if settings.toleration:
-        pod["tolerations"] = pod.get("tolerations", []) + settings.tolerations()
-    if settings.priority_class:
-        pod["priorityClassName"] = settings.priority_class
-    if settings.active_deadline:
-        job["spec"]["activeDeadlineSeconds"] = settings.active_deadline
-    if settings.platform_user:
-        for field in ("runAsUser", "runAsGroup", "fsGroup", "fsGroupChangePolicy"):
-            pod["securityContext"].pop(field, None)
-
-
-def _complete_trainjob(
-    trainjob: dict,
-    settings: PodSettings,
-    program: Program,
-    name: str,
-    token: str | None,
-) -> None:
-    """Sets in a TrainJob what its API has a place for; the rest is the runtime's."""
-    for field, remedy in (
-        ("env_from_secret", "Use env, or kind jobset"),
-        ("active_deadline", "It is set in the runtime"),
-        ("platform_user", "The runtime names the user: install it with k8s/components/openshift"),
-    ):
-        if getattr(settings, field):
-            raise UsageError(
-                f"{field} must be left out for a TrainJob, which has no such field. Received: "
-                f"{field}={getattr(settings, field)!r}. {remedy}."
-            )
-    if settings.priority_class and not settings.queue:
-        raise UsageError(
-            "priority_class must be left out for a TrainJob without a queue, whose pods have that "
-            f"of the runtime. Received: priority_class={settings.priority_class!r}. Use queue, too."
-        )
-    container: dict = trainjob["spec"].setdefault("trainer", {})
-    container["numNodes"] = settings.workers
-    if settings.image:
-        container["image"] = settings.image
-    args = ["--output-dir=/output", "--log-format=json", "--metrics-port=*:9090"]
-    if settings.gpus:
-        args.append(f"--gpus={settings.gpus}")
-    if settings.tpu:
-        args.append("--strategy=tpu")
-    container |= program.command(args)
-    if variables := _environment(settings, program):
-        container["env"] = variables
-    devices: dict[str, int] = {_GPU: settings.gpus} if settings.gpus else {}
-    (override,) = trainjob["spec"]["podTemplateOverrides"]
-    pod = override["spec"]
-    if chips := settings.tpu_slice():
-        accelerator, topology, devices[_TPU] = chips
-        pod["nodeSelector"] = _slice_labels(accelerator, topology)
-    if settings.cpu or settings.memory or devices or settings.queue:
-        # They replace the runtime's, of which a ClusterQueue seldom has a quota for all.
-        memory = {"memory": settings.memory or "2Gi"}
-        container["resourcesPerNode"] = {
-            "requests": {"cpu": settings.cpu or "1"} | memory | devices,
-            "limits": {"cpu": settings.cpu or "2"} | memory | devices,
-        }
-    mounts, volumes = _volumes(settings, program, name)
-    pod["containers"][0]["volumeMounts"] += mounts
-    pod["volumes"] += volumes
-    if token and settings.workers > 1:
-        pod["volumes"].append({"name": "token", "secret": {"secretName": secret_name(name)}})
-    pod |= _placement(settings)
-    if settings.node_selector:
-        pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_labels()
-    if settings.toleration:
-        pod["tolerations"] = settings.tolerations()
-
-
-def _environment(settings: PodSettings, program: Program) -> list[dict]:
-    path = [{"name": "PYTHONPATH", "value": MODULES}] if program.modules else []
-    return [*path, *settings.variables()]
-
-
-def _volumes(settings: PodSettings, program: Program, name: str) -> tuple[list[dict], list[dict]]:
-    """Returns mounts and volumes for the user's files and claims."""
-    mounts, volumes = [], []
-    if program.modules:
-        mounts.append({"name": "modules", "mountPath": MODULES, "readOnly": True})
-        volumes.append({"name": "modules", "configMap": {"name": config_map_name(name)}})
-    for number, (claim, path) in enumerate(settings.mounts()):
-        volume = f"claim-{number}"
-        mounts.append({"name": volume, "mountPath": path, "readOnly": True})
-        source = {"claimName": claim, "readOnly": True}
-        volumes.append({"name": volume, "persistentVolumeClaim": source})
-    return mounts, volumes
-
-
-def _placement(settings: PodSettings) -> dict:
-    """Returns fields that a pod and an override of a TrainJob's pods have alike."""
-    found: dict = {}
-    if settings.image_pull_secret:
-        found["imagePullSecrets"] = [{"name": one} for one in settings.image_pull_secret]
-    if settings.service_account:
-        found["serviceAccountName"] = settings.service_account
-    return found
-
-
-def _slice_labels(accelerator: str, topology: str) -> dict[str, str]:
-    return {
-        "cloud.google.com/gke-tpu-accelerator": accelerator,
-        "cloud.google.com/gke-tpu-topology": topology,
-    }
-
-
-def _set_workers(objects: list[dict], workers: int, name: str) -> None:
-    """Sets the number of pods of the Jobs, where there are two."""
-    jobs = list(_jobs(objects))
-    if len(jobs) == 1:
-        return
-    for job in jobs:
-        (container,) = job["spec"]["template"]["spec"]["containers"]
-        for variable in container["env"]:
-            if variable["name"] == "TRAINER_WORKERS":
-                variable["value"] = f"1+{workers - 1}" if workers > 1 else "1"
-        if job["metadata"]["name"] in (workers_job(name), "workers"):
-            job["spec"] |= {"completions": workers - 1, "parallelism": workers - 1}
-    if workers == 1:  # A JobSet of the chief alone.
-        for one in objects:
-            if one["kind"] == "JobSet":
-                one["spec"]["replicatedJobs"] = one["spec"]["replicatedJobs"][:1]
-
-
-def _queue(objects: Sequence[dict], settings: PodSettings, kind: Kind) -> None:
-    """Has Kueue admit what trains, all of its pods or none."""
-    if kind == "job" and settings.workers > 1:
-        raise UsageError(
-            "queue must be left out for several workers as Jobs, which Kueue admits one by one, so "
-            f"that the first would wait for the second. Received: queue={settings.queue!r} and "
-            f"workers={settings.workers}. Use --as jobset or --as trainjob."
-        )
-    for job in _jobs(objects):  # A ClusterQueue admits only what it has a quota for.
-        for container in job["spec"]["template"]["spec"]["containers"]:
-            for quantities in container["resources"].values():
-                quantities.pop("ephemeral-storage", None)
-    for one in objects:
-        if one["kind"] in ("Job", "JobSet", "TrainJob"):
-            one["metadata"]["labels"][_QUEUE] = settings.queue
-            one["spec"]["suspend"] = True
-            if kind == "trainjob" and settings.priority_class:
-                one["metadata"]["labels"][_QUEUE_PRIORITY] = settings.priority_class
-
-
-def _config_map(name: str, labels: Mapping[str, str], modules: Mapping[str, str]) -> dict:
-    size = sum(len(text.encode()) for text in modules.values())
-    if size > _CONFIG_MAP_BYTES:
-        raise UsageError(
-            f"module must be files of at most {_CONFIG_MAP_BYTES:,} bytes together, what a "
-            f"ConfigMap can hold. Received: {size:,}. Put them into an image, or into a claim "
-            "with mount_claim."
-        )
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": config_map_name(name), "labels": dict(labels)},
-        "data": dict(modules),
-    }
+        return cls.of(kind, name, queued=QUEUE_LABEL in one["metadata"].get("labels", {}))
 
 
 def fetch_pod(name: str, *, image: str, like: Mapping | None = None) -> dict:
@@ -384,7 +73,7 @@ def fetch_pod(name: str, *, image: str, like: Mapping | None = None) -> dict:
         like: Specification of a pod of the run, whose user, node labels, tolerations, pull secrets
             and ServiceAccount this one needs, too; None: those of the manifests.
     """
-    (pod,) = _load("fetch", name)
+    (pod,) = load_asset("fetch", name)
     pod["spec"]["containers"][0]["image"] = image
     like = like or {}
     pod["spec"] |= {field: like[field] for field in _LIKE if field in like}
@@ -436,7 +125,7 @@ def image_of(root: dict) -> str:
 
 def image() -> str:
     """Returns the image of the manifests, ``digits-trainer:VERSION``."""
-    (pod,) = _load("fetch", "any")
+    (pod,) = load_asset("fetch", "any")
     return pod["spec"]["containers"][0]["image"]
 
 
@@ -481,18 +170,12 @@ def parse_yaml(text: str, what: str) -> list:
         ) from None
 
 
-def _require_secret(objects: Sequence[dict]) -> None:
-    """Has the pods require the run's Secret, which is optional in the manifests."""
-    for job in _jobs(objects):
-        pod = job["spec"]["template"]["spec"]
-        for volume in pod["volumes"]:
-            volume.get("secret", {}).pop("optional", None)
-        for variable in pod["containers"][0]["env"]:
-            if variable["name"] == "TRAINER_TOKEN_FILE":
-                variable["value"] = variable["value"].removeprefix("-")
+def load_asset(kind: str, name: str) -> list[dict]:
+    """Returns the objects of a file in ``assets``, with names of a run's in place of ``digits``.
 
-
-def _load(kind: str, name: str) -> list[dict]:
+    Raises:
+        ConfigurationError: The package is installed without its extra ``k8s``.
+    """
     text = (resources.files("trainer.k8s") / "assets" / f"{kind}.yaml").read_text("utf-8")
     # The run in the manifests is called "digits": in names, selectors and host names.
     objects = list(_yaml().safe_load_all(text))

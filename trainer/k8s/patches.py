@@ -26,7 +26,7 @@ def apply_patches(objects: Sequence[dict], text: str) -> list[dict]:
     """Returns objects with patches applied.
 
     Args:
-        objects: As ``trainer.k8s.manifests.build`` returns them.
+        objects: As ``trainer.k8s.objects.build`` returns them.
         text: YAML documents, each a part of an object. One without ``metadata.name`` is for all
             objects of its ``kind``. Lists are merged as ``kubectl patch --type=strategic`` does;
             those of a JobSet or a TrainJob are replaced (``--type=merge``).

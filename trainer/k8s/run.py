@@ -1,7 +1,7 @@
 """A run in a cluster: creates its objects, follows it, fetches its files, deletes the objects.
 
     run = ClusterRun(server, "digits-a1b2c", output_dir=Path("out"), screen=screen, stop=stop, ...)
-    run.start(manifests.build("digits-a1b2c", settings), kind="jobset")     # or: run.attach()
+    run.start(objects.build("digits-a1b2c", settings), kind="jobset")     # or: run.attach()
 
 ``trainer.submit`` is built on it.
 """
@@ -88,7 +88,7 @@ class ClusterRun:
         """Creates the objects of the run, follows it to its end and fetches its files.
 
         Args:
-            objects: As ``manifests.build`` returns them.
+            objects: As ``objects.build`` returns them.
             kind: What trains.
 
         Raises:
