@@ -24,6 +24,7 @@ EVERYTHING = PodSettings(
     toleration=("team=a:NoSchedule", "spot:NoExecute", "any"),
     service_account="runner",
     active_deadline=600,
+    ttl=60,
     platform_user=True,
 )
 
@@ -75,6 +76,8 @@ def test_every_setting_stands_in_every_pod(kind):
     (claim,) = (one for one in objects if one["kind"] == "PersistentVolumeClaim")
     assert claim["spec"]["storageClassName"] == "fast"
     assert claim["spec"]["resources"]["requests"]["storage"] == "20Gi"
+    roots = [one for one in objects if one["kind"] in ("Job", "JobSet")]
+    assert {one["spec"]["ttlSecondsAfterFinished"] for one in roots} == {60}
     for one in objects:
         if one["kind"] != "JobSet":
             kubernetes_validate.validate(one, "1.37", strict=True)
@@ -136,6 +139,7 @@ def test_a_trainjob_has_them_where_its_api_has_a_place():
     [
         {"env_from_secret": ("a",)},
         {"active_deadline": 5},
+        {"ttl": 0},
         {"platform_user": True},
         {"priority_class": "high"},
     ],
@@ -223,6 +227,7 @@ def test_files_that_no_config_map_holds_are_refused():
         ("mount_claim", ("a:/data", "b:/data/")),
         ("tpu", "v5e"),
         ("active_deadline", 0),
+        ("ttl", -1),
     ],
 )
 def test_a_malformed_setting_is_refused_before_anything_is_started(field, value):

@@ -90,6 +90,10 @@ def build(
         _set_workers(objects, settings.workers, name)
     if settings.queue:
         _queue(objects, settings, kind)
+    if settings.ttl is not None:
+        for one in objects:
+            if one["kind"] in ("Job", "JobSet"):
+                one["spec"]["ttlSecondsAfterFinished"] = settings.ttl
     (claim,) = (one for one in objects if one["kind"] == "PersistentVolumeClaim")
     if settings.storage:
         claim["spec"]["resources"]["requests"]["storage"] = settings.storage
@@ -189,9 +193,10 @@ def _complete_trainjob(
     for field, remedy in (
         ("env_from_secret", "Use env, or kind jobset"),
         ("active_deadline", "It is set in the runtime"),
+        ("ttl", "It is set in the runtime"),
         ("platform_user", "The runtime names the user: install it with k8s/components/openshift"),
     ):
-        if getattr(settings, field):
+        if getattr(settings, field) not in (None, False, ()):
             raise UsageError(
                 f"{field} must be left out for a TrainJob, which has no such field. Received: "
                 f"{field}={getattr(settings, field)!r}. {remedy}."

@@ -107,6 +107,11 @@ class PodSettings:
     """Seconds after which a run that has not ended fails.
     None: those of the manifests, a day."""
 
+    ttl: int | None = None
+    """Seconds after which a run that has ended is deleted
+    in the cluster, but for its claim. None: those of the
+    manifests, two days."""
+
     platform_user: bool = False
     """Name no user and group: the platform gives them, as
     OpenShift does."""
@@ -118,11 +123,13 @@ class PodSettings:
                     f"{field} must be at least {least}. Received: {field}={getattr(self, field)}. "
                     f"Use {getattr(PodSettings, field)}, the default."
                 )
-        if self.active_deadline is not None and self.active_deadline < 1:
-            raise UsageError(
-                "active_deadline must be at least 1 second. Received: active_deadline="
-                f"{self.active_deadline}. Leave it out for a day."
-            )
+        for field, least in (("active_deadline", 1), ("ttl", 0)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise UsageError(
+                    f"{field} must be at least {least} seconds. Received: {field}={value}. Leave it "
+                    "out for that of the manifests."
+                )
         for field in ("cpu", "memory", "storage"):
             self._check(field, _QUANTITY, "a quantity of Kubernetes, such as 4, 500m or 2Gi")
         for field in ("image_pull_secret", "env_from_secret", "storage_class", "queue"):
