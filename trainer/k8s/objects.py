@@ -196,7 +196,7 @@ def _complete_trainjob(
         ("ttl", "It is set in the runtime"),
         ("platform_user", "The runtime names the user: install it with k8s/components/openshift"),
     ):
-        if getattr(settings, field) not in (None, False, ()):
+        if getattr(settings, field) != getattr(PodSettings, field):
             raise UsageError(
                 f"{field} must be left out for a TrainJob, which has no such field. Received: "
                 f"{field}={getattr(settings, field)!r}. {remedy}."
