@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from trainer.errors import UsageError
+from trainer.k8s import manifests
 from trainer.k8s.objects import MODULES, Program, build
 from trainer.k8s.settings import PodSettings, config_arguments
 
@@ -126,7 +127,10 @@ def test_a_trainjob_has_them_where_its_api_has_a_place():
     assert pod["imagePullSecrets"] == [{"name": "pull"}]
     assert pod["serviceAccountName"] == "runner"
     assert pod["nodeSelector"] == {"pool": "train"}
-    assert pod["tolerations"] == [{"key": "spot", "operator": "Exists", "effect": "NoExecute"}]
+    assert pod["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+        {"key": "spot", "operator": "Exists", "effect": "NoExecute"},
+    ]
     volumes = {one["name"]: one for one in pod["volumes"]}
     assert volumes["claim"]["persistentVolumeClaim"] == {"claimName": "mine"}
     assert volumes["token"]["secret"] == {"secretName": "mine-token"}
@@ -238,6 +242,27 @@ def test_a_malformed_setting_is_refused_before_anything_is_started(field, value)
 def test_a_tpu_is_one_pods():
     with pytest.raises(UsageError, match="tpu must be alone"):
         PodSettings(tpu="tpu-v5-lite-podslice:2x2", workers=2)
+
+
+def test_a_jobset_is_not_for_a_slice_of_one_host():
+    with pytest.raises(UsageError, match="Use --as job"):
+        build("mine", PodSettings(tpu="tpu-v5-lite-podslice:2x2"), kind="jobset")
+
+
+@pytest.mark.parametrize(
+    ("settings", "image", "taint"),
+    [
+        ({"gpus": 1}, "-gpu", "nvidia.com/gpu"),
+        ({"tpu": "tpu-v5-lite-podslice:2x2"}, "-tpu", "google.com/tpu"),
+    ],
+)
+def test_a_trainjob_with_accelerators_has_their_image_and_nodes(settings, image, taint):
+    trainjob = build("mine", PodSettings(**settings), kind="trainjob")[-1]
+    assert trainjob["spec"]["trainer"]["image"] == manifests.image() + image
+    (override,) = trainjob["spec"]["podTemplateOverrides"]
+    assert [one["key"] for one in override["spec"]["tolerations"]] == [taint]
+    limits = trainjob["spec"]["trainer"]["resourcesPerNode"]["limits"]
+    assert limits[taint] == settings.get("gpus", 4)
 
 
 def test_a_tpu_slice_has_all_its_chips():

@@ -119,6 +119,11 @@ def _asset(kind: manifests.Kind, settings: PodSettings) -> str:
     if kind == "trainjob":
         return "trainjob"
     if kind == "jobset":
+        if settings.tpu:
+            raise UsageError(
+                "tpu must be left out for a JobSet: a slice of one host has one pod. Received: "
+                f"tpu={settings.tpu!r}. Use --as job."
+            )
         return "jobset-gpu" if settings.gpus else "jobset"
     if settings.tpu:
         return "tpu"
@@ -208,8 +213,9 @@ def _complete_trainjob(
         )
     container: dict = trainjob["spec"].setdefault("trainer", {})
     container["numNodes"] = settings.workers
-    if settings.image:
-        container["image"] = settings.image
+    accelerator = "gpu" if settings.gpus else "tpu" if settings.tpu else None
+    if settings.image or accelerator:
+        container["image"] = settings.image or f"{manifests.image()}-{accelerator}"
     args = ["--output-dir=/output", "--log-format=json", "--metrics-port=*:9090"]
     if settings.gpus:
         args.append(f"--gpus={settings.gpus}")
@@ -222,11 +228,11 @@ def _complete_trainjob(
     (override,) = trainjob["spec"]["podTemplateOverrides"]
     pod = override["spec"]
     if chips := settings.tpu_slice():
-        accelerator, topology, devices[_TPU] = chips
-        pod["nodeSelector"] = _slice_labels(accelerator, topology)
+        model, topology, devices[_TPU] = chips
+        pod["nodeSelector"] = _slice_labels(model, topology)
     if settings.cpu or settings.memory or devices or settings.queue:
         # They replace the runtime's, of which a ClusterQueue seldom has a quota for all.
-        memory = {"memory": settings.memory or "2Gi"}
+        memory = {"memory": settings.memory or ("8Gi" if accelerator else "2Gi")}
         container["resourcesPerNode"] = {
             "requests": {"cpu": settings.cpu or "1"} | memory | devices,
             "limits": {"cpu": settings.cpu or "2"} | memory | devices,
@@ -241,8 +247,12 @@ def _complete_trainjob(
     pod |= _placement(settings)
     if settings.node_selector:
         pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_labels()
-    if settings.toleration:
-        pod["tolerations"] = settings.tolerations()
+    tolerations = settings.tolerations()
+    if accelerator:  # As in the manifests of Jobs.
+        taint = {"key": _GPU if accelerator == "gpu" else _TPU, "operator": "Exists"}
+        tolerations.insert(0, taint | {"effect": "NoSchedule"})
+    if tolerations:
+        pod["tolerations"] = tolerations
 
 
 def _environment(settings: PodSettings, program: Program) -> list[dict]:

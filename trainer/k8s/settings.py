@@ -127,8 +127,8 @@ class PodSettings:
             value = getattr(self, field)
             if value is not None and value < least:
                 raise UsageError(
-                    f"{field} must be at least {least} seconds. Received: {field}={value}. Leave it "
-                    "out for that of the manifests."
+                    f"{field} must be at least {least} seconds. Received: {field}={value}. Leave "
+                    "it out for that of the manifests."
                 )
         for field in ("cpu", "memory", "storage"):
             self._check(field, _QUANTITY, "a quantity of Kubernetes, such as 4, 500m or 2Gi")
