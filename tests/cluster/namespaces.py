@@ -39,7 +39,7 @@ class Namespace:
             capture_output=True,
             text=True,
             check=False,
-            timeout=600,
+            timeout=900,
             **options,
         )
         assert done.returncode == 0 or not check, done.stderr
@@ -149,7 +149,7 @@ class Namespace:
         pod = fetch_pod(writable=writable)
         self.kubectl("apply", "--filename=-", input=yaml.safe_dump(pod))
         name = pod["metadata"]["name"]
-        self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=120s")
+        self.kubectl("wait", "--for=condition=Ready", f"pod/{name}", "--timeout=600s")
         yield name
         self.kubectl("delete", "pod", name)
 
@@ -180,7 +180,7 @@ class Namespace:
         self.kubectl("apply", "--filename=-", input=yaml.safe_dump_all([claim, pod]))
         name = pod["metadata"]["name"]
         ended = "--for=jsonpath={.status.phase}=Succeeded"
-        self.kubectl("wait", ended, f"pod/{name}", "--timeout=120s")
+        self.kubectl("wait", ended, f"pod/{name}", "--timeout=600s")
         self.kubectl("delete", "pods,persistentvolumeclaims", "--all")
 
 

@@ -1,6 +1,7 @@
 """The manifests agree with the program and with Kubernetes; ``tests/cluster`` runs them."""
 
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -674,6 +675,27 @@ def test_a_trainjob_with_default_options_is_the_manifest():
     }
     found = build("digits", PodSettings(workers=2), kind="trainjob")
     assert by_name(found) == expected
+
+
+def test_yaml_is_what_kubectl_reads():
+    values = ("y", "N", "yes", "null", "1e3", "0x10", "1_0", ".5", "+1", "a: b", "é\n")
+    objects = build("mine", PodSettings(env=tuple(f"A={value}" for value in values)))
+    text = manifests.dump(objects)
+    assert list(yaml.safe_load_all(text)) == objects
+    assert "value: 'y'" in text
+    assert "value: 'N'" in text
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl is not on the PATH")
+    (job,) = (one for one in text.split("\n---\n") if "kind: Job" in one)
+    read = subprocess.run(
+        ["kubectl", "annotate", "--local", "--filename=-", "a=b", "--output=json"],
+        input=job,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    variables = json.loads(read)["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert [one["value"] for one in variables if one["name"] == "A"] == list(values)
 
 
 def test_a_worker_alone_has_no_secret():

@@ -151,7 +151,17 @@ def config_map_name(name: str) -> str:
 
 def dump(objects: Sequence[dict]) -> str:
     """Returns objects as YAML for ``kubectl apply -f -``."""
-    return _yaml().safe_dump_all(objects, sort_keys=False)
+    yaml = _yaml()
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[name-defined]
+        """Quotes what kubectl's reader takes for something else and PyYAML's does not: y, 1e3."""
+
+    def represent(dumper: Any, text: str) -> Any:
+        style = "'" if re.match(r"[ynYN]$|[\d.+]", text) else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, represent)
+    return yaml.dump_all(objects, Dumper=Dumper, sort_keys=False)
 
 
 def parse_yaml(text: str, what: str) -> list:
