@@ -186,7 +186,8 @@ def test_a_worker_has_the_memory_it_may_use_and_a_cpu(name):
 def test_metrics_are_served_and_a_pod_that_is_alone_is_probed(name):
     for pod in pods_of(render(name)).values():
         container = container_of(pod)
-        (flag,) = (one for one in container["args"] if one.startswith("--metrics-port="))
+        words = container.get("command", []) + container.get("args", [])
+        (flag,) = (one for one in words if one.startswith("--metrics-port="))
         _, port = TrainConfig(metrics_port=flag.partition("=")[2]).metrics_address
         assert {"name": "metrics", "containerPort": port} in container["ports"]
         # Several wait for one another before there is anything to probe.
@@ -457,6 +458,14 @@ def test_the_runtime_is_one_cluster_for_a_trainjob_of_any_name():
     assert cluster.index == 1
 
 
+def test_a_trainjobs_arguments_come_after_the_runtimes_flags_and_its_command_replaces_them():
+    container = container_of(*pods_of(render(RUNTIME)).values())
+    (chief, _) = pods_of(render("multiworker")).values()
+    flags = container_of(chief)["args"]
+    assert container["command"] == ["python", "-m", "trainer.task", *flags]
+    assert "args" not in container
+
+
 def test_a_trainjob_brings_its_own_claim_and_the_runtime_names_none():
     (pod,) = pods_of(render(RUNTIME)).values()
     assert not [one for one in pod["spec"]["volumes"] if "persistentVolumeClaim" in one]
@@ -670,9 +679,6 @@ def test_a_run_with_default_options_is_the_manifest(options, file):
 
 def test_a_trainjob_with_default_options_is_the_manifest():
     expected = by_name(yaml.safe_load_all((ASSETS / "trainjob.yaml").read_text()))
-    expected["TrainJob", "digits"]["spec"]["trainer"] |= {
-        "args": ["--output-dir=/output", "--log-format=json", "--metrics-port=*:9090"]
-    }
     found = build("digits", PodSettings(workers=2), kind="trainjob")
     assert by_name(found) == expected
 

@@ -111,10 +111,7 @@ def test_a_trainjob_has_them_where_its_api_has_a_place():
     assert spec["trainer"] == {
         "numNodes": 3,
         "image": "registry.example/x:1",
-        "args": [
-            *("--output-dir=/output", "--log-format=json", "--metrics-port=*:9090"),
-            *("--gpus=2", "--epochs", "2"),
-        ],
+        "args": ["--gpus=2", "--epochs", "2"],
         "env": [{"name": "A", "value": "1"}],
         "resourcesPerNode": {
             "requests": {"cpu": "1"} | wanted,

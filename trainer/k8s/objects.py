@@ -39,7 +39,7 @@ class Program(NamedTuple):
     def command(self, args: Sequence[str]) -> dict[str, list[str]]:
         """Returns command and arguments of the container, from the arguments of a manifest."""
         if not self.script:
-            return {"args": [*args, *self.flags]}
+            return {"args": found} if (found := [*args, *self.flags]) else {}
         own = [arg for arg in args if arg.startswith("--gpus=")]
         return {
             "command": ["python", "-m", "trainer.script"],
@@ -216,7 +216,7 @@ def _complete_trainjob(
     accelerator = "gpu" if settings.gpus else "tpu" if settings.tpu else None
     if settings.image or accelerator:
         container["image"] = settings.image or f"{manifests.image()}-{accelerator}"
-    args = ["--output-dir=/output", "--log-format=json", "--metrics-port=*:9090"]
+    args = []  # after those in the runtime's command
     if settings.gpus:
         args.append(f"--gpus={settings.gpus}")
     if settings.tpu:
