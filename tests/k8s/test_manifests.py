@@ -481,6 +481,14 @@ def test_a_trainjob_brings_its_own_claim_and_the_runtime_names_none():
     assert run["PersistentVolumeClaim", "digits"]["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
+def test_a_newer_trainjob_is_the_same_in_another_form():
+    old, new = render("kubeflow"), render("kubeflow-2.2")
+    assert new.pop(("TrainJob", "digits")) == manifests.with_runtime_patches(
+        old.pop(("TrainJob", "digits"))
+    )
+    assert new == old
+
+
 @pytest.mark.parametrize("name", [*TWO_JOBS, "jobset"])
 def test_the_number_of_workers_is_set_in_one_place(edit, name):
     k8s = edit("multiworker/kustomization.yaml", "      value: 1\n", "      value: 3\n")
