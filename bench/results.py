@@ -59,6 +59,8 @@ def render() -> None:
     for part, title in TITLES.items():
         if part in kept:
             lines += _section(part, title, **kept[part])
+    # The image is built elsewhere, and its size written down by hand.
+    lines.append((FOLDER / "image.md").read_text())
     (FOLDER / "results.md").write_text("\n".join(lines))
     if "step" in kept:
         _plot(kept["step"]["rounds"])
