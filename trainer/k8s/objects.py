@@ -173,11 +173,7 @@ def _complete_job(job: dict, settings: PodSettings, program: Program, name: str)
     mounts, volumes = _volumes(settings, program, name)
     container["volumeMounts"] += mounts
     pod["volumes"] += volumes
-    pod |= _placement(settings)
-    if settings.node_selector:
-        pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_labels()
-    if settings.toleration:
-        pod["tolerations"] = pod.get("tolerations", []) + settings.tolerations()
+    _place(pod, settings)
     if settings.priority_class:
         pod["priorityClassName"] = settings.priority_class
     if settings.active_deadline:
@@ -244,15 +240,10 @@ def _complete_trainjob(
         pod["volumes"].append(
             {"name": "token", "secret": {"secretName": manifests.secret_name(name)}}
         )
-    pod |= _placement(settings)
-    if settings.node_selector:
-        pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_labels()
-    tolerations = settings.tolerations()
     if accelerator:  # As in the manifests of Jobs.
         taint = {"key": _GPU if accelerator == "gpu" else _TPU, "operator": "Exists"}
-        tolerations.insert(0, taint | {"effect": "NoSchedule"})
-    if tolerations:
-        pod["tolerations"] = tolerations
+        pod["tolerations"] = [taint | {"effect": "NoSchedule"}]
+    _place(pod, settings)
 
 
 def _environment(settings: PodSettings, program: Program) -> list[dict]:
@@ -274,14 +265,16 @@ def _volumes(settings: PodSettings, program: Program, name: str) -> tuple[list[d
     return mounts, volumes
 
 
-def _placement(settings: PodSettings) -> dict:
-    """Returns fields that a pod and an override of a TrainJob's pods have alike."""
-    found: dict = {}
+def _place(pod: dict, settings: PodSettings) -> None:
+    """Sets the fields that a pod and an override of a TrainJob's pods have alike."""
     if settings.image_pull_secret:
-        found["imagePullSecrets"] = [{"name": one} for one in settings.image_pull_secret]
+        pod["imagePullSecrets"] = [{"name": one} for one in settings.image_pull_secret]
     if settings.service_account:
-        found["serviceAccountName"] = settings.service_account
-    return found
+        pod["serviceAccountName"] = settings.service_account
+    if settings.node_selector:
+        pod["nodeSelector"] = pod.get("nodeSelector", {}) | settings.node_labels()
+    if settings.toleration:
+        pod["tolerations"] = pod.get("tolerations", []) + settings.tolerations()
 
 
 def _slice_labels(accelerator: str, topology: str) -> dict[str, str]:
